@@ -1,0 +1,84 @@
+"""CounterFact (Meng et al. 2022): a false object for a true one; its neighbours must not move."""
+
+from __future__ import annotations
+
+from datamodules.base import EditDataModule, Row
+from datamodules.records import Edit, EditCase, Probe
+
+
+class CounterFact(EditDataModule):
+    """CounterFact in its original form or in EasyEdit's.
+
+    A record is recognised by its fields. The original has ``requested_rewrite``,
+    ``paraphrase_prompts``, ``neighborhood_prompts`` and ``generation_prompts``;
+    ``attribute_prompts`` are not used. EasyEdit's, which the training files have, is flat, with one
+    ``rephrase_prompt`` and one ``locality_prompt``; most of its rephrases are no paraphrases of the
+    edit, so report generality from the original form.
+
+    Every probe has two answers. On the edit and its paraphrases the new one should win, on
+    neighbours, about which the true answer still holds, the true one.
+    """
+
+    source = (
+        "https://rome.baulab.info/data/dsets/counterfact.json; training cases: "
+        "counterfact-train.json, distributed with EasyEdit"
+    )
+    left_out = "the new target is the true one"
+
+    def parse(self, row: Row) -> EditCase | None:
+        edit = _rewrite(row) if row.has("requested_rewrite") else _flat_edit(row)
+        if edit.target_new == edit.target_true:
+            return None
+        return _original(row, edit) if row.has("requested_rewrite") else _flat(row, edit)
+
+
+def _rewrite(row: Row) -> Edit:
+    rewrite = row.record("requested_rewrite")
+    new, true = (rewrite.record(name).text("str").strip() for name in ("target_new", "target_true"))
+    relation = rewrite.text("relation_id") if rewrite.has("relation_id") else None
+    prompt, subject = rewrite.text("prompt"), rewrite.text("subject").strip()
+    try:
+        return Edit(prompt, subject, new, true, relation)
+    except ValueError as error:
+        raise rewrite.error("prompt", str(error)) from None
+
+
+def _original(row: Row, edit: Edit) -> EditCase:
+    new, true = edit.target_new, edit.target_true
+    paraphrases = row.texts("paraphrase_prompts")
+    neighbours = row.texts("neighborhood_prompts")
+    return EditCase(
+        row.case_id,
+        (edit,),
+        _probes(
+            efficacy=(Probe(edit.text, new, true),),
+            generality=tuple(Probe(prompt, new, true) for prompt in paraphrases),
+            locality=tuple(Probe(prompt, true, new) for prompt in neighbours),
+        ),
+        row.texts("generation_prompts") if row.has("generation_prompts") else (),
+    )
+
+
+def _flat_edit(row: Row) -> Edit:
+    true = row.text("ground_truth").strip()
+    return row.edit("prompt", row.text("target_new").strip(), target_true=true)
+
+
+def _flat(row: Row, edit: Edit) -> EditCase:
+    new, true = edit.target_new, edit.target_true
+    neighbour = row.text("locality_ground_truth").strip()
+    rival = new if new != neighbour else None
+    return EditCase(
+        row.case_id,
+        (edit,),
+        _probes(
+            efficacy=(Probe(edit.text, new, true),),
+            generality=(Probe(row.text("rephrase_prompt"), new, true),),
+            locality=(Probe(row.text("locality_prompt"), neighbour, rival),),
+        ),
+    )
+
+
+def _probes(**probes: tuple[Probe, ...]) -> dict[str, tuple[Probe, ...]]:
+    """Without the criteria a record has no prompt for."""
+    return {criterion: asked for criterion, asked in probes.items() if asked}

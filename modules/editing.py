@@ -1,0 +1,402 @@
+"""Edits as data and edits in force: :class:`Delta`, :class:`EditHandle`, :class:`Editor`.
+
+Shapes: O outputs, I inputs of a linear map; r the rank of an update; B rows, T tokens, E edited models side by
+side. Updates are always [out, in], whatever the module stores.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from datamodules.records import Edit
+from modules.hooks import hooked
+from modules.structure import is_quantised, to_storage
+
+if TYPE_CHECKING:
+    from modules.lm import LanguageModel
+
+FORMAT = "corrigenda-delta-1"
+
+
+class EditError(ValueError):
+    """An edit that cannot be made or undone; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update ``left_Or @ right_rI``."""
+
+    left_Or: Tensor
+    right_rI: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.left_Or.to(dtype) @ self.right_rI.to(dtype)
+
+    def __post_init__(self) -> None:
+        if self.left_Or.shape[1] != self.right_rI.shape[0]:
+            raise EditError(
+                f"factors do not fit: {tuple(self.left_Or.shape)} @ {tuple(self.right_rI.shape)}"
+            )
+
+
+Update = LowRank | Tensor
+
+
+@dataclass
+class Delta:
+    """What an edit changes: parameter name to a low-rank or a dense update, always [out, in].
+
+    Args:
+        updates: by parameter name (``model.layers.3.mlp.down_proj.weight``); a bias is a dense vector.
+        metadata: JSON values kept in the file's header; ``base`` is the weight hash of the model it belongs to.
+    """
+
+    updates: dict[str, Update]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """One parameter's update as a full [out, in] matrix."""
+        update = self.updates[name]
+        return update.dense(dtype) if isinstance(update, LowRank) else update.to(dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters of the model the update touches."""
+        return sum(
+            u.left_Or.shape[0] * u.right_rI.shape[1] if isinstance(u, LowRank) else u.numel()
+            for u in self.updates.values()
+        )
+
+    def detach(self) -> Delta:
+        """The same update outside the autograd graph."""
+        cut = {
+            name: LowRank(u.left_Or.detach(), u.right_rI.detach())
+            if isinstance(u, LowRank)
+            else u.detach()
+            for name, u in self.updates.items()
+        }
+        return Delta(cut, self.metadata)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The update as plain tensors: ``<parameter>.left``, ``.right`` or ``.dense``."""
+        tensors = {}
+        for name, update in self.updates.items():
+            if isinstance(update, LowRank):
+                tensors[f"{name}.left"] = update.left_Or
+                tensors[f"{name}.right"] = update.right_rI
+            else:
+                tensors[f"{name}.dense"] = update
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Delta:
+        """The delta that :meth:`tensors` took apart."""
+        updates: dict[str, Update] = {}
+        for name, tensor in tensors.items():
+            parameter, _, part = name.rpartition(".")
+            if part == "dense":
+                updates[parameter] = tensor
+            elif part == "left":
+                updates[parameter] = LowRank(tensor, tensors[f"{parameter}.right"])
+        return cls(updates, metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Writes :meth:`tensors` into one safetensors file, atomically."""
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.tensors().items()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, {"format": FORMAT, "delta": json.dumps(self.metadata)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Reads a file that :meth:`save` wrote; raises EditError for anything else."""
+        if not Path(path).is_file():
+            raise EditError(f"{path}: no such delta file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise EditError(f"{path}: not a readable safetensors file ({error})") from None
+        if header.get("format") != FORMAT:
+            raise EditError(
+                f"{path}: not a delta of this project (format {header.get('format')!r}, wanted {FORMAT!r})"
+            )
+        try:
+            return cls.from_tensors(tensors, json.loads(header["delta"]))
+        except (KeyError, ValueError) as error:
+            raise EditError(f"{path}: a damaged delta file ({error})") from None
+
+
+def add_deltas(deltas: Sequence[Delta]) -> Delta:
+    """One delta with the effect of all of them added up; low-rank factors are stacked, ranks add.
+
+    Lists in the metadata (edits, notes) are joined; of anything else the first counts.
+    """
+    updates: dict[str, Update] = {}
+    metadata: dict[str, Any] = {}
+    for delta in deltas:
+        for key, value in delta.metadata.items():
+            joins = key in metadata and isinstance(value, list)
+            metadata[key] = metadata[key] + value if joins else metadata.get(key, value)
+        for name, update in delta.updates.items():
+            old = updates.get(name)
+            if old is None:
+                updates[name] = update
+            elif isinstance(old, LowRank) and isinstance(update, LowRank):
+                updates[name] = LowRank(
+                    torch.cat([old.left_Or, update.left_Or], 1),
+                    torch.cat([old.right_rI, update.right_rI], 0),
+                )
+            else:
+                dtype = (update.left_Or if isinstance(update, LowRank) else update).dtype
+                updates[name] = sum(
+                    u.dense(dtype) if isinstance(u, LowRank) else u for u in (old, update)
+                )
+    return Delta(updates, metadata)
+
+
+# ---------------------------------------------------------------------------- side by side
+
+
+@contextmanager
+def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> Iterator[None]:
+    """Inside, row b of every batch runs through the network edited by ``deltas[owner_B[b]]``.
+
+    The updates are added at the outputs of the edited maps, in their factors; no weight is touched, and
+    gradients reach the factors. Equal to writing each delta into the weights, up to rounding.
+    """
+    by_module: dict[str, dict[str, list[Update | None]]] = {}
+    for index, delta in enumerate(deltas):
+        for parameter, update in delta.updates.items():
+            module, _, kind = parameter.rpartition(".")
+            slots = by_module.setdefault(module, {}).setdefault(kind, [None] * len(deltas))
+            slots[index] = update
+    pairs = [
+        (net.get_submodule(module), _branch(kinds, owner_B)) for module, kinds in by_module.items()
+    ]
+    with hooked(pairs):
+        yield
+
+
+def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor):  # noqa: ANN202
+    """The hook of one module: output plus every row's own update applied to its input."""
+    weights = kinds.get("weight", [])
+    low = all(u is None or isinstance(u, LowRank) for u in weights)
+    factors = _stack_factors(weights, owner_B) if weights and low and len(weights) > 1 else None
+
+    def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        flat = args[0].dim() == 2  # some families flatten rows and tokens before their MLP
+        x_BTI, y_BTO = args[0], output
+        if flat:
+            x_BTI, y_BTO = (t.view(len(owner_B), -1, t.shape[-1]) for t in (x_BTI, y_BTO))
+        if factors is not None:
+            left_BrO, right_BIr = factors
+            added = torch.bmm(torch.bmm(x_BTI.to(right_BIr.dtype), right_BIr), left_BrO)
+            y_BTO = y_BTO + added.to(y_BTO.dtype)
+        else:
+            y_BTO = _add_by_owner(x_BTI, y_BTO, weights, owner_B)
+        biases = kinds.get("bias")
+        if biases:
+            none = torch.zeros_like(next(bias for bias in biases if bias is not None))
+            rows = [none if biases[i] is None else biases[i] for i in owner_B.tolist()]
+            y_BTO = y_BTO + torch.stack(rows)[:, None].to(y_BTO.dtype)
+        return y_BTO.reshape(output.shape)
+
+    return hook
+
+
+def _stack_factors(updates: list[Update | None], owner_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(left_BrO, right_BIr), padded to the largest rank with zeros, one entry per row."""
+    some = next(u for u in updates if isinstance(u, LowRank))
+    zero = LowRank(some.left_Or[:, :0], some.right_rI[:0])
+    whole = [u if isinstance(u, LowRank) else zero for u in updates]
+    left_ErO = pad_sequence([u.left_Or.T for u in whole], batch_first=True)
+    right_ErI = pad_sequence([u.right_rI for u in whole], batch_first=True)
+    owner_B = owner_B.to(left_ErO.device)
+    return left_ErO[owner_B], right_ErI[owner_B].transpose(1, 2)
+
+
+def _add_by_owner(
+    x_BTI: Tensor, y_BTO: Tensor, updates: list[Update | None], owner_B: Tensor
+) -> Tensor:
+    """Adds each owner's update to that owner's rows; the way for dense updates and for a single one."""
+    if len(updates) == 1 and updates[0] is not None:
+        return y_BTO + _apply(updates[0], x_BTI).to(y_BTO.dtype)
+    added = torch.zeros_like(y_BTO)
+    for index, update in enumerate(updates):
+        rows = (owner_B == index).nonzero()[:, 0].to(x_BTI.device)
+        if update is not None and len(rows):
+            added = added.index_add(0, rows, _apply(update, x_BTI[rows]).to(y_BTO.dtype))
+    return y_BTO + added
+
+
+def _apply(update: Update, x_BTI: Tensor) -> Tensor:
+    if isinstance(update, LowRank):
+        return x_BTI.to(update.right_rI.dtype) @ update.right_rI.T @ update.left_Or.T
+    return x_BTI.to(update.dtype) @ update.T
+
+
+# ---------------------------------------------------------------------------- in force
+
+
+class EditHandle(ABC):
+    """An edit in force on a language model. Handles come off in reverse order of going in."""
+
+    lowest_layer: int = 0  # nothing below this block is changed
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        lm.handles.append(self)
+
+    @abstractmethod
+    def swap(self) -> None:
+        """Exchanges edited and original; twice is a no-op."""
+
+    def remove(self) -> None:
+        """Takes the edit out for good, bit-exactly; raises EditError while later edits stand on it."""
+        if self not in self.lm.handles:
+            raise EditError("this edit has already been removed")
+        later = len(self.lm.handles) - 1 - self.lm.handles.index(self)
+        if later:
+            raise EditError(f"{later} later edit(s) stand on this one: remove them first, newest first")
+        self.swap()
+        self.lm.handles.pop()
+
+
+class WeightPatch(EditHandle):
+    """A delta written into the weights; the original tensors are kept and exchanged, never recomputed."""
+
+    def __init__(self, lm: LanguageModel, delta: Delta) -> None:
+        base = delta.metadata.get("base")
+        if base is not None and base != lm.weights_hash:
+            raise EditError(
+                f"this delta belongs to a model with weights {base}, not to {lm.name!r} with weights "
+                f"{lm.weights_hash}: load the model it was made for"
+            )
+        self.delta = delta
+        self.lowest_layer = min((lm.structure.layer_of(name) for name in delta.updates), default=0)
+        self._spare = {name: self._edited(lm, name) for name in delta.updates}
+        super().__init__(lm)
+        self.swap()
+
+    def _edited(self, lm: LanguageModel, name: str) -> Tensor:
+        module_name, _, kind = name.rpartition(".")
+        try:
+            module = lm.net.get_submodule(module_name)
+            parameter = getattr(module, kind)
+        except AttributeError:
+            parameter = None
+        if parameter is None:  # also a bias that the module goes without
+            raise EditError(f"the model {lm.name!r} has no parameter {name}")
+        if is_quantised(module):
+            raise EditError(
+                f"{name} is stored in a packed format and cannot be written: load the model without "
+                "quantisation, or leave this module out of it"
+            )
+        update = to_storage(module, self.delta.dense(name).to(parameter.device))
+        if update.shape != parameter.shape:
+            raise EditError(
+                f"the update of {name} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}"
+            )
+        return (parameter.data.double() + update).to(parameter.dtype)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, spare in self._spare.items():
+            parameter = self.lm.net.get_parameter(name)
+            current = parameter.data
+            parameter.data = spare.to(current.device)
+            self._spare[name] = current
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit."""
+        edited = {name: self.lm.net.get_parameter(name).data for name in self._spare}
+        return {"edited": edited, "delta": self.delta.tensors(), "metadata": json.dumps(self.delta.metadata)}
+
+    @classmethod
+    def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
+        """The edit of :meth:`state`, on a model without it."""
+        patch = cls(lm, Delta.from_tensors(state["delta"], json.loads(state["metadata"])))
+        for name, tensor in state["edited"].items():
+            lm.net.get_parameter(name).data = tensor.to(lm.device)
+        return patch
+
+    def absorb(self, newer: WeightPatch) -> None:
+        """Takes a newer patch into this one: one undo for both, one spare copy per matrix."""
+        if self.lm.handles[-2:] != [self, newer]:
+            raise EditError("only the newest edit can be absorbed, by the one before it")
+        for name, original in newer._spare.items():
+            self._spare.setdefault(name, original)
+        self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
+        self.delta = add_deltas([self.delta, newer.delta])
+        self.lm.handles.pop()
+
+
+# ---------------------------------------------------------------------------- methods
+
+
+class Editor(ABC):
+    """A method. ``edit`` writes all the given edits together and returns how to undo them."""
+
+    def prepare(self, lm: LanguageModel) -> None:  # noqa: B027  optional
+        """Once per model, before the first edit: statistics, prompts. Idempotent."""
+
+    @abstractmethod
+    def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
+        """Puts the edits in force."""
+
+
+class WeightEditor(Editor):
+    """A method whose product is a weight update: computing (``propose``) is apart from writing (``edit``)."""
+
+    @abstractmethod
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        """The update that writes all these edits together; the model is unchanged afterwards."""
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        """One update per entry, each computed as if the others did not exist.
+
+        Methods that can, override it to compute all of them side by side with equal results.
+        """
+        return [self.propose(lm, group) for group in edits]
+
+    def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> WeightPatch:
+        with editing_mode():
+            self.prepare(lm)
+            return WeightPatch(lm, self.stamp(lm, self.propose(lm, edits), edits))
+
+    def stamp(self, lm: LanguageModel, delta: Delta, edits: Sequence[Edit]) -> Delta:
+        """The delta with its origin in the metadata: base weights, editor, edits."""
+        origin = {
+            "base": lm.weights_hash,
+            "model": lm.name,
+            "editor": type(self).__name__,
+            "edits": [[e.prompt, e.subject, e.target_new] for e in edits],
+        }
+        return Delta(delta.detach().updates, delta.metadata | origin)
+
+
+@contextmanager
+def editing_mode() -> Iterator[None]:
+    """Gradients on, autocast off: what every method needs, also inside a validation loop."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        if torch.cuda.is_available():
+            with torch.autocast("cuda", enabled=False):
+                yield
+        else:
+            yield

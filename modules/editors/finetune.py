@@ -1,0 +1,103 @@
+"""Fine-tuning of a few MLP projections on the edit itself: FT, FT-L and FT-M.
+
+    FT    FT(layers, loss="prompt_last")                       one layer, no constraint
+    FT-L  FT(layers, loss="prompt_last", norm_constraint=eps)  Zhu et al., 2020, arXiv 2012.00363
+    FT-M  FT(layers, loss="target")                            Zhang et al., 2024, arXiv 2401.01286
+
+FT and FT-L are the baselines of Meng et al., 2022 (arXiv 2202.05262). Their loss reads one position
+and asks it for all target tokens at once, and their "norm" constraint is a box: every entry of the
+update stays within [-eps, eps]. Adam's first step is lr in every entry, so with eps <= lr the
+update stands in a corner of the box from then on.
+
+Departures from the authors' code: prompt and target are encoded together; every independent edit
+has its own stop; weight decay pulls towards the base weights, not towards zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modules.editing import Delta
+from modules.lm import LanguageModel
+from modules.structure import sizes
+from modules.tuning import GradientEditor, Loss
+
+
+class FT(GradientEditor):
+    """Dense updates of MLP projections, weight and (where there is one) bias.
+
+    Args:
+        layers: blocks whose projections are tuned, from 0.
+        projections: ``out`` is the MLP's output projection, ``mlp`` all of its projections.
+        norm_constraint: no entry of the update may be larger than this (FT-L); none if not given.
+        steps: updates at most.
+        lr: Adam's step size.
+        stop_loss: an edit whose loss is below this has finished and moves no more.
+        weight_decay: pull of the weights towards the base's.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
+            ones before it (FT-M); ``prompt_last`` asks for every one of them at the one position
+            after the prompt (FT, FT-L).
+        parallel: independent edits learned together; fewer where their updates are large.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        projections: Literal["out", "mlp"] = "out",
+        norm_constraint: float | None = None,
+        steps: int = 25,
+        lr: float = 5e-4,
+        stop_loss: float = 1e-2,
+        weight_decay: float = 0.0,
+        loss: Loss = "target",
+        parallel: int = 8,
+    ) -> None:
+        super().__init__(steps, lr, stop_loss, weight_decay, loss, parallel)
+        if not layers:
+            raise ValueError("layers is empty: name at least one block to tune, for example [3]")
+        self.layers, self.projections = sorted(set(layers)), projections
+        self.norm_constraint = _positive(norm_constraint)
+
+    def lowest_layer(self, lm: LanguageModel) -> int:
+        return self.layers[0]
+
+    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
+        leaves = {}
+        for layer in self.layers:
+            structure = lm.structure
+            all_of_it = self.projections == "mlp"
+            for name in structure.mlp_names(layer) if all_of_it else [structure.out_name(layer)]:
+                module = lm.net.get_submodule(name)
+                inputs, outputs = sizes(module)
+                leaves[f"{name}.weight"] = torch.zeros(count, outputs, inputs, device=lm.device)
+                if getattr(module, "bias", None) is not None:
+                    leaves[f"{name}.bias"] = torch.zeros(count, outputs, device=lm.device)
+        return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
+        each = zip(*(leaf.unbind() for leaf in leaves.values()), strict=True)
+        return [Delta(dict(zip(leaves, updates, strict=True))) for updates in each]
+
+    def project(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> None:
+        if self.norm_constraint is not None:
+            for leaf in leaves.values():
+                leaf.data.clamp_(-self.norm_constraint, self.norm_constraint)
+
+
+def _positive(constraint: float | None) -> float | None:
+    """The constraint as a float, or an error: what is no number must not silently mean none."""
+    if constraint is None:
+        return None
+    if isinstance(constraint, bool) or not isinstance(constraint, int | float):
+        raise TypeError(
+            f"norm_constraint must be a number or null, got {constraint!r} "
+            f"({type(constraint).__name__}); in YAML write 5.0e-4, not 5e-4"
+        )
+    if math.isnan(constraint) or constraint <= 0:
+        raise ValueError(f"norm_constraint must be positive, got {constraint}; null means none")
+    return float(constraint)

@@ -1,0 +1,277 @@
+"""What locate-then-edit methods share: contexts, keys, optimised values, and the one ridge solver.
+
+An MLP output projection is read as a memory that answers a key k (its input at the subject's last token) with
+a value v (its output there). ROME and its kin choose a new value by gradient descent (methods after Meng et
+al., 2022, arXiv 2202.05262) and write it in closed form.
+
+Shapes: N edits, Q context templates per edit (the bare prompt first), R = N * Q rows, F key width, D value
+width, V words.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from datamodules.records import Edit
+from modules.hooks import capture, hooked
+from modules.lm import LanguageModel, Rows
+from modules.optimize import IndependentAdam
+from modules.tail import Tail
+
+log = logging.getLogger(__name__)
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+
+
+def sample_contexts(
+    lm: LanguageModel, lengths: Sequence[Sequence[int]], seed: int = 0
+) -> list[str]:
+    """Texts to put before a prompt, sampled from the unedited model; the first is empty (the bare prompt).
+
+    Args:
+        lm: sampled with the five most likely tokens, from a handful of opening words: text sampled from an
+            end-of-text token alone is mostly junk in small models.
+        lengths: pairs of (tokens, how many).
+        seed: the same seed gives the same texts.
+    """
+    contexts = [""]
+    with lm.pristine(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for tokens, count in lengths:
+            prompts = [STARTS[i % len(STARTS)] for i in range(count)]
+            for start, text in zip(prompts, lm.generate(prompts, tokens - 1, top_k=5), strict=True):
+                clean = " ".join((start + text).replace("{", " ").replace("}", " ").split())
+                contexts.append(clean.rstrip(". ") + ". ")
+    return contexts
+
+
+# ---------------------------------------------------------------------------- rows of some edits
+
+
+@dataclass
+class KeyRows:
+    """Every edit's prompt in every context, with its target, cut at the subject's last token.
+
+    Attributes:
+        rows: R = N * Q answer rows, then N rows ``"<subject> is a"`` for the drift of the subject's meaning.
+        lookup_R: the subject's last token in every row.
+        num_edits: N.
+        num_contexts: Q.
+    """
+
+    rows: Rows
+    lookup_R: Tensor
+    num_edits: int
+    num_contexts: int
+
+    @classmethod
+    def of(cls, lm: LanguageModel, edits: Sequence[Edit], contexts: Sequence[str]) -> KeyRows:
+        prompts = [context + edit.text for edit in edits for context in contexts]
+        targets = [edit.target_new for edit in edits for _ in contexts]
+        lookups = [lm.lookup(edit, context) for edit in edits for context in contexts]
+        essence = [Edit("{} is a", edit.subject, edit.target_new) for edit in edits]
+        lookups += [lm.lookup(edit) for edit in essence]
+        rows = Rows.cat([lm.rows(prompts, targets), lm.rows([edit.text for edit in essence])])
+        lookup_R = torch.tensor(lookups, device=lm.device)
+        return cls(rows, lookup_R, len(edits), len(contexts))
+
+    @property
+    def owner_R(self) -> Tensor:
+        """The edit of each row."""
+        edits = torch.arange(self.num_edits, device=self.lookup_R.device)
+        return torch.cat([edits.repeat_interleave(self.num_contexts), edits])
+
+    def select(self, edits_n: Tensor) -> tuple[KeyRows, Tensor]:
+        """The rows of some edits, and their indices among all rows."""
+        keep = torch.isin(self.owner_R, edits_n).nonzero()[:, 0]
+        width = int(self.rows.mask_BT[keep].sum(1).max())
+        part = self.rows.select(keep)
+        assert part.ids_BT.shape[1] == width
+        return KeyRows(part, self.lookup_R[keep], len(edits_n), self.num_contexts), keep
+
+    def tail(self, lm: LanguageModel, layer: int) -> Tail:
+        """Everything below ``layer`` and before the subject's last token, computed once."""
+        return lm.tail(self.rows, layer, self.lookup_R)
+
+
+def keys_and_values(
+    lm: LanguageModel, key_rows: KeyRows, tail: Tail, layer: int
+) -> tuple[Tensor, Tensor]:
+    """(keys_NQF, values_NQD): input and output of block ``layer``'s output projection at the lookup tokens."""
+    name = lm.structure.out_name(layer)
+    with torch.no_grad(), capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
+        tail.run()
+    batch = len(key_rows.lookup_R)
+    row_R = torch.arange(batch, device=lm.device)
+    at_R = key_rows.lookup_R - tail.offset_B
+    picked = [t.view(batch, -1, t.shape[-1])[row_R, at_R] for t in seen[name]]
+    count = key_rows.num_edits * key_rows.num_contexts
+    keys, values = (t[:count].unflatten(0, (key_rows.num_edits, -1)) for t in picked)
+    return keys.float(), values.float()
+
+
+# ---------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How a new value is looked for; the published constants are the methods' defaults.
+
+    Attributes:
+        steps: evaluations of the loss; at most ``steps - 1`` updates.
+        lr: Adam's step size.
+        weight_decay: weight of ``|delta| / |v0|**2``.
+        kl_weight: weight of KL(edited || original) after ``"<subject> is a"``.
+        clamp_norm: delta is kept within this multiple of ``|v0|``.
+        precision: ``bfloat16`` runs the network faster and moves values by a few per cent; losses, moments
+            and the value itself stay in float32.
+        stop_loss: an edit whose loss is below this has finished.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    kl_weight: float
+    clamp_norm: float
+    precision: Literal["float32", "bfloat16"] = "float32"
+    stop_loss: float = 5e-2
+
+
+@dataclass
+class Values:
+    """Result of the search, one entry per edit: change of the value, loss and likelihood at its end."""
+
+    delta_ND: Tensor
+    iterations_N: Tensor
+    loss_N: Tensor
+    nll_N: Tensor
+
+
+def optimise_values(
+    lm: LanguageModel,
+    key_rows: KeyRows,
+    tail: Tail,
+    site: str,
+    v0_ND: Tensor,
+    settings: ValueSettings,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Values:
+    """The change delta of the output of module ``site`` at the lookup tokens that makes each target likely.
+
+    loss(delta) = mean over contexts of the mean token NLL + kl_weight * KL + weight_decay * |delta| / |v0|^2.
+    Edits are optimised together and do not influence each other: the loss is a sum, Adam's moments, the clamp
+    and the stop are each edit's own, and an edit that has stopped leaves the batch.
+    """
+    num_edits = key_rows.num_edits
+    delta_ND = torch.zeros_like(v0_ND, requires_grad=True)
+    bound_N1 = settings.clamp_norm * vector_norm(v0_ND, dim=1, keepdim=True)
+    adam = IndependentAdam([delta_ND], settings.lr)
+    result = Values(delta_ND, *(torch.zeros(num_edits, device=lm.device) for _ in range(3)))
+    active_N = torch.ones(num_edits, dtype=torch.bool, device=lm.device)
+    problem = _Problem(lm, key_rows, tail, site, settings.precision)
+    for step in range(settings.steps):
+        nll_n, kl_n = problem.losses(delta_ND[active_N])
+        size_n = vector_norm(delta_ND[active_N], dim=1)
+        decay_n = settings.weight_decay * size_n / vector_norm(v0_ND[active_N], dim=1) ** 2
+        loss_n = nll_n + settings.kl_weight * kl_n + decay_n
+        result.loss_N[active_N], result.nll_N[active_N] = loss_n.detach(), nll_n.detach()
+        result.iterations_N[active_N] = step + 1
+        if on_step:
+            on_step(step, result.loss_N)
+        going_n = loss_n.detach() >= settings.stop_loss
+        if step == settings.steps - 1 or not going_n.any():
+            break
+        (gradient_ND,) = torch.autograd.grad(loss_n[going_n].sum(), delta_ND)
+        if not going_n.all():
+            active_N[active_N.clone()] = going_n
+            problem = problem.select(going_n.nonzero()[:, 0])
+        adam.step([gradient_ND], active_N)
+        with torch.no_grad():
+            size_N1 = vector_norm(delta_ND, dim=1, keepdim=True)
+            delta_ND.mul_((bound_N1 / size_N1).nan_to_num(1.0, posinf=1.0).clamp(max=1.0))
+    result.delta_ND = delta_ND.detach()
+    return result
+
+
+class _Problem:
+    """The loss of some edits as a function of their deltas; keeps what does not depend on them."""
+
+    def __init__(
+        self, lm: LanguageModel, key_rows: KeyRows, tail: Tail, site: str, precision: str
+    ) -> None:
+        self.lm, self.key_rows, self.tail, self.site = lm, key_rows, tail, site
+        self.precision = precision
+        rows = key_rows.rows
+        self.answers = key_rows.num_edits * key_rows.num_contexts
+        row_N, position_N = rows.answer_positions()
+        self.target_N = rows.ids_BT[row_N, position_N + 1]
+        last = torch.arange(self.answers, len(rows.ids_BT), device=lm.device)
+        self.read = (torch.cat([row_N, last]), torch.cat([position_N, rows.length_B[last] - 1]))
+        self.row_N = row_N
+        self.at_R = key_rows.lookup_R - tail.offset_B
+        self.base_NV: Tensor | None = None
+
+    def losses(self, delta_nD: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll_n, kl_n) of each edit."""
+        batch = len(self.at_R)
+        row_R = torch.arange(batch, device=self.lm.device)
+        owner_R = self.key_rows.owner_R
+
+        def add(_module: object, _args: tuple, output: Tensor) -> Tensor:
+            out_BTD = output.view(batch, -1, output.shape[-1])
+            change = torch.zeros_like(out_BTD).index_put(
+                (row_R, self.at_R), delta_nD[owner_R].to(output.dtype)
+            )
+            return (out_BTD + change).view(output.shape)
+
+        fast = torch.autocast(
+            self.lm.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
+        with fast, hooked([(self.lm.net.get_submodule(self.site), add)]):
+            logprob_NV = self.tail.logits(*self.read).float().log_softmax(-1)
+        count = len(self.target_N)
+        nll_N = -logprob_NV[:count].gather(1, self.target_N[:, None])[:, 0]
+        tokens_R = torch.bincount(self.row_N, minlength=self.answers)
+        nll_R = nll_N.new_zeros(self.answers).index_add(0, self.row_N, nll_N) / tokens_R
+        essence_NV = logprob_NV[count:]
+        if self.base_NV is None:  # delta is zero in the first evaluation
+            self.base_NV = essence_NV.detach()
+        kl_n = (essence_NV.exp() * (essence_NV - self.base_NV)).sum(-1)
+        return nll_R.unflatten(0, (self.key_rows.num_edits, -1)).mean(1), kl_n
+
+    def select(self, edits_n: Tensor) -> _Problem:
+        key_rows, keep = self.key_rows.select(edits_n)
+        part = _Problem(self.lm, key_rows, self.tail.select(keep), self.site, self.precision)
+        part.base_NV = self.base_NV[edits_n] if self.base_NV is not None else None
+        return part
+
+
+# ---------------------------------------------------------------------------- the solver
+
+
+def solve_update(
+    factor_FF: Tensor, keys_FN: Tensor, residual_DN: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """(left_DN, right_NF) of R (K' A^-1 K + ridge I)^-1 K' A^-1, all in float64.
+
+    With A the second moment and ridge 0 this is the equality-constrained solution (ROME for one edit, EMMET
+    for many); with ridge = lambda it is MEMIT's R K' (lambda A + K K')^-1 in its dual form.
+
+    Args:
+        factor_FF: lower Cholesky factor of A.
+        keys_FN: one column per edit.
+        residual_DN: what each key's value still lacks.
+        ridge: weight of the stored memories against the new ones.
+    """
+    solved_FN = torch.cholesky_solve(keys_FN.double(), factor_FF)
+    gram_NN = keys_FN.double().T @ solved_FN
+    gram_NN.diagonal().add_(ridge)
+    left_DN = torch.linalg.solve(gram_NN, residual_DN.double().T).T
+    return left_DN, solved_FN.T

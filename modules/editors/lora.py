@@ -1,0 +1,125 @@
+"""LoRA: low-rank adaptation (Hu et al., 2021, arXiv 2106.09685), trained on the edit itself.
+
+    W' = W + (alpha / r) B A,   A [r, in] Kaiming-uniform, B [out, r] zero at the start
+
+The product is a low-rank update like any other: merging it is writing it, and taking it out is
+exact.
+
+Departures from common practice: no dropout, which on one example only adds noise. All edits start
+from the same A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modules.editing import Delta, LowRank
+from modules.lm import LanguageModel
+from modules.structure import is_linear, sizes
+from modules.tuning import GradientEditor, Loss
+
+
+class LoRA(GradientEditor):
+    """Low-rank updates of attention or MLP maps.
+
+    Args:
+        layers: blocks that are tuned, from 0; all if not given.
+        targets: ``attention`` is the query and value projections (the fused one, where they are one
+            map), ``mlp`` all MLP projections, ``all`` every linear map of both.
+        rank: r.
+        alpha: the update is scaled by alpha / rank.
+        steps: updates at most.
+        lr: Adam's step size.
+        stop_loss: an edit whose loss is below this has finished and moves no more.
+        weight_decay: pull of the factors towards zero.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
+            ones before it; ``prompt_last`` asks for every one of them at the one position after the
+            prompt.
+        seed: of A.
+        parallel: independent edits learned together.
+    """
+
+    def __init__(
+        self,
+        layers: list[int] | None = None,
+        targets: Literal["attention", "mlp", "all"] = "attention",
+        rank: int = 8,
+        alpha: float = 32.0,
+        steps: int = 40,
+        lr: float = 5e-3,
+        stop_loss: float = 1e-2,
+        weight_decay: float = 0.0,
+        loss: Loss = "target",
+        seed: int = 0,
+        parallel: int = 8,
+    ) -> None:
+        super().__init__(steps, lr, stop_loss, weight_decay, loss, parallel)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if layers is not None and not layers:
+            raise ValueError("layers is empty: name at least one block, or leave it out for all")
+        self.layers = None if layers is None else sorted(set(layers))
+        self.targets, self.rank, self.scale, self.seed = targets, rank, alpha / rank, seed
+
+    def lowest_layer(self, lm: LanguageModel) -> int:
+        return self.layers[0] if self.layers else 0
+
+    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        leaves = {}
+        for layer in self.layers if self.layers is not None else range(lm.structure.num_layers):
+            for name in self._names(lm, layer):
+                inputs, outputs = sizes(lm.net.get_submodule(name))
+                a_rI = torch.empty(self.rank, inputs)
+                nn.init.kaiming_uniform_(a_rI, a=math.sqrt(5), generator=generator)
+                leaves[f"{name}.A"] = a_rI.to(lm.device).repeat(count, 1, 1)
+                leaves[f"{name}.B"] = torch.zeros(count, outputs, self.rank, device=lm.device)
+        return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
+        deltas: list[Delta] = [Delta({}) for _ in next(iter(leaves.values()))]
+        for name in [leaf.removesuffix(".A") for leaf in leaves if leaf.endswith(".A")]:
+            left_EOr, right_ErI = self.scale * leaves[f"{name}.B"], leaves[f"{name}.A"]
+            for delta, left_Or, right_rI in zip(
+                deltas, left_EOr.unbind(), right_ErI.unbind(), strict=True
+            ):
+                delta.updates[f"{name}.weight"] = LowRank(left_Or, right_rI)
+        return deltas
+
+    def _names(self, lm: LanguageModel, layer: int) -> list[str]:
+        """Paths of the tuned maps of one block."""
+        mlp = list(lm.structure.mlp_names(layer))
+        if self.targets == "mlp":
+            return mlp
+        inside = _attention_maps(lm, layer)
+        return inside + mlp if self.targets == "all" else _query_and_value(lm, inside)
+
+
+def _attention_maps(lm: LanguageModel, layer: int) -> list[str]:
+    """Every linear map in a block's attention, in the order of the modules."""
+    block, inner = lm.structure.block_name(layer), lm.structure.attention
+    root = f"{block}.{inner}"
+    maps = [] if inner is None else [
+        f"{root}.{name}" for name, m in lm.net.get_submodule(root).named_modules() if is_linear(m)
+    ]  # fmt: skip
+    if not maps:
+        raise ValueError(f"no attention was found in {block}: use targets 'mlp'")
+    return maps
+
+
+def _query_and_value(lm: LanguageModel, maps: list[str]) -> list[str]:
+    """Those with a q or v in their name (``q_proj``, ``query_key_value``), else the wide ones."""
+    named = [name for name in maps if {*name.rpartition(".")[2].lower()} & {"q", "v"}]
+    if named:
+        return named
+    wide = [name for name in maps if sizes(lm.net.get_submodule(name))[1] > lm.structure.width]
+    if not wide:
+        raise ValueError(
+            f"cannot tell which of {', '.join(maps)} computes queries and values: use targets 'all'"
+        )
+    return wide

@@ -1,0 +1,155 @@
+"""ROME: rank-one model editing (Meng et al., 2022, arXiv 2202.05262).
+
+The MLP output projection W of one layer is read as a linear memory and given one more key and value with the
+least change of what it answers to ordinary text (second moment C):
+
+    W' = W + Lambda (C^-1 k*)',   Lambda = (v* - W k1) / ((C^-1 k*)' k1)
+
+k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
+value that makes the new target likely (:mod:`modules.editors.key_value`), so that W' k1 = v* exactly.
+
+Departures from the authors' code: C is factored in float64, never inverted; the subject's last token comes
+from character offsets; the KL term is read after ``"<subject> is a"``, not after the subject; an update that
+would be larger than half of W uses k1 in place of k* (where the two keys point apart the published formula
+divides by a number near zero, the "disabling edits" of arXiv 2403.07175) and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from datamodules.records import Edit
+from modules.editing import Delta, LowRank, WeightEditor, WeightPatch, add_deltas
+from modules.editors.key_value import (
+    KeyRows,
+    ValueSettings,
+    keys_and_values,
+    optimise_values,
+    sample_contexts,
+    solve_update,
+)
+from modules.lm import LanguageModel
+from modules.moments import Corpus, Moments
+
+log = logging.getLogger(__name__)
+
+LARGEST_CHANGE = 0.5  # |update| / |W| above which k1 takes the place of k*
+
+
+class ROME(WeightEditor):
+    """Writes each fact as a rank-one update of one MLP output projection.
+
+    Args:
+        layer: block whose projection is edited, from 0.
+        steps: evaluations of the value's loss; at most one update fewer.
+        lr: step size of the value's search.
+        clamp_norm: the value may move by this multiple of its norm.
+        weight_decay: weight of the value's own size in the loss.
+        kl_weight: weight of the drift of what follows ``"<subject> is a"``.
+        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        corpus: text of the second moment.
+        seed: of the sampled contexts.
+        parallel: edits whose values are looked for together, where they are independent.
+        precision: ``bfloat16`` makes the search for values several times faster on hardware that has it.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        steps: int = 20,
+        lr: float = 0.5,
+        clamp_norm: float = 4.0,
+        weight_decay: float = 0.5,
+        kl_weight: float = 0.0625,
+        contexts: list[tuple[int, int]] = [(5, 10), (10, 10)],  # noqa: B006  never changed
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
+        seed: int = 0,
+        parallel: int = 8,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        self.layer, self.lengths, self.corpus, self.seed = layer, contexts, corpus, seed
+        self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
+        self.parallel = parallel
+        self._prepared: str | None = None
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Contexts and the factored second moment, once per model, from its unedited weights."""
+        if self._prepared == lm.weights_hash:
+            return
+        lm.structure.block_name(self.layer)
+        self._factor_FF = Moments(lm, self.corpus).factor(self.layer)
+        self._contexts = sample_contexts(lm, self.lengths, self.seed)
+        self._prepared = lm.weights_hash
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        """One after the other, each on the model that the ones before it left."""
+        deltas: list[Delta] = []
+        patches: list[WeightPatch] = []
+        try:
+            for edit in edits:
+                deltas += self._independent(lm, [edit])
+                if len(edits) > 1:
+                    patches.append(WeightPatch(lm, deltas[-1]))
+        finally:
+            for patch in reversed(patches):
+                patch.remove()
+        return add_deltas(deltas)
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        if any(len(group) != 1 for group in edits):
+            return super().propose_each(lm, edits)
+        single = [group[0] for group in edits]
+        deltas: list[Delta] = []
+        for begin in range(0, len(single), self.parallel):
+            deltas += self._independent(lm, single[begin : begin + self.parallel])
+        return deltas
+
+    def _independent(self, lm: LanguageModel, edits: Sequence[Edit]) -> list[Delta]:
+        """One delta per edit, as if the others did not exist."""
+        self.prepare(lm)
+        name = lm.structure.out_name(self.layer)
+        key_rows = KeyRows.of(lm, edits, self._contexts)
+        tail = key_rows.tail(lm, self.layer)
+        keys_NQF, values_NQD = keys_and_values(lm, key_rows, tail, self.layer)
+        v0_ND = values_NQD[:, 0]
+        values = optimise_values(lm, key_rows, tail, name, v0_ND, self.settings)
+        weight_norm = lm.net.get_submodule(name).weight.float().norm().item()
+        deltas = []
+        for n, edit in enumerate(edits):
+            factors, notes = self._insert(keys_NQF[n], values.delta_ND[n], weight_norm, edit)
+            notes |= {"loss": values.loss_N[n].item(), "iterations": int(values.iterations_N[n])}
+            deltas.append(Delta({f"{name}.weight": factors}, {"notes": [notes]}))
+            if values.nll_N[n] > 1:
+                log.warning("%r -> %r: the value search ended at NLL %.2f; the edit will likely fail",
+                            edit.text, edit.target_new, values.nll_N[n])  # fmt: skip
+        return deltas
+
+    def _insert(
+        self, keys_QF: Tensor, delta_D: Tensor, weight_norm: float, edit: Edit
+    ) -> tuple[LowRank, dict[str, float]]:
+        """Rank-one factors with (W + left right) k1 = v*: the residual is delta, since v0 = W k1."""
+        mean_F, bare_F = keys_QF.mean(0), keys_QF[0]
+        notes = {"cosine": cosine_similarity(mean_F, bare_F, dim=0).item()}
+        factors = _rank_one(self._factor_FF, mean_F, bare_F, delta_D)
+        notes["change"] = (factors.dense().norm() / weight_norm).item()
+        if notes["change"] > LARGEST_CHANGE:
+            log.warning("%r: the update would be %.2f of the weight; using the bare prompt's key alone",
+                        edit.text, notes["change"])  # fmt: skip
+            factors = _rank_one(self._factor_FF, bare_F, bare_F, delta_D)
+            notes["change"] = (factors.dense().norm() / weight_norm).item()
+        return factors, notes
+
+
+def _rank_one(factor_FF: Tensor, direction_F: Tensor, key_F: Tensor, residual_D: Tensor) -> LowRank:
+    """The update along C^-1 direction that adds ``residual`` to what W answers to ``key``; float64."""
+    if torch.equal(direction_F, key_F):
+        return LowRank(*solve_update(factor_FF, key_F[:, None], residual_D[:, None], ridge=0.0))
+    right_F = torch.cholesky_solve(direction_F.double()[:, None], factor_FF)[:, 0]
+    left_D = residual_D.double() / (right_F @ key_F.double())
+    return LowRank(left_D[:, None], right_F[None])

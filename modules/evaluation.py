@@ -1,0 +1,357 @@
+"""The one evaluation: what is asked of a model under edits, and how the answers are counted.
+
+What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
+``preference`` and ``margin``; under ``locality`` the unedited model is asked the same and ``agreement``, ``kl``
+and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely (``wild_*``).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from datamodules.records import EditCase, Probe
+from modules import metrics
+from modules.editing import Delta
+from modules.lm import LanguageModel, TargetScores
+
+log = logging.getLogger(__name__)
+
+LOCALITY = "locality"
+COMPARED = ("efficacy", LOCALITY)  # criteria on which the unedited model is asked as well
+
+# How each measure is taken; the schedule adds when, e.g. "tf_exact@each".
+PROTOCOLS = {
+    "accuracy": "tf_tok",
+    "exact": "tf_exact",
+    "known_before": "tf_exact",
+    "preference": "cf_prob",
+    "margin": "cf_prob",
+    "score": "cf_prob",
+    "balance": "tf_exact",
+    "agreement": "tf_tok",
+    "kl": "kl",
+    "drawdown": "tf_exact",
+    "wild_exact": "wild",
+    "wild_contains": "wild",
+    "wild_prefix": "wild",
+    "wild_f1": "wild",
+    "wild_same": "wild",
+}
+
+# Harmonic means of dataset means: the field's Score, and what learned editors are selected by.
+SCORES = {
+    "all/score": ("efficacy/preference", "generality/preference", "locality/preference"),
+    "all/balance": ("efficacy/exact", "generality/exact", "locality/agreement"),
+}
+
+
+@dataclass
+class CaseResult:
+    """What one case's probes gave: case means by ``<criterion>/<measure>``, and every probe's answer."""
+
+    case: EditCase
+    metrics: dict[str, float] = field(default_factory=dict)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """As a line of ``cases.jsonl``."""
+        edits = [{"text": e.text, "target_new": e.target_new} for e in self.case.edits]
+        return {
+            "case_id": self.case.case_id,
+            "fingerprint": self.case.fingerprint,
+            "edits": edits,
+            "metrics": self.metrics,
+            "probes": self.probes,
+        }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The probes of some cases with a target, flattened: B questions."""
+
+    case_B: list[int]
+    criterion_B: list[str]
+    probe_B: list[Probe]
+
+    @classmethod
+    def of(cls, cases: Sequence[EditCase], wanted: Callable[[str], bool]) -> _Asked:
+        flat = [
+            (c, criterion, probe)
+            for c, case in enumerate(cases)
+            for criterion, probes in case.probes.items()
+            for probe in probes
+            if probe.target and wanted(criterion)
+        ]
+        return cls(*map(list, zip(*flat, strict=True))) if flat else cls([], [], [])
+
+    def of_criterion(self, criterion: str) -> list[int]:
+        return [b for b, name in enumerate(self.criterion_B) if name == criterion]
+
+
+class EditingModule(LightningModule):
+    """A language model under evaluation; edits are put in and taken out from outside.
+
+    Runs every training-free method as it is. ``fit`` without training (a stream of edits) works: its
+    ``training_step`` does nothing.
+
+    Args:
+        lm: the language model.
+        generate_tokens: length of free-running answers; 0 leaves them out, they cost several times as much as
+            all the rest.
+    """
+
+    trains_on: ClassVar[str] = "edits"  # which cases `fit` reads: "train" or the "edits" to evaluate
+
+    def __init__(self, lm: LanguageModel, generate_tokens: int = 0) -> None:
+        super().__init__()
+        self.lm, self.generate_tokens = lm, generate_tokens
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints leave the base model out
+        self.case_deltas: list[Delta] | None = None  # one update per case of the batch
+        self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
+        self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
+        self.means: dict[str, float] = {}  # of the last finished evaluation
+        self._metrics: dict[str, metrics.CaseMetric] = {}
+
+    # ------------------------------------------------------------------ Lightning
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        return None
+
+    def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
+        return None
+
+    def on_validation_epoch_start(self) -> None:
+        self._metrics.clear()
+
+    def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
+        """Evaluates a batch of cases; its results are the ``results`` of the output."""
+        if self.only_cases is not None:
+            batch = [case for case in batch if case.case_id in self.only_cases]
+        return {"results": self.evaluate(batch)}
+
+    def on_validation_epoch_end(self) -> None:
+        self.means = self.compute_means()
+        for name, value in self.means.items():
+            self.log(f"val/{name}", value, prog_bar=name in SHOWN, sync_dist=False)
+
+    def compute_means(self) -> dict[str, float]:
+        """Dataset means of everything evaluated since the epoch began, and the harmonic scores."""
+        means = {name: float(metric.compute()) for name, metric in sorted(self._metrics.items())}
+        for name, parts in SCORES.items():
+            values = [means[part] for part in parts if part in means]
+            if len(values) == len(parts):
+                means[name] = float(metrics.harmonic_score(*values))
+        return means
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps trainable parts only, and the name and weights of the base model they belong to."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("lm.")}
+        checkpoint["base_model"] = {"name": self.lm.name, "hash": self.lm.weights_hash}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        base = checkpoint.get("base_model")
+        if base is None:
+            raise ValueError("this checkpoint does not name its base model: it is not one of this project's")
+        if base["hash"] != self.lm.weights_hash:
+            raise ValueError(
+                f"this checkpoint was trained for {base['name']!r} with weights {base['hash']}, not for "
+                f"{self.lm.name!r} with weights {self.lm.weights_hash}: set --model.lm.name and dtype as then"
+            )
+
+    # ------------------------------------------------------------------ asking
+
+    def own_delta(self) -> Delta | None:
+        """The update that this module itself has learned and that is evaluated; none by default."""
+        return None
+
+    @torch.no_grad()
+    def known(self, cases: Sequence[EditCase]) -> list[bool]:
+        """Whether the unedited model gives the true answer to each case's edit prompts, token for token."""
+        edits = [edit for case in cases for edit in case.edits]
+        if any(edit.target_true is None for edit in edits):
+            raise ValueError("known_only needs edits with a true answer, and this dataset has none")
+        with self.lm.pristine():
+            right = iter(
+                self.lm.score([e.text for e in edits], [str(e.target_true) for e in edits])
+                .exact_B.tolist()
+            )  # fmt: skip
+        return [all([next(right) for _ in case.edits]) for case in cases]
+
+    @torch.no_grad()
+    def evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
+        """Asks every probe of every case under the edits in force and adds to the running metrics."""
+        if self.around_case is not None:
+            results = []
+            for case in cases:
+                with self.around_case(case):
+                    results += self._evaluate([case])
+            return results
+        return self._evaluate(cases)
+
+    def _evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
+        results = [CaseResult(case) for case in cases]
+        own = self.own_delta()
+        deltas = self.case_deltas if self.case_deltas is not None else [own] if own else None
+        shared = self.case_deltas is None
+        layer = self.lm.lowest_edited_layer(deltas or ())
+        for compared in (True, False):
+            asked = _Asked.of(cases, lambda criterion, c=compared: (criterion in COMPARED) == c)
+            if asked.probe_B:
+                owners = [0] * len(asked.case_B) if shared else asked.case_B
+                with self.lm.shared_prefix(layer):
+                    self._ask(asked, results, deltas, owners, compared)
+                if self.generate_tokens:
+                    self._ask_freely(asked, results, deltas, owners)
+        return results
+
+    def _ask(
+        self,
+        asked: _Asked,
+        results: list[CaseResult],
+        deltas: list[Delta] | None,
+        owners: list[int],
+        compared: bool,
+    ) -> None:
+        prompts = [probe.prompt for probe in asked.probe_B]
+        targets = [str(probe.target) for probe in asked.probe_B]
+        after = self.lm.score(prompts, targets, deltas, owners, full=compared)
+        before = None
+        if compared:
+            with self.lm.pristine():
+                before = self.lm.score(prompts, targets, full=True)
+        with_rival = [b for b, probe in enumerate(asked.probe_B) if probe.rival]
+        rival = None
+        if with_rival:
+            rivals = [str(asked.probe_B[b].rival) for b in with_rival]
+            rival = self.lm.score(
+                [prompts[b] for b in with_rival], rivals, deltas, [owners[b] for b in with_rival]
+            )
+        table = _measure(after, before, rival, with_rival, asked)
+        start = self._add_probes(asked, results, after)
+        self._count(asked, results, table, start)
+
+    def _add_probes(self, asked: _Asked, results: list[CaseResult], after: TargetScores) -> list[dict]:
+        """Every question and the greedy answer, under its case."""
+        entries = []
+        for b, (case, criterion, probe) in enumerate(
+            zip(asked.case_B, asked.criterion_B, asked.probe_B, strict=True)
+        ):
+            answer = self.lm.decode(after.greedy_BM[b][after.mask_BM[b]]).strip()
+            entry = {"criterion": criterion, "prompt": probe.prompt, "target": probe.target,
+                     "rival": probe.rival, "prediction": answer}  # fmt: skip
+            results[case].probes.append(entry)
+            entries.append(entry)
+        return entries
+
+    def _count(
+        self,
+        asked: _Asked,
+        results: list[CaseResult],
+        table: dict[str, dict[int, float]],
+        entries: list[dict] | None = None,
+    ) -> None:
+        """Adds probe values to the running metrics, to their case's means and to their entries."""
+        for measure, value_of in table.items():
+            for criterion in dict.fromkeys(asked.criterion_B):
+                rows = [b for b in asked.of_criterion(criterion) if b in value_of]
+                if not rows:
+                    continue
+                values_B = torch.tensor([value_of[b] for b in rows])
+                case_B = torch.tensor([asked.case_B[b] for b in rows])
+                name = f"{criterion}/{measure}"
+                metric = self._metrics.setdefault(name, metrics.CaseMean(PROTOCOLS[measure]))
+                metric.update(values_B, case_B)
+                means_C = metrics.case_means(values_B, case_B, len(results))
+                for case in case_B.unique().tolist():
+                    results[case].metrics[name] = means_C[case].item()
+                for b, value in zip(rows, values_B.tolist(), strict=True):
+                    if entries is not None:
+                        entries[b][measure] = value if math.isfinite(value) else None
+
+    def _ask_freely(
+        self,
+        asked: _Asked,
+        results: list[CaseResult],
+        deltas: list[Delta] | None,
+        owners: list[int],
+    ) -> None:
+        """Generates an answer to every question and compares it with the acceptable ones."""
+        prompts = [probe.prompt for probe in asked.probe_B]
+        after = self.lm.generate(prompts, self.generate_tokens, deltas, owners)
+        table: dict[str, dict[int, float]] = {}
+        measures = {
+            "wild_exact": metrics.wild_exact,
+            "wild_contains": metrics.wild_contains,
+            "wild_prefix": metrics.wild_prefix,
+            "wild_f1": metrics.wild_f1,
+        }
+        for b, (probe, text) in enumerate(zip(asked.probe_B, after, strict=True)):
+            answers = [str(probe.target), *probe.aliases]
+            for measure, compare in measures.items():
+                table.setdefault(measure, {})[b] = compare(metrics.wild_answer(text), answers)
+        local = asked.of_criterion(LOCALITY)
+        if local:
+            with self.lm.pristine():
+                before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
+            table["wild_same"] = {b: float(after[b] == t) for b, t in zip(local, before, strict=True)}
+        self._count(asked, results, table)
+
+
+SHOWN = ("efficacy/exact", "generality/exact", "locality/agreement")  # on the progress bar
+
+
+def _measure(
+    after: TargetScores,
+    before: TargetScores | None,
+    rival: TargetScores | None,
+    with_rival: list[int],
+    asked: _Asked,
+) -> dict[str, dict[int, float]]:
+    """Measure to probe index to value."""
+    everything = range(len(asked.probe_B))
+    answers = (after.greedy_BM, after.target_BM, after.mask_BM, after.logprob_BM)
+    table = {
+        "accuracy": _numbered(everything, metrics.token_accuracy(*answers)),
+        "exact": _numbered(everything, metrics.exact_match(*answers)),
+    }
+    if rival is not None:
+        both = (after.logprob_BM[with_rival], after.mask_BM[with_rival], rival.logprob_BM, rival.mask_BM)
+        table["preference"] = _numbered(with_rival, metrics.preference(*both))
+        table["margin"] = _numbered(with_rival, metrics.margin(*both))
+    local = asked.of_criterion(LOCALITY)
+    if before is None:
+        return table
+    exact_before_B = metrics.exact_match(
+        before.greedy_BM, before.target_BM, before.mask_BM, before.logprob_BM
+    )
+    edited = asked.of_criterion("efficacy")
+    table["known_before"] = _numbered(edited, exact_before_B[edited])
+    if local:
+        now, then = (_rows(scores, local) for scores in (after, before))
+        same_B = metrics.agreement(now.greedy_BM, then.greedy_BM, now.mask_BM, now.logprob_BM)
+        table["agreement"] = _numbered(local, same_B)
+        table["kl"] = _numbered(local, metrics.kl(then.full_BMV, now.full_BMV, now.mask_BM))
+        exact_B = metrics.exact_match(now.greedy_BM, now.target_BM, now.mask_BM, now.logprob_BM)
+        table["drawdown"] = _numbered(local, metrics.drawdown(exact_before_B[local], exact_B))
+    return table
+
+
+def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
+    return dict(zip(rows, values_B.tolist(), strict=True))
+
+
+def _rows(scores: TargetScores, rows: list[int]) -> TargetScores:
+    fields = (scores.logprob_BM, scores.greedy_BM, scores.target_BM, scores.mask_BM, scores.full_BMV)
+    return TargetScores(*(None if tensor is None else tensor[rows] for tensor in fields))

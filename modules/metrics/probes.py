@@ -1,0 +1,175 @@
+"""Teacher-forced measures of one probe each, and how probes become cases.
+
+Every measure of success is 0 for a probe whose log-probabilities are not finite (a collapsed model)
+or that has no target token; divergence and perplexity are infinite there. Nothing raises on NaN.
+
+Shapes: B probes, M target tokens (padded), N rival tokens (padded), V vocabulary, C cases.
+Masks are true at real tokens; what stands at padded positions never matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values_BM: Tensor, mask_BM: Tensor) -> Tensor:
+    """Mean over the real tokens of each probe, [B]; NaN for a probe without tokens."""
+    if values_BM.shape != mask_BM.shape:
+        raise ValueError(
+            f"values and mask need one shape [probes, tokens], got {tuple(values_BM.shape)} "
+            f"and {tuple(mask_BM.shape)}"
+        )
+    mask_BM = mask_BM.bool()
+    return torch.where(mask_BM, values_BM.float(), 0.0).sum(-1) / mask_BM.sum(-1)
+
+
+def token_accuracy(
+    greedy_BM: Tensor, target_BM: Tensor, mask_BM: Tensor, logprob_BM: Tensor | None = None
+) -> Tensor:
+    """Share of target tokens that are the argmax, [B].
+
+    Args:
+        greedy_BM: argmax ids at the positions that predict the target.
+        target_BM: the target's ids.
+        mask_BM: true at the target's tokens.
+        logprob_BM: the target's log-probabilities. Where they are not finite the position counts
+            as wrong: the argmax of NaN logits looks like any other id.
+    """
+    hits_BM = greedy_BM == target_BM
+    if logprob_BM is not None:
+        hits_BM = hits_BM & logprob_BM.isfinite()
+    return masked_mean(hits_BM, mask_BM).nan_to_num(0.0)
+
+
+def exact_match(
+    greedy_BM: Tensor, target_BM: Tensor, mask_BM: Tensor, logprob_BM: Tensor | None = None
+) -> Tensor:
+    """1 where every target token is the argmax, else 0, [B]; arguments of `token_accuracy`."""
+    return (token_accuracy(greedy_BM, target_BM, mask_BM, logprob_BM) == 1).float()
+
+
+def agreement(
+    after_greedy_BM: Tensor,
+    before_greedy_BM: Tensor,
+    mask_BM: Tensor,
+    after_logprob_BM: Tensor | None = None,
+) -> Tensor:
+    """Share of positions whose argmax the edit left as it was, [B]."""
+    return token_accuracy(after_greedy_BM, before_greedy_BM, mask_BM, after_logprob_BM)
+
+
+def sum_logprob(logprob_BM: Tensor, mask_BM: Tensor) -> Tensor:
+    """Log-probability of the whole target, [B]; -inf where it is not finite."""
+    mask_BM = mask_BM.bool()
+    total_B = torch.where(mask_BM, logprob_BM.float(), 0.0).sum(-1)
+    return torch.where(total_B.isfinite() & mask_BM.any(-1), total_B, -torch.inf)
+
+
+def mean_logprob(logprob_BM: Tensor, mask_BM: Tensor) -> Tensor:
+    """Log-probability per target token, [B]; -inf where it is not finite."""
+    return sum_logprob(logprob_BM, mask_BM) / mask_BM.bool().sum(-1).clamp(min=1)
+
+
+def preference(
+    target_logprob_BM: Tensor,
+    target_mask_BM: Tensor,
+    rival_logprob_BN: Tensor,
+    rival_mask_BN: Tensor,
+    normalise: bool = True,
+) -> Tensor:
+    """1 where the target is strictly likelier than its rival, else 0, [B].
+
+    Args:
+        target_logprob_BM: log-probabilities of the target's tokens.
+        target_mask_BM: true at them.
+        rival_logprob_BN: log-probabilities of the rival's tokens.
+        rival_mask_BN: true at them.
+        normalise: compare means over tokens, as the published tables do; otherwise sums.
+    """
+    measure = mean_logprob if normalise else sum_logprob
+    target_B = measure(target_logprob_BM, target_mask_BM)
+    rival_B = measure(rival_logprob_BN, rival_mask_BN)
+    return ((target_B > rival_B) & rival_B.isfinite()).float()
+
+
+def margin(
+    target_logprob_BM: Tensor,
+    target_mask_BM: Tensor,
+    rival_logprob_BN: Tensor,
+    rival_mask_BN: Tensor,
+) -> Tensor:
+    """Token probability of the target minus that of its rival (geometric means), [B]."""
+    target_B = mean_logprob(target_logprob_BM, target_mask_BM)
+    rival_B = mean_logprob(rival_logprob_BN, rival_mask_BN)
+    is_finite_B = target_B.isfinite() & rival_B.isfinite()
+    return torch.where(is_finite_B, target_B.exp() - rival_B.exp(), 0.0)
+
+
+def kl(before_logprob_BMV: Tensor, after_logprob_BMV: Tensor, mask_BM: Tensor) -> Tensor:
+    """Mean over tokens of KL(before || after) in nats, [B]; +inf where it is not defined.
+
+    Args:
+        before_logprob_BMV: log-softmax of the unedited model's logits.
+        after_logprob_BMV: the same of the edited model's.
+        mask_BM: true at the positions compared.
+    """
+    before_BMV, after_BMV = before_logprob_BMV.float(), after_logprob_BMV.float()
+    terms_BMV = before_BMV.exp() * (before_BMV - after_BMV)
+    # Some models forbid padding ids of the vocabulary with -inf: 0 log 0 is 0, not NaN.
+    terms_BMV = torch.where(before_BMV == -torch.inf, 0.0, terms_BMV)
+    kl_BM = terms_BMV.sum(-1).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    mean_B = masked_mean(kl_BM.clamp(min=0), mask_BM)
+    return mean_B.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def perplexity(logprob_BM: Tensor, mask_BM: Tensor, count_first: bool = False) -> Tensor:
+    """Perplexity of each text, [B]; +inf where a log-probability is not finite.
+
+    Args:
+        logprob_BM: log-probabilities of the predicted tokens (all but a text's first).
+        mask_BM: true at them.
+        count_first: divide by the length of the text, which counts the first token although it is
+            never predicted, as ROME's essence drift does.
+    """
+    num_tokens_B = (mask_BM.bool().sum(-1) + int(count_first)).clamp(min=1)
+    return (-sum_logprob(logprob_BM, mask_BM) / num_tokens_B).exp()
+
+
+def case_means(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
+    """Mean over each case's probes, [C]; NaN, meaning absent, for a case without any.
+
+    Args:
+        values_B: one value per probe.
+        case_B: index of the probe's case, from 0 to num_cases - 1.
+        num_cases: C.
+    """
+    if values_B.shape != case_B.shape:
+        raise ValueError(
+            f"every probe's value needs its case's index, got {tuple(values_B.shape)} values "
+            f"and {tuple(case_B.shape)} indices"
+        )
+    values_B, case_B = values_B.float(), case_B.to(values_B.device)
+    totals_C = values_B.new_zeros(num_cases).index_add_(0, case_B, values_B)
+    return totals_C / torch.bincount(case_B, minlength=num_cases)
+
+
+def two_level_means(
+    values_B: Tensor, kinds_B: Sequence[str], case_B: Tensor, num_cases: int
+) -> Tensor:
+    """Mean over each case's kinds of the mean over that kind's probes, [C]; NaN where absent.
+
+    Args:
+        values_B: one value per probe.
+        kinds_B: the probe's kind, such as ``alias`` or ``reasoning``.
+        case_B: index of the probe's case, from 0 to num_cases - 1.
+        num_cases: C.
+    """
+    index_of = {kind: index for index, kind in enumerate(sorted(set(kinds_B)))}
+    kind_B = torch.tensor([index_of[kind] for kind in kinds_B], dtype=torch.long)
+    pair_B = case_B * max(len(index_of), 1) + kind_B.to(case_B.device)
+    pairs, group_B = pair_B.unique(return_inverse=True)
+    group_means = case_means(values_B, group_B, len(pairs))
+    return case_means(group_means, pairs // max(len(index_of), 1), num_cases)

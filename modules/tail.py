@@ -1,0 +1,188 @@
+"""The frozen prefix: run the part of a network that an intervention cannot change once, the rest many times.
+
+With an intervention at block L nothing below L changes, and with causal attention nothing before the touched
+token changes either. A :class:`Tail` therefore keeps the hidden states that enter block L and, where a row's
+touched token is given, the keys and values of the tokens before it. Blocks below L are stood in for by
+modules that return the stored states, so embedding, masks, rotary tables, final norm and head stay the
+network's own, and no family needs code of its own.
+
+Shapes: B rows, T tokens, P tokens before the touched one, S from it on, D width, N positions read, V words.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from modules.hooks import capture, first, replace_first
+from modules.structure import Structure
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place and returns stored hidden states; other attributes are the block's own."""
+
+    def __init__(self, block: nn.Module, output: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self._output = output
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block, name)
+
+    def forward(self, *_: object, **__: object) -> Any:  # noqa: ANN401
+        return self._output
+
+
+class Tail:
+    """Blocks from ``layer`` up, over right-padded rows whose lower part is computed here, without gradient.
+
+    Args:
+        net: a causal LM; nothing of it is changed outside a call.
+        structure: where its blocks are.
+        ids_BT: token ids, padded on the right.
+        mask_BT: 1 on real tokens.
+        layer: the lowest block that may change. 0 runs every block.
+        start_B: first token of each row that may change; what comes before is kept as keys and values.
+            Without it all tokens run.
+        reuse: False recomputes everything in every call, head included: the plain way, for comparison.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        structure: Structure,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        layer: int,
+        start_B: Tensor | None = None,
+        reuse: bool = True,
+    ) -> None:
+        self.net, self.structure, self.layer, self.reuse = net, structure, layer, reuse
+        self.blocks = net.get_submodule(structure.blocks)
+        self.offset_B = torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device)
+        self._ids, self._mask, self._positions = ids_BT, mask_BT, None
+        self._cache: DynamicCache | None = None
+        self._stored: Any = None
+        if not reuse:
+            return
+        with torch.no_grad():
+            if start_B is not None and int(start_B.max()) > 0:
+                self._split(start_B)
+            if layer > 0:
+                self._store()
+
+    def _split(self, start_B: Tensor) -> None:
+        """Cuts rows at ``start_B``, lines the cuts up, and keeps keys and values of what is before them.
+
+        Leaves them whole where a layer keeps a running state instead, which can be neither cut nor branched.
+        """
+        cache = DynamicCache(config=self.net.config)
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            return
+        ids_BT, mask_BT = self._ids, self._mask
+        length_B = mask_BT.sum(1)
+        before, after = int(start_B.max()), int((length_B - start_B).max())
+        column = torch.arange(before + after, device=ids_BT.device)[None] - before + start_B[:, None]
+        inside = (column >= 0) & (column < length_B[:, None])
+        ids = ids_BT.gather(1, column.clamp(0, ids_BT.shape[1] - 1))
+        mask = inside.to(mask_BT.dtype)
+        positions = column.clamp(min=0)
+        core = self.net.get_decoder()
+        core(
+            input_ids=ids[:, :before],
+            attention_mask=mask[:, :before],
+            position_ids=positions[:, :before],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        self._ids, self._mask, self._positions = ids[:, before:], mask, positions[:, before:]
+        self._cache, self.offset_B = cache, start_B
+
+    def _store(self) -> None:
+        name = self.structure.block_name(self.layer - 1)
+        with capture({name: self.net.get_submodule(name)}, stop=True) as seen:
+            self.net(**self._inputs())
+        output = seen[name][1]
+        self._stored = replace_first(output, first(output).detach())
+
+    def _inputs(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": self._ids, "attention_mask": self._mask, "use_cache": False}
+        if self._cache is not None:
+            inputs |= {
+                "past_key_values": _branch(self._cache),
+                "position_ids": self._positions,
+                "use_cache": True,
+            }
+        return inputs
+
+    def logits(self, row_N: Tensor, position_N: Tensor) -> Tensor:
+        """logits_NV after token ``position_N`` of row ``row_N``, in the unpadded row's own counting."""
+        if not self.reuse:
+            return self.net(**self._inputs()).logits[row_N, position_N]
+        position_N = position_N - self.offset_B[row_N]
+        with self._stand_ins(), read_at(self.net, row_N, position_N):
+            return self.net(**self._inputs()).logits[0]
+
+    def select(self, row_R: Tensor) -> Tail:
+        """The same tail for some of its rows, nothing recomputed."""
+        part = copy.copy(self)
+        part._ids, part._mask = self._ids[row_R], self._mask[row_R]
+        part.offset_B = self.offset_B[row_R]
+        if self._positions is not None:
+            part._positions = self._positions[row_R]
+        if self._cache is not None:
+            part._cache = _branch(self._cache)
+            part._cache.batch_select_indices(row_R)
+        if self._stored is not None:
+            part._stored = replace_first(self._stored, first(self._stored)[row_R])
+        return part
+
+    def run(self) -> None:
+        """Runs the blocks for what hooks see of them; no logits."""
+        with self._stand_ins():
+            self.net.get_decoder()(**self._inputs())
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        if self._stored is None:
+            yield
+            return
+        originals = [self.blocks[i] for i in range(self.layer)]
+        try:
+            for i, block in enumerate(originals):
+                self.blocks[i] = _StandIn(block, self._stored)
+            yield
+        finally:
+            for i, block in enumerate(originals):
+                self.blocks[i] = block
+
+
+def _branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that starts as this one and leaves it as it is: updates rebind tensors, never write in place."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    return branch
+
+
+@contextmanager
+def read_at(net: nn.Module, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+    """Inside, the head sees only the given positions, and the network returns logits of shape [1, N, V]."""
+
+    def select(_module: nn.Module, args: tuple) -> tuple:
+        hidden_BTD = args[0]
+        return (hidden_BTD[row_N.to(hidden_BTD.device), position_N.to(hidden_BTD.device)][None], *args[1:])
+
+    with ExitStack() as stack:
+        handle = net.get_output_embeddings().register_forward_pre_hook(select)
+        stack.callback(handle.remove)
+        yield

@@ -1,0 +1,362 @@
+"""When edits go in and out (:class:`EditCallback`), and what a run leaves behind (:class:`RunWriter`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from datamodules.records import EditCase
+from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
+from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
+from modules.metrics import FactsForgotten
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of summary.json and cases.jsonl
+
+
+class EditCallback(Callback):
+    """Puts edits in before they are evaluated and takes them out afterwards.
+
+    Args:
+        editor: the method; without one, the LightningModule itself if it is an editor, else none.
+        schedule: ``each``: every case of a validation batch on its own, side by side. ``batch``: a validation
+            batch's cases together. ``epoch``: all cases together, once per validation. ``stream`` (with
+            ``fit``): a training batch's cases per step, never taken out; its validation epochs ask all cases
+            edited so far.
+        save_edits: keep every edit as a file in the run folder.
+    """
+
+    def __init__(
+        self,
+        editor: Editor | None = None,
+        schedule: Literal["each", "batch", "epoch", "stream"] = "each",
+        save_edits: bool = True,
+    ) -> None:
+        self.editor, self.schedule, self.save_edits = editor, schedule, save_edits
+        self.num_edits = 0  # in force on the model that is evaluated
+        self.made, self.seconds, self.touched = 0, 0.0, 0  # edits made, time they took, size of one
+        self.prepare_seconds = 0.0
+        self.current: list[CaseResult] = []  # of the stream's last step
+        self._handles: list[EditHandle] = []
+        self._done: dict[str, None] = {}  # case ids edited so far, in order
+        self._forgotten = FactsForgotten()
+        self._restored: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+        if self.editor is None and isinstance(pl_module, Editor):
+            self.editor = pl_module
+        if self.schedule == "stream":
+            if trainer.state.fn != TrainerFn.FITTING:
+                raise ValueError("the schedule 'stream' edits step by step: run it with fit")
+            if self.editor is None:
+                raise ValueError("the schedule 'stream' needs an editor: set --edit.editor")
+            if pl_module.trains_on != "edits":
+                raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
+                                 "--model EditingModule and --edit.editor")  # fmt: skip
+            pl_module.only_cases = set(self._done)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                _count_in_edits(logger, everything=self.schedule == "stream")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._restore(pl_module)
+
+    def _prepare(self, pl_module: EditingModule) -> None:
+        """Statistics and the like, apart from the edits' own time."""
+        start = time.perf_counter()
+        with editing_mode():
+            self.editor.prepare(pl_module.lm)
+        self.prepare_seconds += time.perf_counter() - start
+
+    # ------------------------------------------------------------------ each
+
+    def _propose_each(self, trainer: Trainer, module: EditingModule, batch: list[EditCase]) -> None:
+        self._prepare(module)
+        if not isinstance(self.editor, WeightEditor):
+            module.around_case = lambda case: self._in_force(trainer, module, case)
+            return
+        with self._timed(len(batch)), editing_mode():
+            deltas = self.editor.propose_each(module.lm, [case.edits for case in batch])
+        module.case_deltas = [
+            self.editor.stamp(module.lm, delta, case.edits)
+            for delta, case in zip(deltas, batch, strict=True)
+        ]
+        for delta, case in zip(module.case_deltas, batch, strict=True):
+            self._save(trainer, delta, case.case_id)
+
+    @contextmanager
+    def _in_force(self, trainer: Trainer, module: EditingModule, case: EditCase) -> Iterator[None]:
+        handle = self._edit(trainer, module, [case], case.case_id)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # ------------------------------------------------------------------ together
+
+    def _edit(
+        self, trainer: Trainer, module: EditingModule, cases: list[EditCase], name: str
+    ) -> EditHandle:
+        self._prepare(module)
+        with self._timed(len(cases)), editing_mode():
+            handle = self.editor.edit(module.lm, [edit for case in cases for edit in case.edits])
+        if isinstance(handle, WeightPatch):
+            self._save(trainer, handle.delta, name)
+        return handle
+
+    @contextmanager
+    def _timed(self, count: int) -> Iterator[None]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        self.made += count
+
+    def _save(self, trainer: Trainer, delta: Delta, name: str) -> None:
+        self.touched = max(self.touched, delta.num_parameters)
+        if self.save_edits and trainer.is_global_zero:
+            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+            delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if self.editor is None or trainer.sanity_checking:
+            return
+        if self.schedule == "epoch":
+            cases = trainer.datamodule.evaluation_cases()
+            self._handles = [self._edit(trainer, pl_module, cases, "all")]
+            self.num_edits = len(cases)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: EditingModule, batch: list[EditCase], *_: object
+    ) -> None:
+        if self.editor is None or trainer.sanity_checking:
+            return
+        if self.schedule == "each":
+            self._propose_each(trainer, pl_module, batch)
+            self.num_edits = 1
+        elif self.schedule == "batch":
+            name = f"batch-{self.made}"
+            self._handles = [self._edit(trainer, pl_module, batch, name)]
+            self.num_edits = len(batch)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: EditingModule, outputs: Any, *_: object  # noqa: ANN401
+    ) -> None:
+        pl_module.case_deltas = pl_module.around_case = None
+        if self.schedule == "batch":
+            self._remove()
+        elif self.schedule == "stream" and not trainer.sanity_checking:
+            self._remember(outputs["results"], "retention")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if self.schedule == "epoch":
+            self._remove()
+        if self.editor is None or trainer.sanity_checking:
+            return
+        pl_module.log("edit/num_edits", float(self.num_edits))
+        pl_module.log("edit/seconds", self.seconds / max(self.made, 1))
+        pl_module.log("edit/peak_gib", peak_gib())
+        if self.schedule == "stream":
+            pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    # ------------------------------------------------------------------ stream
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: EditingModule, batch: list[EditCase], batch_idx: int
+    ) -> None:
+        if self.schedule != "stream":
+            return
+        new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
+        last = self._handles[-1] if self._handles else None
+        if isinstance(last, WeightPatch) and isinstance(new, WeightPatch):
+            last.absorb(new)
+        else:
+            self._handles.append(new)
+        self._done |= {case.case_id: None for case in batch}
+        self.num_edits = len(self._done)
+        pl_module.only_cases = set(self._done)
+        self.current = pl_module.evaluate(batch)
+        self._remember(self.current, "current")
+        names = {name for result in self.current for name in result.metrics}
+        for name in sorted(names):
+            values = [r.metrics[name] for r in self.current if name in r.metrics]
+            pl_module.log(f"current/{name}", fmean(values), batch_size=len(batch))
+        pl_module.log("edit/num_edits", float(self.num_edits), batch_size=len(batch))
+
+    def _remember(self, results: list[CaseResult], phase: str) -> None:
+        ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]
+        right = [r.metrics["efficacy/exact"] for r in results if "efficacy/exact" in r.metrics]
+        if ids:
+            self._forgotten.update(ids, torch.tensor(right), phase)
+
+    # ------------------------------------------------------------------ interruption
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
+        if self.schedule != "stream" or not self._handles:
+            return {}
+        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch)]
+        return {
+            "patches": patches,
+            "done": list(self._done),
+            "made": self.made,
+            "seconds": self.seconds,
+            "touched": self.touched,
+            "forgotten": self._forgotten.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+    def _restore(self, pl_module: EditingModule) -> None:
+        state, self._restored = self._restored, None
+        if state is None or self.schedule != "stream":
+            return
+        self._handles = [WeightPatch.restore(pl_module.lm, patch) for patch in state["patches"]]
+        self._done = dict.fromkeys(state["done"])
+        self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
+        self.num_edits = len(self._done)
+        self._forgotten.load_state_dict(state["forgotten"])
+        pl_module.only_cases = set(self._done)
+
+    def on_exception(self, trainer: Trainer, pl_module: EditingModule, exception: BaseException) -> None:
+        """Leaves the model as it was for whoever goes on with it in the same process."""
+        pl_module.case_deltas = pl_module.around_case = None
+        if self.schedule != "stream":
+            self._remove()
+
+
+def _count_in_edits(logger: WandbLogger, everything: bool) -> None:
+    """W&B draws edit curves over the number of edits, not over the trainer's step."""
+    run = logger.experiment
+    run.define_metric("edit/num_edits")
+    for group in ("current/*", "val/*") if everything else ("current/*",):
+        run.define_metric(group, step_metric="edit/num_edits")
+
+
+def peak_gib() -> float:
+    """Largest memory so far: of the accelerator if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunWriter(Callback):
+    """Writes ``cases.jsonl`` as cases are evaluated and ``summary.json`` when all is done."""
+
+    def __init__(self, run_dir: Path, verb: str) -> None:
+        self.folder, self.verb = run_dir, verb
+        self._started = time.perf_counter()
+
+    @property
+    def _cases(self) -> Path:
+        return self.folder / "cases.jsonl"
+
+    def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+        if trainer.is_global_zero and self._cases.exists():
+            self._end_last_line()
+
+    def _end_last_line(self) -> None:
+        """A run that was killed may have left half a line; what follows starts on a new one."""
+        with open(self._cases, "rb+") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                whole = self._cases.read_bytes()
+                file.truncate(whole.rfind(b"\n") + 1)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: EditingModule, outputs: Any, *_: object  # noqa: ANN401
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._write(trainer, outputs["results"], "val")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        """The edits of a stream's step have just been made and scored by the EditCallback before this one."""
+        self._write(trainer, _edit_callback(trainer).current, "current")
+
+    def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
+        num_edits = _edit_callback(trainer).num_edits
+        rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        if rows and trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self._cases, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if not trainer.interrupted:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if trainer.is_global_zero:
+            text = json.dumps(self._summary(trainer, pl_module), indent=1, ensure_ascii=False)
+            part = self.folder / "summary.json.part"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.folder / "summary.json")
+
+    def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
+        edit = _edit_callback(trainer)
+        means = {name: value if abs(value) < float("inf") else None for name, value in module.means.items()}
+        return {
+            "format": FORMAT,
+            "run": self.folder.name,
+            "verb": self.verb,
+            "finished": True,
+            "editor": type(edit.editor).__name__ if edit.editor is not None else None,
+            "model": module.lm.name,
+            "model_hash": module.lm.weights_hash,
+            "dataset": type(trainer.datamodule).__name__,
+            "schedule": edit.schedule,
+            "protocols": {
+                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}" for name in means
+            },
+            "means": means,
+            "budget": {
+                "num_edits": edit.made or None,
+                "seconds_per_edit": edit.seconds / edit.made if edit.made else None,
+                "prepare_seconds": edit.prepare_seconds or None,
+                "peak_gib": peak_gib(),
+                "parameters_touched": edit.touched or None,
+                "training_seconds": getattr(module, "training_seconds", None),
+                "run_seconds": time.perf_counter() - self._started,
+            },
+        }
+
+
+def _edit_callback(trainer: Trainer) -> EditCallback:
+    return next(c for c in trainer.callbacks if isinstance(c, EditCallback))

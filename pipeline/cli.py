@@ -1,0 +1,276 @@
+"""The command line: Lightning's ``fit`` and ``validate``, and the commands of our own.
+
+Signatures are the schema: every constructor argument of a class named in YAML is an option, checked before
+anything is loaded. Classes can be named by their short name (``ROME``, ``MEND``, ``Facts``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+    from lightning.pytorch.cli import LightningArgumentParser
+
+# Warnings of libraries about what is meant to be so.
+NOISE = (
+    r".*does not have many workers.*",
+    r".*LeafSpec.*is deprecated.*",
+    r".*in eval mode at the start of training.*",  # the language model stays in eval mode
+    r"LightningCLI's args parameter.*",
+    r".*contains no `DataLoader`.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+CONFIGS = Path(__file__).parents[1] / "configs"
+USAGE = """\
+usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains one)
+
+  fit        train an editor or a fine-tuning baseline, or apply a stream of edits
+  validate   edit the model and measure efficacy, generality and locality
+  compare    run a study file of several runs, skip what is finished, then report
+  report     join finished run folders case by case: tables, intervals, plots
+  moments    gather second moments of MLP keys on a text (ROME and its kin need them)
+
+Configuration files are combined in order: corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs one command; a user's mistake ends in one line and exit status 2."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    commands = {"compare": _compare, "report": _report, "moments": _moments}
+    command = args[0]
+    try:
+        if command in ("fit", "validate"):
+            _train_or_validate(args)
+        elif command in commands:
+            commands[command](args[1:])
+        else:
+            known = ", ".join(["fit", "validate", *commands])
+            raise UserError(f"there is no command {command!r}: choose one of {known}")
+    except KeyboardInterrupt:
+        _say("interrupted; what was written is kept")
+        raise SystemExit(130) from None
+    except (UserError, ValueError, OSError, ImportError) as error:
+        if os.environ.get("CORRIGENDA_TRACEBACK"):
+            raise
+        _say(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(2) from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"corrigenda: {text}\n")
+
+
+# ---------------------------------------------------------------------------- fit and validate
+
+
+def _train_or_validate(args: list[str]) -> None:
+    import transformers
+    from lightning.pytorch.cli import LightningCLI
+
+    from pipeline.callbacks import EditCallback, RunWriter
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    _import_methods()
+
+    class PipelineCLI(LightningCLI):
+        """LightningCLI with one more group of options, ``edit``, and a folder for every run."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            every = LightningCLI.subcommands()
+            return {name: every[name] for name in ("fit", "validate")}
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_lightning_class_args(EditCallback, "edit")
+            parser.add_argument(
+                "--run_dir", type=str | None, default=None, help="folder of this run (default: runs/<time>)"
+            )
+            parser.add_argument(
+                "--wandb",
+                type=Literal["offline", "online", "off"],
+                default="offline",
+                help="Weights & Biases: into the run folder, to your account, or not at all",
+            )
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            self.run_dir = _run_dir(config, self.subcommand)
+            _place(config, self.run_dir)
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(RunWriter(self.run_dir, self.subcommand))
+            return trainer
+
+        def before_fit(self) -> None:
+            self._keep_config()
+
+        def before_validate(self) -> None:
+            self._keep_config()
+
+        def _keep_config(self) -> None:
+            """config.yaml of a new run; a resumed one keeps its first and adds its own."""
+            if not self.trainer.is_global_zero:
+                return
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            path, number = self.run_dir / "config.yaml", 0
+            while path.exists():
+                number += 1
+                path = self.run_dir / f"config-resumed-{number}.yaml"
+            parser = self._parser(self.subcommand)
+            path.write_text(parser.dump(self.config[self.subcommand], skip_none=False), "utf-8")
+
+    defaults = {"default_config_files": [str(CONFIGS / "defaults.yaml")]}
+    from lightning.pytorch import LightningDataModule, LightningModule
+
+    cli = PipelineCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_kwargs={"fit": defaults, "validate": defaults},
+        args=_packaged(args),
+    )
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _import_methods() -> None:
+    """Imports every editor and data module, so that YAML can name classes without their path."""
+    for package in ("modules.editors", "datamodules"):
+        folder = importlib.import_module(package).__path__
+        for module in pkgutil.iter_modules(folder, f"{package}."):
+            importlib.import_module(module.name)
+    importlib.import_module("modules.tuning")
+
+
+def _packaged(args: list[str]) -> list[str]:
+    """Arguments in which a configs/... file that is not here stands for the one that comes with us."""
+    found = list(args)
+    for i, arg in enumerate(args[:-1]):
+        path = Path(args[i + 1])
+        if arg in ("-c", "--config") and not path.exists():
+            inside = CONFIGS / Path(*path.parts[1:]) if path.parts[0] == "configs" else CONFIGS / path
+            if not inside.is_file():
+                raise UserError(f"no configuration file {path}; those that come with us are in {CONFIGS}")
+            found[i + 1] = str(inside)
+    return found
+
+
+def _run_dir(config: Namespace, verb: str) -> Path:
+    """The run's folder; refuses one that already holds a run, unless that is resumed."""
+    given = config.run_dir
+    folder = Path(given) if given else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder
+    if (folder / "summary.json").exists():
+        raise UserError(f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir")
+    if verb != "fit" or config.ckpt_path != "last":
+        raise UserError(f"{folder} holds an unfinished run: resume it with fit --ckpt_path last, or choose another --run_dir")
+    if not list(folder.glob("checkpoints/last*.ckpt")):
+        raise UserError(f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir")
+    return folder
+
+
+def _place(config: Namespace, run_dir: Path) -> None:
+    """Everything the run writes goes into its folder: logs, checkpoints, edits."""
+    from jsonargparse import Namespace
+
+    trainer = config.trainer
+    trainer.default_root_dir = str(run_dir)
+    if trainer.logger in (None, True):
+        csv = {"save_dir": str(run_dir), "name": "logs"}
+        trainer.logger = [_spec("lightning.pytorch.loggers.CSVLogger", csv)]
+        if config.wandb != "off":
+            wandb = {"project": "corrigenda", "name": run_dir.name, "save_dir": str(run_dir)}
+            wandb |= {"offline": config.wandb == "offline"}
+            trainer.logger.append(_spec("lightning.pytorch.loggers.WandbLogger", wandb))
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get("save_dir"):
+            logger.setdefault("init_args", Namespace())["save_dir"] = str(run_dir)
+    callbacks = trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback.class_path.endswith("ModelCheckpoint") and not callback.init_args.dirpath:
+            callback.init_args.dirpath = str(run_dir / "checkpoints")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _spec(class_path: str, init_args: dict[str, Any]) -> Namespace:
+    from jsonargparse import Namespace
+
+    return Namespace(class_path=class_path, init_args=Namespace(**init_args))
+
+
+# ---------------------------------------------------------------------------- our own commands
+
+
+def _compare(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from pipeline.compare import compare
+
+    parser = ArgumentParser(prog="corrigenda compare", description=compare.__doc__)
+    parser.add_argument("file", type=Path, help="the study file (YAML)")
+    parser.add_argument("--only", nargs="+", type=str, help="run only these")
+    parser.add_function_arguments(compare, skip={"file", "only"}, as_group=False)
+    given = parser.parse_args(args)
+    compare(given.file, given.out, given.only)
+
+
+def _report(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from pipeline.report import report
+
+    parser = ArgumentParser(prog="corrigenda report", description=report.__doc__)
+    parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
+    parser.add_function_arguments(report, skip={"dirs"}, as_group=False)
+    given = parser.parse_args(args)
+    report(given.dirs, given.out, given.baseline)
+
+
+def _moments(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from modules.lm import LanguageModel
+    from modules.moments import Corpus, Moments
+
+    parser = ArgumentParser(
+        prog="corrigenda moments", description="Gathers second moments of MLP keys; resumes if killed."
+    )
+    parser.add_class_arguments(LanguageModel, "lm")
+    parser.add_class_arguments(Corpus, "corpus")
+    parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
+    given = parser.parse_args(args)
+    lm = LanguageModel(**given.lm)
+    moments = Moments(lm, Corpus(**given.corpus))
+    found = moments.gather(given.layers)
+    for layer, moment_FF in found.items():
+        moments.factor(layer)
+        sys.stdout.write(f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n")
+    sys.stdout.write(f"in {moments.folder}\n")

@@ -1,0 +1,299 @@
+"""``corrigenda compare``: the runs of a study file, each in its own process and folder, one report.
+
+A study file is a list of command lines of ``corrigenda`` under names:
+
+    out: runs/demo               # default: runs/<name of the file>
+    baseline: unedited           # the others' differences are to this run
+    common: --data.limit 30      # appended to every run's arguments
+    runs:
+      - {name: unedited, args: validate -c configs/base/smollm2.yaml -c configs/data/facts.yaml}
+      - {name: mend-train, args: fit -c configs/mend/smollm2.yaml, report: false}
+
+``{out}`` in an argument stands for the output folder. Runs happen in the order of the file; what is
+finished is skipped, what was interrupted goes on or starts over, and nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.errors import UserError
+from pipeline.report import is_finished, report, write_atomically
+
+STUDY_KEYS = ("out", "baseline", "common", "runs")
+RUN_KEYS = ("name", "args", "report")
+SECONDS_TO_CLOSE = 30.0
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One command line of a study; ``{out}`` is still to be filled in."""
+
+    name: str
+    args: tuple[str, ...]
+    is_reported: bool
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked, with the folder its runs go to."""
+
+    file: Path
+    out: Path
+    baseline: str | None
+    runs: tuple[StudyRun, ...]
+
+
+def compare(file: Path, out: Path | None = None, only: list[str] | None = None) -> None:
+    """Run a study file's runs one after another and report on them; run it again to go on.
+
+    Finished runs are skipped if their arguments are still the same (contents of configuration files
+    are not looked at). An interrupted fit goes on from its last checkpoint; any other interrupted
+    run is put aside as NAME.interrupted-1 and starts over.
+
+    Args:
+        file: the study file (YAML): out, baseline, common, runs.
+        out: folder for the runs and the report; by default as the study file says.
+        only: names of the runs to do now; the report takes those and the ones finished before.
+    """
+    study = read_study(file, out)
+    chosen = _choose(study, only)
+    known = _read_record(study.out)
+    for run in chosen:
+        _require_unchanged(study, run, known)
+    try:
+        study.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(
+            f"the output folder {study.out} is a file; name another with --out"
+        ) from None
+    try:
+        for index, run in enumerate(chosen, start=1):
+            _do(study, run, f"[{index}/{len(chosen)}] {run.name}")
+        _report(study)
+    except KeyboardInterrupt:
+        _stop("stopped; the same command goes on from here", INTERRUPTED)
+
+
+# The study file
+
+
+def read_study(file: Path, out: Path | None = None) -> Study:
+    """The study in ``file``; every mistake in it is one line that names the file and the run."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the study file {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    _require_keys(content, STUDY_KEYS, f"{file}")
+    common = _words(content.get("common", ()), f"{file}: common")
+    entries = content.get("runs")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: runs must be a list of runs, got {entries!r}")
+    runs = tuple(
+        _read_run(entry, common, f"{file}: run {index}")
+        for index, entry in enumerate(entries, start=1)
+    )
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{file}: two runs are called {name!r}; rename one")
+    baseline = content.get("baseline")
+    if baseline is not None and baseline not in [run.name for run in runs if run.is_reported]:
+        reported = ", ".join(run.name for run in runs if run.is_reported)
+        raise UserError(f"{file}: baseline {baseline!r} is none of the reported runs ({reported})")
+    stated = content.get("out")
+    if stated is not None and not isinstance(stated, str):
+        raise UserError(f"{file}: out must be a folder's name, got {stated!r}")
+    return Study(file, out or Path(stated or Path("runs") / file.stem), baseline, runs)
+
+
+def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # noqa: ANN401
+    if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+        where = f"{where} ({entry['name']})"
+    _require_keys(entry, RUN_KEYS, where)
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{where} needs a name (text), got {name!r}")
+    if "/" in name or "\\" in name or name.startswith((".", "-")):
+        raise UserError(
+            f"{where}: the name is a folder's name, without slashes, dots or dashes first"
+        )
+    if not entry.get("args"):
+        raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
+    args = _words(entry["args"], f"{where}: args") + common
+    if any(word.split("=")[0] == "--run_dir" for word in args):
+        raise UserError(f"{where}: leave --run_dir out; a run's folder is out/name")
+    is_reported = entry.get("report", True)
+    if not isinstance(is_reported, bool):
+        raise UserError(f"{where}: report must be true or false, got {is_reported!r}")
+    return StudyRun(name, args, is_reported)
+
+
+def _require_keys(content: object, keys: Sequence[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a mapping with the keys {', '.join(keys)}")
+    unknown = [str(key) for key in content if key not in keys]
+    if unknown:
+        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(keys)}")
+
+
+def _words(value: object, where: str) -> tuple[str, ...]:
+    """Arguments from a command line, or from a list of words and numbers."""
+    if isinstance(value, str):
+        try:
+            return tuple(shlex.split(value))
+        except ValueError as error:
+            raise UserError(f"{where}: {error} in {value!r}") from None
+    if isinstance(value, list | tuple) and all(
+        isinstance(word, str | int | float) for word in value
+    ):
+        return tuple(word if isinstance(word, str) else json.dumps(word) for word in value)
+    raise UserError(f"{where}: expected a string or a list of words, got {value!r}")
+
+
+def _choose(study: Study, only: Sequence[str] | None) -> list[StudyRun]:
+    names = [run.name for run in study.runs]
+    for name in only or ():
+        if name not in names:
+            raise UserError(f"{study.file} has no run {name!r}; its runs are {', '.join(names)}")
+    return [run for run in study.runs if not only or run.name in only]
+
+
+# What was run with which arguments: study.json beside the runs
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    path = out / "study.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; repair it, or remove it to trust the runs") from None
+
+
+def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> None:
+    """Note a run's arguments; None where it was run by hand and nobody knows them."""
+    runs = _read_record(study.out)
+    runs[run.name] = {"args": args and list(args), "report": run.is_reported}
+    in_order = [known.name for known in study.runs if known.name in runs]
+    in_order += [name for name in runs if name not in in_order]
+    content = {"format": 1, "runs": {name: runs[name] for name in in_order}}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(study.out / "study.json", text)
+
+
+def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) -> None:
+    """Refuse to keep or continue what was run with other arguments."""
+    folder = study.out / run.name
+    is_kept = is_finished(folder) or _can_resume(folder, run)
+    before = known.get(run.name, {}).get("args")
+    if is_kept and before is not None and before != list(run.args):
+        raise UserError(
+            f"run {run.name} in {study.out} was made with other arguments ({shlex.join(before)}); "
+            f"restore them, rename or remove {folder} to run it anew, or choose another --out"
+        )
+
+
+# Running
+
+
+def run_command(args: Sequence[str], run_dir: Path) -> list[str]:
+    """The command line of one run in a process of its own."""
+    return [sys.executable, "-m", "pipeline", *args, "--run_dir", str(run_dir)]
+
+
+def _do(study: Study, run: StudyRun, title: str) -> None:
+    """Bring one run to its end, whatever state it is in; exits if that fails."""
+    console = Console(highlight=False)
+    folder = study.out / run.name
+    if is_finished(folder):
+        console.print(f"{title}: finished before, skipped", markup=False)
+        _write_record(study, run, _read_record(study.out).get(run.name, {}).get("args"))
+        return
+    console.rule(Text(title), align="left")
+    args = [word.replace("{out}", str(study.out)) for word in run.args]
+    if _can_resume(folder, run):
+        console.print("interrupted before, goes on from its last checkpoint", markup=False)
+        args += ["--ckpt_path", "last"]
+    elif folder.exists():
+        aside = _put_aside(folder)
+        console.print(f"interrupted before, kept as {aside} and started over", markup=False)
+    _write_record(study, run, run.args)
+    _finish(run, folder, _wait(run_command(args, folder)))
+
+
+def _can_resume(folder: Path, run: StudyRun) -> bool:
+    """Whether ``folder`` holds an interrupted fit with a checkpoint to go on from."""
+    has_checkpoint = (folder / "checkpoints" / "last.ckpt").exists()
+    return run.args[0] == "fit" and has_checkpoint and not is_finished(folder)
+
+
+def _put_aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.interrupted-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Exit status of the command, which shares this terminal; on Ctrl-C it may close its files."""
+    sys.stdout.flush()
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal sent the signal to the run as well, which may be writing a checkpoint.
+        try:
+            process.wait(SECONDS_TO_CLOSE)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            process.terminate()
+            process.wait()
+        raise
+
+
+def _finish(run: StudyRun, folder: Path, status: int) -> None:
+    if status:
+        # A process killed by signal N has status -N; shells say 128 + N.
+        status = status if status > 0 else 128 - status
+        _stop(
+            f"run {run.name} failed (exit {status}), nothing after it was started; "
+            "the same command goes on from here",
+            status,
+        )
+    if not is_finished(folder):
+        _stop(f"run {run.name} ended without a summary.json in {folder}, so it is not finished", 1)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"corrigenda compare: {message}\n")
+    raise SystemExit(status)
+
+
+def _report(study: Study) -> None:
+    """Report on what is finished; with ``only`` that may be less than the study."""
+    reported = [run.name for run in study.runs if run.is_reported]
+    done = [name for name in reported if is_finished(study.out / name)]
+    if not done:
+        sys.stdout.write("no reported run is finished yet, so there is no report\n")
+        return
+    if len(done) < len(reported):
+        missing = ", ".join(name for name in reported if name not in done)
+        sys.stdout.write(f"not in the report, because not finished: {missing}\n")
+    baseline = study.baseline if study.baseline in done else None
+    report([study.out / name for name in done], study.out, baseline)

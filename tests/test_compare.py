@@ -1,0 +1,262 @@
+"""Studies whose runs are a small script: what it is told to do is its first argument."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import compare as study_runner
+from pipeline.compare import compare, read_study, run_command
+from pipeline.errors import UserError
+
+# Usage: fake.py <verb> <what to do> [anything] --run_dir DIR [--ckpt_path last]
+FAKE = """
+import json, os, pathlib, signal, sys, time
+what, folder = sys.argv[2], pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+with (folder.parent / "calls.txt").open("a") as calls:
+    calls.write(" ".join([folder.name, *sys.argv[1:]]) + "\\n")
+if what == "fail":
+    sys.exit(3)
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "interrupt":
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(0.2)
+    (folder / "closed").touch()
+    sys.exit(1)
+row = {"case_id": "1", "fingerprint": "f", "phase": "val", "num_edits": 1,
+       "metrics": {"efficacy/exact": 1.0}, "probes": []}
+(folder / "cases.jsonl").write_text(json.dumps(row) + "\\n")
+summary = {"format": 1, "finished": True, "editor": None, "means": {}, "budget": {},
+           "protocols": {"efficacy/exact": "tf_exact@each"}}
+if what != "silent":
+    (folder / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A function that writes a study file with these runs, whose commands are the script."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+
+    def fake_command(args, run_dir):
+        return [sys.executable, str(script), *args, "--run_dir", str(run_dir)]
+
+    monkeypatch.setattr(study_runner, "run_command", fake_command)
+
+    def write(*runs, **keys):
+        file = tmp_path / "demo.yaml"
+        entries = [
+            {"name": name, "args": args, **rest}
+            for name, args, *others in runs
+            for rest in [others[0] if others else {}]
+        ]
+        file.write_text(json.dumps({"out": str(tmp_path / "out"), "runs": entries, **keys}))
+        return file
+
+    return write
+
+
+def calls(tmp_path):
+    path = tmp_path / "out" / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def called(tmp_path):
+    return [line.split()[0] for line in calls(tmp_path)]
+
+
+def test_the_command_is_ours():
+    command = run_command(["fit", "-c", "a.yaml"], Path("runs/x"))
+    assert command == [
+        *(sys.executable, "-m", "pipeline", "fit", "-c", "a.yaml"),
+        *("--run_dir", str(Path("runs/x"))),
+    ]
+
+
+def test_runs_in_order_then_reports(study, tmp_path, capfd):
+    file = study(
+        ("train", "fit ok", {"report": False}),
+        ("b", "validate ok --ckpt_path {out}/train/best.ckpt"),
+        ("a", ["validate", "ok", "--seed", 3, True]),
+        baseline="b",
+        common="--limit 30 --name 'two words'",
+    )
+    compare(file)
+    out = tmp_path / "out"
+    common = "--limit 30 --name two words --run_dir"
+    assert calls(tmp_path) == [
+        f"train fit ok {common} {out}/train",
+        f"b validate ok --ckpt_path {out}/train/best.ckpt {common} {out}/b",
+        f"a validate ok --seed 3 true {common} {out}/a",
+    ]
+    text = (out / "report.csv").read_text()
+    assert [line.split(",")[0] for line in text.splitlines()] == ["run", "b", "a"]
+    assert "Difference to b" in (out / "report.md").read_text()
+    printed = capfd.readouterr().out
+    assert "[2/3] b" in printed
+    assert f"report: {out / 'report.html'}" in printed
+
+
+def test_finished_runs_are_skipped(study, tmp_path, capfd):
+    file = study(("a", "validate ok"), ("b", "validate ok"))
+    compare(file)
+    capfd.readouterr()
+    compare(file)
+    assert called(tmp_path) == ["a", "b"]
+    printed = capfd.readouterr().out
+    assert "[1/2] a: finished before, skipped" in printed
+    assert "report:" in printed
+
+
+def test_an_interrupted_fit_is_resumed(study, tmp_path):
+    file = study(("a", "fit ok"))
+    checkpoint = tmp_path / "out" / "a" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    compare(file)
+    assert calls(tmp_path) == [f"a fit ok --ckpt_path last --run_dir {tmp_path / 'out' / 'a'}"]
+    assert checkpoint.exists()
+
+
+def test_an_interrupted_run_without_checkpoint_is_put_aside(study, tmp_path):
+    file = study(("a", "validate ok"))
+    for name in ("a", "a.interrupted-1"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "a" / "cases.jsonl").write_text('{"case_')
+    (tmp_path / "out" / "a" / "summary.json").write_text('{"fini')
+    compare(file)
+    assert called(tmp_path) == ["a"]
+    assert (tmp_path / "out" / "a.interrupted-2" / "cases.jsonl").read_text() == '{"case_'
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("what", "status"), [("fail", 3), ("die", 137), ("silent", 1)])
+def test_a_failing_run_stops_the_comparison(study, tmp_path, capfd, what, status):
+    file = study(("a", "validate ok"), ("b", f"validate {what}"), ("c", "validate ok"))
+    with pytest.raises(SystemExit) as caught:
+        compare(file)
+    assert caught.value.code == status
+    assert called(tmp_path) == ["a", "b"]
+    message = capfd.readouterr().err.strip()
+    assert "run b" in message
+    assert "\n" not in message
+    # Mended, the same study goes on where it stopped.
+    compare(study(("a", "validate ok"), ("b", "validate ok"), ("c", "validate ok")))
+    assert called(tmp_path) == ["a", "b", "b", "c"]
+    assert (tmp_path / "out" / "b.interrupted-1").is_dir()
+
+
+def test_ctrl_c_lets_the_run_close_and_says_how_to_go_on(study, tmp_path, capfd):
+    file = study(("a", "validate interrupt"), ("b", "validate ok"))
+    with pytest.raises(SystemExit) as caught:
+        compare(file)
+    assert caught.value.code == 130
+    assert called(tmp_path) == ["a"]
+    assert (tmp_path / "out" / "a" / "closed").exists()
+    assert "the same command goes on" in capfd.readouterr().err
+
+
+def test_changed_arguments_are_refused_before_anything_runs(study, tmp_path):
+    compare(study(("a", "validate ok"), ("b", "validate ok")))
+    changed = study(("c", "validate ok"), ("a", "validate ok"), ("b", "validate ok --limit 3"))
+    with pytest.raises(UserError) as caught:
+        compare(changed)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("run b", "validate ok", str(tmp_path / "out" / "b"), "--out"):
+        assert part in message
+    assert called(tmp_path) == ["a", "b"]
+    compare(changed, only=["a"])
+    (tmp_path / "out" / "b").rename(tmp_path / "out" / "b.old")
+    compare(changed)
+    assert called(tmp_path) == ["a", "b", "c", "b"]
+
+
+def test_changed_arguments_of_an_interrupted_fit_are_refused(study, tmp_path):
+    with pytest.raises(SystemExit):
+        compare(study(("a", "fit fail")))
+    (tmp_path / "out" / "a" / "checkpoints").mkdir()
+    (tmp_path / "out" / "a" / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match="run a .* other arguments"):
+        compare(study(("a", "fit ok")))
+
+
+def test_a_study_may_be_moved(study, tmp_path):
+    file = study(("a", "validate ok {out}/x"))
+    compare(file)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    compare(file, out=tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "calls.txt").read_text().count("\n") == 1
+
+
+def test_only_some(study, tmp_path, capfd):
+    file = study(("train", "fit ok", {"report": False}), ("a", "validate ok"), ("b", "validate ok"))
+    compare(file, only=["train"])
+    assert called(tmp_path) == ["train"]
+    assert "no report" in capfd.readouterr().out
+    compare(file, only=["b"])
+    assert called(tmp_path) == ["train", "b"]
+    assert "not finished: a" in capfd.readouterr().out
+    with pytest.raises(UserError, match="no run 'x'; its runs are train, a, b"):
+        compare(file, only=["x"])
+
+
+def test_a_run_made_by_hand_is_trusted(study, tmp_path):
+    file = study(("a", "validate ok"))
+    compare(file)
+    (tmp_path / "out" / "study.json").unlink()
+    other = study(("a", "validate ok --limit 3"))
+    compare(other)
+    compare(other)
+    assert called(tmp_path) == ["a"]
+
+
+def test_out_defaults_to_the_file_name(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text("runs: [{name: a, args: validate}]")
+    assert read_study(file).out == Path("runs/tiny")
+    assert read_study(file, Path("x")).out == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["mapping"]),
+        ("runs: [", ["not YAML"]),
+        ("runs: []", ["runs must be a list"]),
+        ("run: []", ["unknown key run"]),
+        ("runs: [{name: a, args: x, arg: y}]", ["run 1 (a)", "unknown key arg"]),
+        ("runs: [{name: a, args: x}, {name: a, args: y}]", ["'a'", "rename"]),
+        ("runs: [{name: a/b, args: x}]", ["run 1 (a/b)", "slashes"]),
+        ("runs: [{name: .., args: x}]", ["dots"]),
+        ("runs: [{args: x}]", ["run 1", "needs a name"]),
+        ("runs: [{name: 7, args: x}]", ["run 1", "got 7"]),
+        ("runs: [{name: a}]", ["run 1 (a)", "no args"]),
+        ("runs: [a]", ["run 1", "mapping"]),
+        ("""runs: [{name: a, args: "x 'y"}]""", ["run 1 (a)", "quotation"]),
+        ("runs: [{name: a, args: {x: y}}]", ["run 1 (a)", "string or a list"]),
+        ("runs: [{name: a, args: x --run_dir y}]", ["run 1 (a)", "--run_dir"]),
+        ("runs: [{name: a, args: x, report: maybe}]", ["run 1 (a)", "true or false"]),
+        ("{baseline: b, runs: [{name: a, args: x}]}", ["baseline 'b'", "(a)"]),
+        ("{baseline: a, runs: [{name: a, args: x, report: false}]}", ["baseline 'a'"]),
+        ("{out: 3, runs: [{name: a, args: x}]}", ["out must be"]),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(tmp_path, text, parts):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_study(file)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in [str(file), *parts]:
+        assert part in message
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(UserError, match="cannot read the study file"):
+        read_study(tmp_path / "nowhere.yaml")

@@ -1,0 +1,498 @@
+"""The hand-computed list T01 to T40 of the evaluation notes, as far as it concerns metrics."""
+
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torchmetrics import Metric, MetricCollection
+
+from modules import metrics
+from modules.metrics import (
+    Agreement,
+    Drawdown,
+    ExactMatch,
+    FactsForgotten,
+    HarmonicScore,
+    KLDivergence,
+    Margin,
+    Portability,
+    Preference,
+    TokenAccuracy,
+    WildContains,
+    WildExact,
+    WildF1,
+    WildPrefix,
+    WildSame,
+)
+
+LN2, NAN, INF = math.log(2), math.nan, math.inf
+CASE_METRICS = [TokenAccuracy, ExactMatch, Agreement, Preference, Margin, KLDivergence, WildExact]
+CASE_METRICS += [WildContains, WildPrefix, WildF1, WildSame, Drawdown, Portability]
+EVERY_METRIC = [*CASE_METRICS, HarmonicScore, FactsForgotten]
+
+
+def near(expected):
+    return pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+def column(*nlls):
+    """Log-probabilities and mask of one-token targets with these negative log-likelihoods."""
+    return -torch.tensor(nlls)[:, None], torch.ones(len(nlls), 1, dtype=torch.bool)
+
+
+def padded(rows, pad):
+    width = max(map(len, rows))
+    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows]), mask
+
+
+def cases(*indices):
+    return torch.tensor(indices)
+
+
+# --- teacher forced ---
+
+
+@pytest.mark.parametrize("target, rival", [("true", "new"), ("new", "true")])
+def test_t01_ties_are_failures(target, rival):
+    nll = {"true": column(0.5, 2.0, 1.0), "new": column(1.0, 1.0, 1.0)}
+    metric = Preference()
+    metric.update(*nll[target], *nll[rival], cases(0, 1, 2))
+    assert metric.compute() == near(0.3333)
+
+
+def test_t02_paraphrase_score_and_magnitude():
+    new, true = column(math.log(3), LN2), column(math.log(10), math.log(5))
+    assert metrics.preference(*new, *true).mean() == near(1.0)
+    metric = Margin()
+    metric.update(*new, *true, cases(0, 0))
+    assert metric.compute() == near(0.26667)
+
+
+def test_t03_prompts_then_cases():
+    hits = column(1, 1, 1, 3, 3)
+    metric = Preference()
+    metric.update(*hits, *column(*[2.0] * 5), cases(7, 7, 3, 3, 9))
+    assert metric.compute() == near(0.5)
+
+
+def test_t04_length_normalisation_decides():
+    one, three = column(-math.log(0.2)), (torch.full((1, 3), 0.5).log(), torch.ones(1, 3))
+    assert metrics.preference(*one, *three, normalise=False).item() == 1.0
+    assert metrics.preference(*three, *one).item() == 1.0
+    assert metrics.margin(*three, *one).item() == near(0.3)
+    assert Preference(normalise=False).protocol != Preference().protocol
+
+
+@pytest.mark.parametrize("pad, dtype", [(0, torch.bool), (-100, torch.long), (9, torch.float)])
+def test_t05_tokens_and_whole_targets(pad, dtype):
+    target, mask = padded([[5, 6, 7], [5, 8]], pad)
+    greedy, _ = padded([[5, 6, 7], [5, 9]], pad)
+    mask = mask.to(dtype)
+    assert metrics.token_accuracy(greedy, target, mask).tolist() == near([1.0, 0.5])
+    accuracy, exact = TokenAccuracy(), ExactMatch()
+    for metric in (accuracy, exact):
+        metric.update(greedy, target, mask, cases(0, 1))
+    assert (accuracy.compute(), exact.compute()) == (near(0.75), near(0.5))
+
+
+def test_t06_cases_weigh_the_same():
+    target, mask = padded([[1, 2], [1, 2, 3, 4]], 0)
+    greedy, _ = padded([[1, 2], [1, 9, 9, 9]], 0)
+    accuracy, exact = TokenAccuracy(), ExactMatch()
+    for metric in (accuracy, exact):
+        metric.update(greedy, target, mask, cases(0, 1))
+    assert (accuracy.compute(), exact.compute()) == (near(0.625), near(0.5))
+
+
+def test_t07_teacher_forcing_hides_errors():
+    gold, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4)
+    forced, free = torch.tensor([[0, 2, 3, 4]]), torch.tensor([[0, 9, 9, 9]])
+    assert metrics.token_accuracy(forced, gold, mask).item() == near(0.75)
+    assert metrics.token_accuracy(free, gold, mask).item() == 0
+    assert metrics.exact_match(free, gold, mask).item() == 0
+
+
+def test_t08_invariance_and_truth_differ():
+    before, after = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 9, 8]])
+    gold, mask = torch.tensor([[5, 6, 9, 9]]), torch.ones(1, 4)
+    metric = Agreement()
+    metric.update(after, before, mask, cases(0))
+    assert metric.compute() == near(0.75)
+    assert metrics.token_accuracy(before, gold, mask).item() == near(0.5)
+    assert metrics.token_accuracy(after, gold, mask).item() == near(0.75)
+
+
+def test_kl_of_two_coins():
+    # 0.5 ln(0.5/0.25) + 0.5 ln(0.5/0.75) = 0.14384; the second token did not change.
+    before = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]]).log()
+    after = torch.tensor([[[0.25, 0.75, 0.0], [0.5, 0.5, 0.0], [0.7, 0.2, 0.1]]]).log()
+    mask = torch.tensor([[1, 1, 0]])
+    metric = KLDivergence()
+    metric.update(before, after, mask, cases(0))
+    assert metric.compute() == near(0.07192)
+    assert metrics.kl(after, torch.full_like(after, NAN), mask).item() == INF
+
+
+def test_t20_perplexity():
+    halves, mask = torch.full((1, 2), 0.5).log(), torch.ones(1, 2)
+    assert metrics.perplexity(halves, mask).item() == near(2.0)
+    assert metrics.perplexity(halves, mask, count_first=True).item() == near(1.5874)
+    logits = torch.tensor([[[2.0, 0, 0], [0, 2.0, 0]]])
+    logprob = logits.log_softmax(-1).gather(-1, torch.tensor([[[0], [1]]])).squeeze(-1)
+    assert metrics.perplexity(logprob, mask).item() == near(1.27067)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_t39_collapse_is_failure_not_an_exception(bad):
+    broken, mask = torch.tensor([[-1.0, bad]]), torch.ones(1, 2)
+    fine, ids = column(1.0), torch.tensor([[1, 0]])  # argmax of NaN logits may well be 0
+    assert metrics.exact_match(ids, ids, mask, broken).item() == 0
+    assert metrics.token_accuracy(ids, ids, mask, broken).item() == near(0.5)
+    assert metrics.agreement(ids, ids, mask, broken * bad).item() == 0
+    assert metrics.mean_logprob(broken, mask).item() == -INF
+    for pair in [(broken, mask, *fine), (*fine, broken, mask), (broken, mask, broken, mask)]:
+        for normalise in (True, False):
+            assert metrics.preference(*pair, normalise=normalise).item() == 0
+        assert metrics.margin(*pair).item() == 0
+    assert metrics.perplexity(broken, mask).item() == INF
+    vocabulary = torch.zeros(1, 2, 3).log_softmax(-1)
+    assert metrics.kl(vocabulary, vocabulary * bad, mask).item() == INF
+    assert metrics.generation_entropy(metrics.split_words("")) == 0
+
+
+def test_padding_may_hold_anything():
+    logprob, mask = torch.tensor([[-1.0, -3.0, NAN]]), torch.tensor([[1, 1, 0]])
+    assert metrics.mean_logprob(logprob, mask).item() == near(-2.0)
+    assert metrics.sum_logprob(logprob.half(), mask).item() == near(-4.0)
+    assert metrics.preference(logprob, mask, *column(2.5)).item() == 1
+
+
+def test_a_probe_without_tokens_fails():
+    empty, ids = torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[1, 2]])
+    assert metrics.exact_match(ids, ids, empty).item() == 0
+    assert metrics.preference(torch.zeros(1, 2), empty, *column(1.0)).item() == 0
+    assert metrics.kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), empty).item() == INF
+
+
+def test_results_are_float32_vectors():
+    logprob, mask = torch.full((2, 3), -1.0, dtype=torch.bfloat16), torch.ones(2, 3)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    results = [metrics.token_accuracy(ids, ids, mask), metrics.mean_logprob(logprob, mask)]
+    results.append(metrics.margin(logprob, mask, logprob[:, :1], mask[:, :1]))
+    results.append(metrics.kl(logprob[..., None], logprob[..., None], mask))
+    assert all(r.shape == (2,) and r.dtype == torch.float32 for r in results)
+
+
+def test_wrong_shapes_are_named():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2, 1\)"):
+        metrics.token_accuracy(ids, ids, torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"got \(2,\) values and \(3,\) indices"):
+        metrics.case_means(torch.ones(2), cases(0, 1, 2), 3)
+
+
+def test_a_case_without_probes_is_absent():
+    means = metrics.case_means(torch.tensor([1.0, 0.0, 1.0]), cases(0, 2, 0), 3)
+    assert means.tolist() == near([1.0, NAN, 0.0])
+
+
+PORTABILITY = (
+    torch.tensor([1.0, 0, 1, 0, 0, 1]),
+    ["alias", "alias", "reason", "logic", "logic", "logic"],
+)
+
+
+def test_t10_portability_has_two_levels():
+    means = metrics.two_level_means(*PORTABILITY, cases(0, 0, 0, 1, 1, 1), 3)
+    assert means.tolist() == near([0.75, 0.33333, NAN])
+    metric = Portability()
+    metric.update(*PORTABILITY, cases(4, 4, 4, 8, 8, 8))
+    assert metric.compute() == near(0.54167)
+
+
+# --- free running ---
+
+
+@pytest.mark.parametrize(
+    "text, answer, strict, paper, contains",
+    [
+        ("Paris. It is", "Paris", 1, 1, 1),
+        (" the Paris\nQ: next", "Paris", 1, 1, 1),
+        ("Paris Paris Paris", "Paris", 0, 0, 1),
+        ("U.S. Virgin Islands", "U.S. Virgin Islands", 1, 0, 1),
+        ("St. Louis. He was", "St. Louis", 1, 0, 1),
+        ("3.5 million", "3.5 million", 1, 0, 1),
+        ("J. K. Rowling.", "J. K. Rowling", 1, 0, 1),
+        ("", "Paris", 0, 0, 0),
+    ],
+)
+def test_t29_where_an_answer_ends(text, answer, strict, paper, contains):
+    assert metrics.wild_exact(metrics.wild_answer(text), [answer]) == strict
+    assert metrics.wild_exact(metrics.paper_answer(text), [answer]) == paper
+    for metric, expected in [
+        (WildExact(), strict),
+        (WildExact(stop="paper"), paper),
+        (WildContains(), contains),
+    ]:
+        metric.update([text], [[answer]], cases(0))
+        assert metric.compute() == expected
+        assert metric.protocol == ("wild_paper" if metric.cut is metrics.paper_answer else "wild")
+
+
+def test_t29_the_cut_itself():
+    assert metrics.wild_answer("Paris. It is") == metrics.paper_answer("Paris. It is") == "Paris"
+    assert metrics.paper_answer("U.S. Virgin Islands") == "U"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("The Beatles!", "beatles"), ("An A.B.C.", "abc"), ("  a  b ", "b"), ("A", "a")],
+)
+def test_t23_normalised_answers(text, expected):
+    assert metrics.normalise_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, exact, prefix, contains, f1",
+    [
+        ("Paris, the capital", ["Paris"], 0, 1, 1, 0.66667),
+        ("It is Paris", ["Paris"], 0, 0, 1, 0.5),
+        ("Paris France", ["Paris", "City of Paris"], 0, 1, 1, 0.66667),
+        ("I know", ["no"], 0, 0, 0, 0.0),
+        ("paris", ["Rome", "Paris"], 1, 1, 1, 1.0),
+        ("anything", [], 0, 0, 0, 0.0),
+        ("", ["!"], 0, 0, 0, 0.0),
+    ],
+)
+def test_t23_verdicts(prediction, answers, exact, prefix, contains, f1):
+    assert metrics.wild_exact(prediction, answers) == exact
+    assert metrics.wild_prefix(prediction, answers) == prefix
+    assert metrics.wild_contains(prediction, answers) == contains
+    assert metrics.wild_f1(prediction, answers) == near(f1)
+
+
+def test_one_string_is_not_a_list_of_answers():
+    with pytest.raises(ValueError, match="got the string 'Paris'"):
+        metrics.wild_exact("P", "Paris")
+
+
+def test_wild_classes_average_probes_then_cases():
+    generated = ["Paris", "in Paris", "Rome", "Rome"]
+    args = (generated, [["Paris"], ["Paris"], ["Rome"], ["Rome"]], cases(1, 1, 2, 2))
+    expected = {WildExact: 0.75, WildPrefix: 0.75, WildContains: 1.0, WildF1: 0.91667}
+    for cls, value in expected.items():
+        metric = cls()
+        metric.update(*args)
+        assert metric.compute() == near(value)
+    same = WildSame()
+    same.update(generated, ["Paris", "in Paris", "Rome", "Rome "], cases(1, 1, 2, 2))
+    assert same.compute() == near(0.75)
+
+
+@pytest.mark.parametrize(
+    "text, h2, h3, fluency",
+    [
+        ("the cat sat on the mat", 2.32193, 2.0, 2.10731),
+        ("a b a b a b a b", 0.98523, 1.0, 0.99508),
+        ("seven words none of which comes twice", math.log2(6), math.log2(5), 2.40961),
+        ("word word word word word", 0, 0, 0),
+        ("word", 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_t11_ngram_entropy(text, h2, h3, fluency):
+    words = text.split()
+    assert metrics.split_words(text) == words
+    assert metrics.ngram_entropy(words, 2) == near(h2)
+    assert metrics.ngram_entropy(words, 3) == near(h3)
+    assert metrics.generation_entropy(words) == near(fluency)
+
+
+@pytest.mark.parametrize(
+    "texts, expected",
+    [
+        (["Italy Italy italy.", "italy Rome is a city."], 0.86135),
+        (["italy " * 4, "italy " * 4], 0.0),
+        ([""], 0.0),
+    ],
+)
+def test_t12_normalised_word_entropy(texts, expected):
+    assert metrics.normalised_word_entropy(texts) == near(expected)
+
+
+# --- whole runs ---
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ((100, 96.4, 75.4), 89.190),
+        ((22.2, 24.7, 78.1), 30.508),
+        ((0.9, 0.6, 0.3), 0.49091),
+        ((100, 100, 0), 0),
+        ((1.0, NAN, 0.0), NAN),
+    ],
+)
+def test_t09_harmonic_score(values, expected):
+    assert metrics.harmonic_score(*values) == pytest.approx(expected, abs=5e-4, nan_ok=True)
+
+
+def test_t09_is_of_dataset_means():
+    metric = HarmonicScore()
+    means = {"efficacy": 0.9, "generality": 0.6, "locality": 0.3}
+    for criterion, mean in means.items():
+        assert metric.compute().isnan()
+        metric.update(criterion, torch.tensor([1.0, 1.0, 2 * mean - 1]), cases(0, 0, 1))
+    metric.update("portability", torch.zeros(1), cases(0))
+    assert metric.compute() == near(0.49091)
+
+
+def test_t22_drawdown_and_set_f1():
+    assert metrics.drawdown(0.80, 0.76) == near(0.04)
+    metric = Drawdown()
+    metric.update(torch.tensor([1.0, 0.6]), torch.tensor([0.92, 0.6]), cases(0, 1))
+    assert metric.compute() == near(0.04)
+    assert metrics.set_f1([4, 4, 9], [4, 7]) == near(0.4)
+    assert metrics.set_f1([], [4]) == 0
+
+
+def test_t30_facts_stay_forgotten():
+    sticky, of_all = FactsForgotten(), FactsForgotten(of_all=True)
+    ids = [str(number) for number in range(1, 11)]
+    ok_at_5, ok_at_10 = torch.tensor([0, 1, 0, 0, 1]), torch.ones(10)
+    ok_at_10[2] = 0
+    for metric in (sticky, of_all):
+        metric.update(ids[:5], torch.tensor([1, 1, 0, 1, 1]), "current")
+        assert metric.compute() == 0
+        metric.update(ids[:5], ok_at_5, "retention")
+    assert (sticky.compute(), of_all.compute()) == (near(0.5), near(0.4))
+    assert ok_at_5.float().mean() == near(0.4)
+    sticky.update(ids[5:], torch.ones(5), "current")
+    sticky.update(ids[::-1], ok_at_10.flip(0), "retention")
+    assert sticky.compute() == near(0.22222)
+    assert ok_at_10.mean() == near(0.9)
+
+
+def test_t30_as_a_function():
+    held, lost = torch.tensor([1, 1, 0, 1, 1]), torch.tensor([1, 0, 1, 1, 0])
+    assert metrics.facts_forgotten(held, lost) == near(0.5)
+    assert metrics.facts_forgotten(held, lost, of_all=True) == near(0.4)
+    assert metrics.facts_forgotten(torch.zeros(2), torch.ones(2)) == 0
+
+
+def test_facts_forgotten_survives_checkpoint_and_merge():
+    parts = [FactsForgotten(), FactsForgotten()]
+    parts[0].update(["1", "2"], torch.ones(2), "current")
+    parts[1].update(["3", "4"], torch.ones(2), "current")
+    parts[1].update(["2"], torch.zeros(1), "retention")  # made on one rank, lost on another
+    parts[0].merge_state(parts[1])
+    assert parts[0].compute() == near(0.25)
+    resumed = FactsForgotten()
+    resumed.load_state_dict(parts[0].state_dict())
+    assert resumed.compute() == near(0.25)
+    with pytest.raises(ValueError, match="got 'later'"):
+        resumed.update(["1"], torch.ones(1), "later")
+
+
+def test_t32_weight_distance():
+    distance = metrics.weight_distance(
+        torch.tensor([[4.0, 2], [3, 8]]), torch.tensor([[1.0, 2], [3, 4]])
+    )
+    assert distance == near((5.0, 1.25, 5 / math.sqrt(30)))
+    zero = torch.zeros(1, 1).expand(6400, 1600)
+    moved = metrics.weight_distance(zero + 10.24 / 3200, zero)
+    assert moved.frobenius == near(10.24)
+    assert moved.per_entry == pytest.approx(1e-6, rel=1e-4)
+    assert moved.relative == INF
+
+
+def test_t35_trailing_mean():
+    assert metrics.trailing_mean([1, 0, 0, 1, 1], 3) == near([1, 0.5, 0.3333, 0.3333, 0.6667])
+    assert metrics.trailing_mean([NAN, 1, NAN, 0], 2) == near([NAN, 1, 1, 0])
+
+
+def test_t38_bootstrap():
+    values = [1.0] * 120 + [0.0] * 80
+    low, high = metrics.bootstrap_interval([*values, NAN], seed=0)
+    assert (low, high) == pytest.approx((0.53, 0.66), abs=0.02)
+    assert metrics.bootstrap_interval([*values, NAN], seed=0) == (low, high)
+    assert metrics.bootstrap_interval([NAN], seed=0) == near((NAN, NAN))
+    assert metrics.bootstrap_interval([INF, INF], seed=0) == (INF, INF)
+
+
+def test_t38_paired_difference_sees_what_two_intervals_hide():
+    # The same 120 of 200 plus 10 more: 0.05 with sd sqrt(.05 * .95 / 200) = 0.0154.
+    before, after = [1.0] * 120 + [0.0] * 80, [1.0] * 130 + [0.0] * 70
+    mean, low, high = metrics.paired_difference([*after, NAN], [*before, 1.0], seed=0)
+    assert mean == near(0.05)
+    assert (low, high) == pytest.approx((0.02, 0.08), abs=0.02)
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        metrics.paired_difference([1.0], [1.0, 0.0], seed=0)
+
+
+@pytest.mark.parametrize("share, count, expected", [(0.555, 872, 0.0330), (0.92, 200, 0.0376)])
+def test_t40_binomial_half_width(share, count, expected):
+    assert metrics.binomial_half_width(share, count) == near(expected)
+
+
+def test_protocols_never_mix():
+    column_name = "efficacy/exact"
+    assert metrics.require_same_protocol(["tf_exact@each"] * 2, column_name) == "tf_exact@each"
+    with pytest.raises(ValueError, match="efficacy/exact.*'tf_exact@each'.*'wild@each'"):
+        metrics.require_same_protocol(["tf_exact@each", "wild@each"], column_name)
+    with pytest.raises(ValueError, match="efficacy/exact.*no protocol"):
+        metrics.require_same_protocol([], column_name)
+
+
+# --- the classes as torchmetrics ---
+
+
+@pytest.mark.parametrize("cls", EVERY_METRIC)
+def test_an_empty_metric_is_nan_without_a_warning(cls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cls().compute().isnan()
+    assert isinstance(cls.higher_is_better, bool)
+    assert cls().protocol in {"tf_tok", "tf_exact", "cf_prob", "wild", "kl"}
+
+
+@pytest.mark.parametrize("copy", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("cls", [TokenAccuracy, ExactMatch])
+def test_summed_states_equal_one_metric(cls, copy):
+    target, mask = padded([[1, 2], [1, 2, 3, 4], [5]], 0)
+    greedy, _ = padded([[1, 2], [1, 9, 9, 9], [5]], 0)
+    index = cases(0, 1, 2)
+    whole, parts = cls(), [copy(cls()), copy(cls())]
+    whole.update(greedy, target, mask, index)
+    for part, rows in zip(parts, (slice(0, 1), slice(1, 3)), strict=True):
+        part.update(greedy[rows], target[rows], mask[rows], index[rows])
+    summed = {name: sum(p.metric_state[name] for p in parts) for name in ("total", "count")}
+    assert summed["total"] / summed["count"] == near(whole.compute().item())
+    parts[0].merge_state(parts[1])
+    assert parts[0].compute() == near(whole.compute().item())
+
+
+def test_every_state_reduces():
+    for cls in EVERY_METRIC:
+        assert all(reduction is not None for reduction in cls()._reductions.values()), cls
+
+
+def test_a_perfect_first_batch_does_not_tie_metrics_together():
+    collection = MetricCollection({"accuracy": TokenAccuracy(), "exact": ExactMatch()})
+    target, mask = torch.tensor([[1, 2]]), torch.ones(1, 2)
+    for greedy in (target, torch.tensor([[1, 3]])):
+        collection.update(greedy, target, mask, cases(0))
+    assert collection.compute() == {"accuracy": near(0.75), "exact": near(0.5)}
+
+
+def test_forward_gives_the_batch_and_compute_the_whole():
+    metric: Metric = TokenAccuracy()
+    target, mask = torch.tensor([[1, 2]]), torch.ones(1, 2)
+    assert metric(target, target, mask, cases(0)) == 1
+    assert metric(torch.tensor([[1, 3]]), target, mask, cases(0)) == near(0.5)
+    assert metric.compute() == near(0.75)
+    metric.reset()
+    assert metric.compute().isnan()

@@ -1,0 +1,56 @@
+"""The files around the code agree with each other."""
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = PROJECT["version"]
+    assert citation["version"] == version
+    assert re.search(rf"^## .*\b{re.escape(version)}\b", changelog, re.M), f"no '## {version}'"
+
+
+def test_every_console_script_resolves() -> None:
+    for script, target in PROJECT["scripts"].items():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), f"{script} = {target}"
+
+
+def test_every_package_is_listed() -> None:
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for package in ("pipeline", "modules", "datamodules")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert {*PYPROJECT["tool"]["setuptools"]["packages"]} == found | {"configs"}
+
+
+def test_tested_versions_are_within_the_ranges() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    wanted = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    for requirement in map(Requirement, wanted):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin, f"constraints.txt does not pin {requirement.name}"
+        assert pin in requirement.specifier, f"constraints.txt pins {pin}, not {requirement}"
+
+
+def test_every_make_target_has_a_help_text() -> None:
+    targets = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split()
+    assert {"setup", "demo", "test", "lint", "format", "bench", "clean"} <= {*targets}
+    for target in targets:
+        assert re.search(rf"^{target}:.*## \w", MAKEFILE, re.M), f"make {target}: no '## text'"

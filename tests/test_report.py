@@ -1,0 +1,417 @@
+"""Reports on hand-written run folders, with means computed by hand."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.report import Comparison, join, print_headline, read_runs, report, write_atomically
+
+ROOT = Path(__file__).parents[1]
+PROTOCOLS = {
+    "efficacy/exact": "tf_exact@each",
+    "efficacy/preference": "cf_prob@each",
+    "generality/exact": "tf_exact@each",
+    "generality/preference": "cf_prob@each",
+    "locality/agreement": "tf_tok@each",
+    "locality/preference": "cf_prob@each",
+}
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+def row(case, fingerprint=None, phase="val", num_edits=1, probes=None, **metrics):
+    """A line of cases.jsonl; metrics as ``efficacy_exact=1.0``."""
+    prompt = f"Case {case} <i>is</i> found in"
+    probe = {"criterion": "efficacy", "prompt": prompt, "target": "Norway", "rival": "Chad"}
+    return {
+        "case_id": str(case),
+        "fingerprint": fingerprint or f"f{case}",
+        "phase": phase,
+        "num_edits": num_edits,
+        "metrics": {name.replace("_", "/", 1): value for name, value in metrics.items()},
+        "probes": probes or [{**probe, "prediction": "Norway & more", "exact": 1.0}],
+    }
+
+
+def write_run(folder, rows, protocols=None, **summary):
+    folder.mkdir(parents=True)
+    content = {
+        "format": 1,
+        "run": folder.name,
+        "verb": "validate",
+        "finished": True,
+        "editor": folder.name.upper(),
+        "model": "tiny",
+        "model_hash": "ab12",
+        "dataset": "Facts",
+        "schedule": "each",
+        "protocols": PROTOCOLS | (protocols or {}),
+        "means": {},
+        "budget": {
+            "num_edits": 4,
+            "seconds_per_edit": 1.25,
+            "peak_gib": None,
+            "parameters_touched": 884736,
+            "training_seconds": 0.0,
+        },
+    }
+    (folder / "summary.json").write_text(json.dumps(content | summary))
+    (folder / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    return folder
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Four cases: efficacy .75 against .25, generality .625, locality .9, preferences .9 .6 .3."""
+    edited = [(1.0, 1.0, 1.0), (1.0, 0.5, 0.9), (1.0, 1.0, 0.8), (0.0, 0.0, 0.9)]
+    plain = [0.0, 1.0, 0.0, 0.0]
+    preferences = {"efficacy_preference": 0.9, "generality_preference": 0.6}
+    return [
+        write_run(
+            tmp_path / "in" / "rome",
+            [
+                row(
+                    case,
+                    efficacy_exact=efficacy,
+                    generality_exact=generality,
+                    locality_agreement=locality,
+                    locality_preference=0.3,
+                    **preferences,
+                )
+                for case, (efficacy, generality, locality) in enumerate(edited)
+            ],
+        ),
+        write_run(
+            tmp_path / "in" / "base",
+            [row(case, efficacy_exact=value) for case, value in enumerate(plain)],
+            editor=None,
+        ),
+    ]
+
+
+def compared(folders, baseline=None) -> Comparison:
+    runs, notes = read_runs(folders)
+    return join(runs, baseline, notes)
+
+
+def read_csv(out):
+    return list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
+
+
+def refuses(folders, *words, baseline=None):
+    with pytest.raises(UserError) as caught:
+        compared(folders, baseline)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message
+    return message
+
+
+def test_means_by_hand(two_runs):
+    comparison = compared(two_runs, "base")
+    rome = comparison.estimates["rome"]
+    assert rome["efficacy/exact"].mean == pytest.approx(0.75)
+    assert rome["generality/exact"].mean == pytest.approx(0.625)
+    assert rome["locality/agreement"].mean == pytest.approx(0.9)
+    assert comparison.estimates["base"]["efficacy/exact"].mean == pytest.approx(0.25)
+    assert rome["efficacy/exact"].n == 4
+    assert rome["efficacy/exact"].low <= 0.75 <= rome["efficacy/exact"].high
+    assert comparison.scores == {"rome": pytest.approx(3 / (1 / 0.9 + 1 / 0.6 + 1 / 0.3))}
+
+
+def test_differences_are_paired(two_runs):
+    difference = compared(two_runs, "base").differences
+    # Case by case +1, 0, +1, 0; metrics the baseline lacks have no difference.
+    assert list(difference) == ["rome"]
+    assert list(difference["rome"]) == ["efficacy/exact"]
+    assert difference["rome"]["efficacy/exact"].mean == pytest.approx(0.5)
+    assert (
+        0 <= difference["rome"]["efficacy/exact"].low <= difference["rome"]["efficacy/exact"].high
+    )
+
+
+def test_csv(two_runs, tmp_path, capsys):
+    report(two_runs, tmp_path / "out", "base")
+    text = (tmp_path / "out" / "report.csv").read_text()
+    assert text.splitlines()[0] == "run,editor,metric,protocol,n,mean,ci_low,ci_high"
+    rows = {(line["run"], line["metric"]): line for line in read_csv(tmp_path / "out")}
+    assert len(rows) == 7
+    assert rows["rome", "efficacy/exact"]["protocol"] == "tf_exact@each"
+    assert rows["rome", "efficacy/exact"]["editor"] == "ROME"
+    assert rows["base", "efficacy/exact"]["editor"] == ""
+    assert float(rows["rome", "generality/exact"]["mean"]) == pytest.approx(0.625)
+    printed = capsys.readouterr().out
+    assert "75.0" in printed
+    assert str(tmp_path / "out" / "report.html") in printed
+
+
+def test_same_runs_same_report(two_runs, tmp_path):
+    names = ("report.csv", "report.md", "report.html")
+    report(two_runs, tmp_path / "out", "base")
+    first = [(tmp_path / "out" / name).read_text() for name in names]
+    report(two_runs, tmp_path / "out", "base")
+    assert [(tmp_path / "out" / name).read_text() for name in names] == first
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+def test_markdown(two_runs, tmp_path):
+    report(two_runs, tmp_path / "out", "base")
+    text = (tmp_path / "out" / "report.md").read_text()
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["Headline", "Difference to base", "Budget", "Runs", "All metrics"]
+    assert "| rome | 75.0 [" in text
+    assert "| rome | +50.0 [" in text
+    assert "| rome | 1.25 | – | 884,736 | 0 s |" in text
+    assert "Retention" not in text
+    assert all(line.count("|") > 2 for line in text.splitlines() if line.startswith("|"))
+
+
+class Page(HTMLParser):
+    """Checks that elements nest and collects tags with their attributes, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_html_is_one_escaped_page(two_runs, tmp_path):
+    folder = write_run(
+        tmp_path / "in" / "<b>$x$", [row(case, efficacy_exact=1.0) for case in "0123"]
+    )
+    report([*two_runs, folder], tmp_path / "out", "base")
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert "http" not in text
+    assert "<script" not in text
+    references = [
+        value
+        for _, attrs in page.tags
+        for name, value in attrs.items()
+        if name in ("href", "src", "xlink:href")
+    ]
+    assert all(value.startswith("#") for value in references)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for value in references} <= set(ids)
+    assert "<i>is</i>" not in text
+    assert "Norway & more" in page.text
+    assert "<b>$x$" in page.text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # no curves
+    assert "currentColor" in text
+
+
+def test_cases_shown_are_limited(tmp_path):
+    folder = write_run(tmp_path / "a", [row(case, efficacy_exact=1.0) for case in range(60)])
+    report([folder], tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "Cases (50 of 60)" in text
+    assert "Case 49 " in text
+    assert "Case 50 " not in text
+
+
+def test_a_folder_of_runs_is_expanded(two_runs, tmp_path):
+    cut = tmp_path / "in" / "cut"
+    cut.mkdir()
+    (cut / "cases.jsonl").write_text('{"case_id": "1", "fing')
+    (tmp_path / "in" / "notes").mkdir()
+    comparison = compared([tmp_path / "in"])
+    assert [run.name for run in comparison.runs] == ["base", "rome"]
+    assert comparison.notes == ["cut is unfinished and was left out."]
+    assert len(compared([tmp_path / "in", two_runs[0]]).runs) == 2
+
+
+def test_a_study_says_what_is_reported_in_which_order(two_runs, tmp_path):
+    write_run(tmp_path / "in" / "training", [row(9, efficacy_exact=0.0)])
+    runs = {name: {"args": []} for name in ("rome", "base")} | {"training": {"report": False}}
+    (tmp_path / "in" / "study.json").write_text(json.dumps({"format": 1, "runs": runs}))
+    assert [run.name for run in compared([tmp_path / "in"]).runs] == ["rome", "base"]
+
+
+def test_different_sets_of_cases_join_on_what_is_shared(tmp_path):
+    a = write_run(tmp_path / "a", [row(case, efficacy_exact=1.0) for case in (1, 2, 3)])
+    b = write_run(tmp_path / "b", [row(case, efficacy_exact=case == 3) for case in (3, 2, 4, 5)])
+    comparison = compared([a, b])
+    assert comparison.case_ids == ["2", "3"]
+    assert comparison.estimates["b"]["efficacy/exact"].mean == pytest.approx(0.5)
+    assert comparison.notes == [
+        "The runs' cases differ (3 in a, 4 in b): compared on the 2 they share."
+    ]
+    c = write_run(tmp_path / "c", [row(7, efficacy_exact=1.0)])
+    refuses([a, c], "share no case", "3 in a", "1 in c")
+
+
+def test_metrics_may_be_absent_for_a_case(tmp_path):
+    rows = [row(1, efficacy_exact=1.0), row(2, efficacy_exact=None), row(3), row(4)]
+    rows[3]["metrics"] = {"efficacy/exact": float("nan")}
+    estimate = compared([write_run(tmp_path / "a", rows)]).estimates["a"]["efficacy/exact"]
+    assert (estimate.mean, estimate.n) == (1.0, 1)
+
+
+def test_different_questions_are_refused(tmp_path):
+    probe = {"criterion": "efficacy", "prompt": "Rome is in", "target": "Chad"}
+    a = write_run(tmp_path / "a", [row(18, "x", efficacy_exact=1.0)])
+    b = write_run(tmp_path / "b", [row(18, "y", efficacy_exact=1.0, probes=[probe])])
+    words = ("case 18 asked different things in runs a and b", '"Rome is in"')
+    refuses([a, b], *words)
+    c = write_run(tmp_path / "c", [row(18, "z", efficacy_exact=1.0)])
+    refuses([a, c], "fingerprint x against z")
+
+
+def test_mixed_protocols_are_refused(tmp_path):
+    other = {"efficacy/exact": "tf_exact@stream"}
+    rows = [row(1, efficacy_exact=1.0)]
+    a, b = write_run(tmp_path / "a", rows), write_run(tmp_path / "b", rows, other)
+    c = write_run(tmp_path / "c", rows)
+    words = ("efficacy/exact", "tf_exact@each in a, c", "tf_exact@stream in b")
+    refuses([a, b, c], *words)
+    unused = {"locality/agreement": "other@each"}
+    assert compared([a, write_run(tmp_path / "d", rows, unused)]).protocols == {
+        "efficacy/exact": "tf_exact@each"
+    }
+
+
+def test_whole_run_values_have_no_interval(tmp_path):
+    folder = write_run(
+        tmp_path / "a",
+        [row(1, efficacy_exact=1.0)],
+        {"ability/sst2": "harness@each"},
+        means={"efficacy/exact": 0.3, "ability/sst2": 0.81, "ability/rte": None},
+    )
+    report([folder], tmp_path / "out")
+    rows = {line["metric"]: line for line in read_csv(tmp_path / "out")}
+    assert set(rows) == {"efficacy/exact", "ability/sst2"}
+    assert float(rows["efficacy/exact"]["mean"]) == 1.0
+    assert rows["ability/sst2"] == {
+        "run": "a",
+        "editor": "A",
+        "metric": "ability/sst2",
+        "protocol": "harness@each",
+        "n": "",
+        "mean": "0.81",
+        "ci_low": "",
+        "ci_high": "",
+    }
+
+
+def test_a_stream_shows_its_last_evaluation_and_curves(tmp_path):
+    rows = [row(case, phase="current", num_edits=case, efficacy_exact=1.0) for case in (1, 2)]
+    rows += [row(1, num_edits=1, efficacy_exact=1.0)]
+    rows += [row(case, num_edits=2, efficacy_exact=0.0) for case in (1, 2)]
+    rows += [row(2, num_edits=2, efficacy_exact=1.0)]  # a resumed run evaluates again
+    folder = write_run(tmp_path / "grace", rows, schedule="stream")
+    assert compared([folder]).estimates["grace"]["efficacy/exact"].mean == pytest.approx(0.5)
+    report([folder], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| grace | 1 | 100.0 |" in text
+    assert "| grace | 2 | 50.0 |" in text
+    assert "trailing mean" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_last_batch_that_is_smaller_makes_no_curve(tmp_path):
+    rows = [row(case, num_edits=2 if case < 3 else 1, efficacy_exact=1.0) for case in (1, 2, 3)]
+    report([write_run(tmp_path / "memit", rows, schedule="batch")], tmp_path / "out")
+    assert "Retention" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_terminal_decides_how_much_is_printed(two_runs):
+    comparison = compared(two_runs)
+    for width, expected in ((200, "75.0 [25.0, 100.0]"), (120, "75.0 [25, 100]"), (80, "75.0")):
+        stream = io.StringIO()
+        print_headline(comparison, stream, width)
+        line = next(line for line in stream.getvalue().splitlines() if line.startswith("rome"))
+        assert expected in line
+        assert ("[" in line) == ("[" in expected)
+
+
+def test_no_baseline_is_said(two_runs, tmp_path):
+    report(two_runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "No baseline was named" in text
+    assert "Difference" not in text
+
+
+def test_mistakes_are_one_line(two_runs, tmp_path):
+    rome, base = two_runs
+    refuses([tmp_path / "nowhere"], "nowhere is not a folder")
+    (tmp_path / "empty").mkdir()
+    refuses([tmp_path / "empty"], "is no run folder")
+    refuses([rome, base], "'memit'", "rome, base", baseline="memit")
+    twin = write_run(tmp_path / "other" / "rome", [row(1, efficacy_exact=1.0)])
+    refuses([rome, twin], "two runs are called 'rome'", rome, twin)
+    refuses([write_run(tmp_path / "old", [row(1)], format=0)], "format 0", "summary.json")
+    current = write_run(tmp_path / "current", [row(1, phase="current", efficacy_exact=1.0)])
+    refuses([current], "no evaluation", "cases.jsonl")
+
+
+def test_an_unfinished_run_is_refused_before_its_cases_are_read(tmp_path):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    (folder / "cases.jsonl").write_text('{"case_id": "1", "fing')
+    refuses([folder], "unfinished", "summary.json")
+    (folder / "summary.json").write_text(json.dumps({"format": 1, "finished": False}))
+    refuses([folder], "unfinished")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"case_id": "1", "fing', "not JSON"),
+        ('{"case_id": "1", "metrics": {}}', "lacks 'fingerprint'"),
+        ("[1]", "not a case row"),
+        ('{"case_id": "1", "metrics": {"a/b": "high"}}', "not a case row"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, reason):
+    folder = write_run(tmp_path / "a", [row(1, efficacy_exact=1.0)])
+    with (folder / "cases.jsonl").open("a") as cases:
+        cases.write(line + "\n")
+    refuses([folder], folder / "cases.jsonl:2", reason)
+
+
+def test_out_must_not_be_a_file(two_runs, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        report(two_runs, tmp_path / "out")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "report.md"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_starts_without_the_heavy_libraries():
+    heavy = ["torch", "lightning", "transformers", "matplotlib"]
+    code = (
+        f"import sys, pipeline.report, pipeline.compare; print([*set({heavy}) & set(sys.modules)])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
