@@ -23,6 +23,10 @@ FOLDER = Path(__file__).parent / "assets" / "facts"
 NUM_SEEN = 3  # paraphrase templates of training cases; the others are kept for val and test
 NUM_NEIGHBOURS = 4
 
+# The example shows that a bare answer is wanted; small models begin a sentence without it.
+QUESTION = "Question: On which planet do we live?\nAnswer: Earth\nQuestion: {}\nAnswer:"
+NUM_UNRELATED = 2
+
 Split = Literal["train", "val", "test"]
 
 
@@ -78,8 +82,9 @@ class Facts(EditDataModule):
 
     The probes of a case: ``efficacy``, the statement itself; ``generality``, three paraphrases, of
     which val and test have other ones than train, so that a learned editor is judged on wordings it
-    has never seen; ``question``, the fact as a question; ``locality``, the statement about up to
-    four subjects of the same split, first those with the same true object.
+    has never seen; ``question``, the fact as a question, after an example; ``locality``, the statement about up to
+    four subjects of the same split, first those with the same true object; ``unrelated``, two
+    statements of other relations of the split.
 
     The order of cases is mixed, so the first few hold many relations.
 
@@ -112,9 +117,10 @@ class Facts(EditDataModule):
     def cases(self, split: Split) -> list[EditCase]:
         if split not in self._cases:
             members = _by_relation(fact for fact in all_facts() if fact.split == split)
+            elsewhere = {id: [f for o, fs in members.items() if o != id for f in fs] for id in members}
             objects = {id: _objects(facts) for id, facts in _by_relation(all_facts()).items()}
             cases = [
-                _case(fact, objects[id], facts, self.seed)
+                _case(fact, objects[id], facts, elsewhere[id], self.seed)
                 for id, facts in members.items()
                 for fact in facts
             ]
@@ -168,8 +174,18 @@ def _objects(facts: Iterable[Fact]) -> list[str]:
     return sorted({fact.object for fact in facts})
 
 
-def _case(fact: Fact, objects: list[str], others: list[Fact], seed: int) -> EditCase:
-    """The edit that makes ``fact`` false and its probes; ``others`` are its relation and split."""
+def _case(
+    fact: Fact, objects: list[str], others: list[Fact], elsewhere: list[Fact], seed: int
+) -> EditCase:
+    """The edit that makes ``fact`` false and its probes.
+
+    Args:
+        fact: the true fact.
+        objects: all objects of its relation.
+        others: facts of its relation and split.
+        elsewhere: facts of other relations of its split.
+        seed: of the false target and the choice of probes.
+    """
     rng = random.Random(f"{seed} {fact.case_id}")
     relation, true = fact.relation, fact.object
     new = rng.choice([answer for answer in objects if not fact.could_be(answer)])
@@ -182,6 +198,10 @@ def _case(fact: Fact, objects: list[str], others: list[Fact], seed: int) -> Edit
         "question": (Probe(_asked(fact), new, true),),
     }
     neighbours = _neighbours(fact, new, others, rng)
+    probes["unrelated"] = tuple(
+        Probe(other.say(other.relation.statement), other.object)
+        for other in rng.sample(elsewhere, min(NUM_UNRELATED, len(elsewhere)))
+    )
     if neighbours:
         probes["locality"] = tuple(
             Probe(other.say(relation.statement), other.object, new) for other in neighbours
@@ -190,7 +210,7 @@ def _case(fact: Fact, objects: list[str], others: list[Fact], seed: int) -> Edit
 
 
 def _asked(fact: Fact) -> str:
-    return f"Question: {fact.say(fact.relation.question)}\nAnswer:"
+    return QUESTION.replace(SLOT, fact.say(fact.relation.question))
 
 
 def _neighbours(fact: Fact, new: str, others: list[Fact], rng: random.Random) -> list[Fact]:

@@ -325,8 +325,15 @@ class WeightPatch(EditHandle):
 
     def state(self) -> dict[str, Any]:
         """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit."""
-        edited = {name: self.lm.net.get_parameter(name).data for name in self._spare}
+        edited = {name: self._written(name) for name in self._spare}
         return {"edited": edited, "delta": self.delta.tensors(), "metadata": json.dumps(self.delta.metadata)}
+
+    def _written(self, name: str) -> Tensor:
+        """The parameter as this patch left it: in force, or kept by the next patch that changed it."""
+        for later in self.lm.handles[self.lm.handles.index(self) + 1 :]:
+            if isinstance(later, WeightPatch) and name in later._spare:
+                return later._spare[name]
+        return self.lm.net.get_parameter(name).data
 
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:

@@ -1,8 +1,8 @@
 """The one evaluation: what is asked of a model under edits, and how the answers are counted.
 
 What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
-``preference`` and ``margin``; under ``locality`` the unedited model is asked the same and ``agreement``, ``kl``
-and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely (``wild_*``).
+``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
+``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely (``wild_*``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from modules.lm import LanguageModel, TargetScores
 
 log = logging.getLogger(__name__)
 
-LOCALITY = "locality"
-COMPARED = ("efficacy", LOCALITY)  # criteria on which the unedited model is asked as well
+UNMOVED = ("locality", "unrelated")  # criteria that ask whether something stayed as it was
+COMPARED = ("efficacy", *UNMOVED)  # criteria on which the unedited model is asked as well
 
 # How each measure is taken; the schedule adds when, e.g. "tf_exact@each".
 PROTOCOLS = {
@@ -94,8 +94,8 @@ class _Asked:
         ]
         return cls(*map(list, zip(*flat, strict=True))) if flat else cls([], [], [])
 
-    def of_criterion(self, criterion: str) -> list[int]:
-        return [b for b, name in enumerate(self.criterion_B) if name == criterion]
+    def of_criteria(self, *criteria: str) -> list[int]:
+        return [b for b, name in enumerate(self.criterion_B) if name in criteria]
 
 
 class EditingModule(LightningModule):
@@ -129,6 +129,10 @@ class EditingModule(LightningModule):
         return None
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
+        """Trains nothing, but counts as a step: checkpoints and ``max_steps`` go by those."""
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps.increment_ready()
+        steps.increment_completed()
         return None
 
     def on_validation_epoch_start(self) -> None:
@@ -168,6 +172,13 @@ class EditingModule(LightningModule):
             raise ValueError(
                 f"this checkpoint was trained for {base['name']!r} with weights {base['hash']}, not for "
                 f"{self.lm.name!r} with weights {self.lm.weights_hash}: set --model.lm.name and dtype as then"
+            )
+        saved, own = _shapes(checkpoint["state_dict"]), _shapes(self.state_dict())
+        if saved != own:  # strict loading is off, so Lightning would leave out what does not fit
+            name = min(saved.items() ^ own.items())[0]
+            raise ValueError(
+                f"this checkpoint's {name} has shape {saved.get(name)}, that of {type(self).__name__} as it is set "
+                f"up here {own.get(name)}: choose the class and the settings it was trained with"
             )
 
     # ------------------------------------------------------------------ asking
@@ -265,7 +276,7 @@ class EditingModule(LightningModule):
         """Adds probe values to the running metrics, to their case's means and to their entries."""
         for measure, value_of in table.items():
             for criterion in dict.fromkeys(asked.criterion_B):
-                rows = [b for b in asked.of_criterion(criterion) if b in value_of]
+                rows = [b for b in asked.of_criteria(criterion) if b in value_of]
                 if not rows:
                     continue
                 values_B = torch.tensor([value_of[b] for b in rows])
@@ -301,12 +312,17 @@ class EditingModule(LightningModule):
             answers = [str(probe.target), *probe.aliases]
             for measure, compare in measures.items():
                 table.setdefault(measure, {})[b] = compare(metrics.wild_answer(text), answers)
-        local = asked.of_criterion(LOCALITY)
+        local = asked.of_criteria(*UNMOVED)
         if local:
             with self.lm.pristine():
                 before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
             table["wild_same"] = {b: float(after[b] == t) for b, t in zip(local, before, strict=True)}
         self._count(asked, results, table)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state's tensors, the base model's left out."""
+    return {name: tuple(t.shape) for name, t in state.items() if not name.startswith("lm.")}
 
 
 SHOWN = ("efficacy/exact", "generality/exact", "locality/agreement")  # on the progress bar
@@ -330,13 +346,13 @@ def _measure(
         both = (after.logprob_BM[with_rival], after.mask_BM[with_rival], rival.logprob_BM, rival.mask_BM)
         table["preference"] = _numbered(with_rival, metrics.preference(*both))
         table["margin"] = _numbered(with_rival, metrics.margin(*both))
-    local = asked.of_criterion(LOCALITY)
+    local = asked.of_criteria(*UNMOVED)
     if before is None:
         return table
     exact_before_B = metrics.exact_match(
         before.greedy_BM, before.target_BM, before.mask_BM, before.logprob_BM
     )
-    edited = asked.of_criterion("efficacy")
+    edited = asked.of_criteria("efficacy")
     table["known_before"] = _numbered(edited, exact_before_B[edited])
     if local:
         now, then = (_rows(scores, local) for scores in (after, before))

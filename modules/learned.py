@@ -22,7 +22,7 @@ from torch import Tensor
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, WeightEditor, add_deltas
-from modules.evaluation import EditingModule
+from modules.evaluation import UNMOVED, EditingModule
 from modules.lm import LanguageModel, Rows
 from modules.tail import Tail
 
@@ -151,7 +151,7 @@ class LearnedEditor(EditingModule, WeightEditor):
             same = Probe(edit.text, edit.target_new)
             phrasings = [*case.probes.get("generality", ()), *case.probes.get("question", ())]
             outer.append(draw.choice(phrasings) if phrasings and draw.random() < 0.5 else same)
-            others = [probe for probe in case.probes.get("locality", ()) if probe.target]
+            others = [probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target]
             if others:
                 local.append(draw.choice(others))
             else:

@@ -98,8 +98,8 @@ class GradientEditor(WeightEditor):
 
     def _learn(self, lm: LanguageModel, groups: Sequence[Sequence[Edit]]) -> list[Delta]:
         """One update per group, as if the other groups did not exist."""
-        problems = Problems.of(self, lm, groups)
         leaves = self.start(lm, len(groups))
+        problems = Problems.of(self, lm, groups)
         adam = IndependentAdam(list(leaves.values()), self.lr, weight_decay=self.weight_decay)
         loss_E = torch.zeros(len(groups), device=lm.device)
         updates_E = torch.zeros(len(groups), dtype=torch.long, device=lm.device)

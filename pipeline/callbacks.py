@@ -70,6 +70,7 @@ class EditCallback(Callback):
                 raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
                                  "--model EditingModule and --edit.editor")  # fmt: skip
             pl_module.only_cases = set(self._done)
+            trainer.fit_loop.max_epochs = 1  # without a limit Lightning would make the same edits again
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 _count_in_edits(logger, everything=self.schedule == "stream")
@@ -143,7 +144,7 @@ class EditCallback(Callback):
         if self.editor is None or trainer.sanity_checking:
             return
         if self.schedule == "epoch":
-            cases = trainer.datamodule.evaluation_cases()
+            cases = trainer.datamodule.val_dataloader().cases
             self._handles = [self._edit(trainer, pl_module, cases, "all")]
             self.num_edits = len(cases)
 
@@ -207,6 +208,11 @@ class EditCallback(Callback):
             values = [r.metrics[name] for r in self.current if name in r.metrics]
             pl_module.log(f"current/{name}", fmean(values), batch_size=len(batch))
         pl_module.log("edit/num_edits", float(self.num_edits), batch_size=len(batch))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """After a stream's last step all its edits are evaluated, whatever the interval."""
+        if self.schedule == "stream" and (trainer.is_last_batch or trainer.global_step == trainer.max_steps):
+            trainer.should_stop = True
 
     def _remember(self, results: list[CaseResult], phase: str) -> None:
         ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]

@@ -13,7 +13,9 @@ import pkgutil
 import sys
 import time
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UserError
@@ -61,13 +63,16 @@ def main(args: list[str] | None = None) -> None:
         else:
             known = ", ".join(["fit", "validate", *commands])
             raise UserError(f"there is no command {command!r}: choose one of {known}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning ends an interrupted run with SystemExit(1).
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
         _say("interrupted; what was written is kept")
         raise SystemExit(130) from None
-    except (UserError, ValueError, OSError, ImportError) as error:
+    except (UserError, ArgumentError, ValueError, OSError, ImportError, UnpicklingError) as error:
         if os.environ.get("CORRIGENDA_TRACEBACK"):
             raise
-        _say(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {_one_line(error, command)}")
         raise SystemExit(2) from None
 
 
@@ -75,11 +80,22 @@ def _say(text: str) -> None:
     sys.stderr.write(f"corrigenda: {text}\n")
 
 
+def _one_line(error: Exception, command: str) -> str:
+    """What went wrong, without what jsonargparse says about types around it."""
+    if isinstance(error, UnpicklingError):
+        return "the file given as ckpt_path is not a checkpoint, or not one that only holds tensors"
+    around = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(around))
+    return f"{text} (options: corrigenda {command} --help)" if isinstance(error, ArgumentError) else text
+
+
 # ---------------------------------------------------------------------------- fit and validate
 
 
 def _train_or_validate(args: list[str]) -> None:
     import transformers
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
 
     from pipeline.callbacks import EditCallback, RunWriter
@@ -115,6 +131,8 @@ def _train_or_validate(args: list[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            # As given, before _place: a copy of the file can be run into another folder.
+            self.config_text = self._parser(self.subcommand).dump(config, skip_none=False)
             self.run_dir = _run_dir(config, self.subcommand)
             _place(config, self.run_dir)
 
@@ -138,23 +156,26 @@ def _train_or_validate(args: list[str]) -> None:
             while path.exists():
                 number += 1
                 path = self.run_dir / f"config-resumed-{number}.yaml"
-            parser = self._parser(self.subcommand)
-            path.write_text(parser.dump(self.config[self.subcommand], skip_none=False), "utf-8")
+            path.write_text(self.config_text, "utf-8")
 
-    defaults = {"default_config_files": [str(CONFIGS / "defaults.yaml")]}
+    raises = {"exit_on_error": False}
+    defaults = {"default_config_files": [str(CONFIGS / "defaults.yaml")], **raises}
     from lightning.pytorch import LightningDataModule, LightningModule
 
-    cli = PipelineCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        parser_kwargs={"fit": defaults, "validate": defaults},
-        args=_packaged(args),
-    )
+    try:
+        cli = PipelineCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"fit": defaults, "validate": defaults, **raises},
+            args=_packaged(args),
+        )
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
 
@@ -185,6 +206,8 @@ def _run_dir(config: Namespace, verb: str) -> Path:
     """The run's folder; refuses one that already holds a run, unless that is resumed."""
     given = config.run_dir
     folder = Path(given) if given else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
+    if verb != "fit" and config.ckpt_path == "last":
+        raise UserError(f"{verb} --ckpt_path needs a file, such as runs/NAME/checkpoints/last.ckpt")
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     if (folder / "summary.json").exists():
@@ -214,7 +237,10 @@ def _place(config: Namespace, run_dir: Path) -> None:
         if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get("save_dir"):
             logger.setdefault("init_args", Namespace())["save_dir"] = str(run_dir)
     callbacks = trainer.callbacks or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    if trainer.enable_progress_bar is False:
+        callbacks = trainer.callbacks = [c for c in callbacks if not c.class_path.endswith("ProgressBar")]
+    for callback in callbacks:
         if callback.class_path.endswith("ModelCheckpoint") and not callback.init_args.dirpath:
             callback.init_args.dirpath = str(run_dir / "checkpoints")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -234,7 +260,7 @@ def _compare(args: list[str]) -> None:
 
     from pipeline.compare import compare
 
-    parser = ArgumentParser(prog="corrigenda compare", description=compare.__doc__)
+    parser = ArgumentParser(prog="corrigenda compare", description=compare.__doc__, exit_on_error=False)
     parser.add_argument("file", type=Path, help="the study file (YAML)")
     parser.add_argument("--only", nargs="+", type=str, help="run only these")
     parser.add_function_arguments(compare, skip={"file", "only"}, as_group=False)
@@ -247,7 +273,7 @@ def _report(args: list[str]) -> None:
 
     from pipeline.report import report
 
-    parser = ArgumentParser(prog="corrigenda report", description=report.__doc__)
+    parser = ArgumentParser(prog="corrigenda report", description=report.__doc__, exit_on_error=False)
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_function_arguments(report, skip={"dirs"}, as_group=False)
     given = parser.parse_args(args)
@@ -261,13 +287,17 @@ def _moments(args: list[str]) -> None:
     from modules.moments import Corpus, Moments
 
     parser = ArgumentParser(
-        prog="corrigenda moments", description="Gathers second moments of MLP keys; resumes if killed."
+        prog="corrigenda moments",
+        description="Gathers second moments of MLP keys; resumes if killed.",
+        exit_on_error=False,
     )
     parser.add_class_arguments(LanguageModel, "lm")
     parser.add_class_arguments(Corpus, "corpus")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
     given = parser.parse_args(args)
     lm = LanguageModel(**given.lm)
+    for layer in given.layers:
+        lm.structure.block_name(layer)  # an unknown one is refused now, not after minutes of sampling
     moments = Moments(lm, Corpus(**given.corpus))
     found = moments.gather(given.layers)
     for layer, moment_FF in found.items():

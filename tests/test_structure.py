@@ -40,7 +40,17 @@ TABLE = {
     "qwen3_5_text": (*GATED, 80, False, True, 0, 1),
     "gemma2": (*GATED, 80, True, True, 0, None),
     "gemma3_text": (*GATED, 80, True, True, 0, None),
-    "phi": ("model.layers", "model.final_layernorm", "mlp.fc2", ("mlp.fc1",), 80, False, False, 0, 1),
+    "phi": (
+        "model.layers",
+        "model.final_layernorm",
+        "mlp.fc2",
+        ("mlp.fc1",),
+        80,
+        False,
+        False,
+        0,
+        1,
+    ),
     "phi3": (*MODEL, "mlp.down_proj", ("mlp.gate_up_proj",), 80, False, True, 0, 1),
     "olmo2": (*GATED, 80, False, True, 0, None),
     "granite": (*GATED, 80, False, True, 0, 0.22),
@@ -49,7 +59,11 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     # looks dense where one looks first: in block 0, and because of an expert that always runs
-    "qwen3_moe dense first": {"mlp_only_layers": [0], "num_experts": 8, "moe_intermediate_size": 16},
+    "qwen3_moe dense first": {
+        "mlp_only_layers": [0],
+        "num_experts": 8,
+        "moe_intermediate_size": 16,
+    },
     "qwen2_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 

@@ -123,7 +123,9 @@ def test_what_is_computed_later_is_not_stored(family, start, made):
         plain = net(IDS, attention_mask=MASK, use_cache=False).logits[ROW, POSITION]
     torch.testing.assert_close(moved, plain, **NEAR)
     (expected,) = torch.autograd.grad(plain.square().sum(), change)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
     assert not torch.allclose(moved, logits[ROW, POSITION], atol=1e-2)
     # below the layer nothing is looked at again
     below = net.get_submodule(structure.out_name(0))

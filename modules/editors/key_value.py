@@ -52,6 +52,11 @@ def sample_contexts(
     return contexts
 
 
+def tokens_from_subject(lm: LanguageModel, edit: Edit) -> int:
+    """How many tokens run in every step of the search: edits with as many go together without padding."""
+    return len(lm.encode([f"{edit.text} {edit.target_new}"])[0]) - lm.lookup(edit)
+
+
 # ---------------------------------------------------------------------------- rows of some edits
 
 

@@ -101,15 +101,11 @@ class LoRA(GradientEditor):
 
 
 def _attention_maps(lm: LanguageModel, layer: int) -> list[str]:
-    """Every linear map in a block's attention, in the order of the modules."""
-    block, inner = lm.structure.block_name(layer), lm.structure.attention
-    root = f"{block}.{inner}"
-    maps = [] if inner is None else [
-        f"{root}.{name}" for name, m in lm.net.get_submodule(root).named_modules() if is_linear(m)
-    ]  # fmt: skip
-    if not maps:
-        raise ValueError(f"no attention was found in {block}: use targets 'mlp'")
-    return maps
+    """Every linear map of a block but the MLP's: attention may differ from block to block."""
+    block, mlp = lm.structure.block_name(layer), lm.structure.mlp_names(layer)
+    inside = lm.net.get_submodule(block).named_modules()
+    names = [f"{block}.{name}" for name, module in inside if is_linear(module)]
+    return [name for name in names if name not in mlp]
 
 
 def _query_and_value(lm: LanguageModel, maps: list[str]) -> list[str]:
@@ -119,7 +115,5 @@ def _query_and_value(lm: LanguageModel, maps: list[str]) -> list[str]:
         return named
     wide = [name for name in maps if sizes(lm.net.get_submodule(name))[1] > lm.structure.width]
     if not wide:
-        raise ValueError(
-            f"cannot tell which of {', '.join(maps)} computes queries and values: use targets 'all'"
-        )
+        raise ValueError(f"no map for queries and values among {maps}: use targets 'mlp' or 'all'")
     return wide

@@ -163,18 +163,32 @@ class MEND(LearnedEditor):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(self.warm_up, total, 0.05))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["matrices"] = self.names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        matrices = checkpoint.get("matrices", self.names)
+        if matrices != self.names:
+            raise ValueError(
+                f"this checkpoint edits {', '.join(matrices)}, this model {', '.join(self.names)}: "
+                "set --model.layers and --model.projections as then"
+            )
+
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
         pairs = self.gradient_factors(tail, rows, owner_B, num_edits)
-        real_BT1 = rows.mask_BT[:, :, None]
         updates: list[dict[str, LowRank]] = [{} for _ in range(num_edits)]
         for matrix, (name, (x_BTI, d_BTO)) in enumerate(pairs.items()):
+            # A token without gradient (padding, too) has no part; normalised, its zeros would be none.
+            used_BT = (d_BTO != 0).any(-1)
+            owner_n = owner_B[:, None].expand_as(used_BT)[used_BT]
             transform = self.transforms[self.transform_of[matrix]]
-            x_BTI, d_BTO = transform(x_BTI, d_BTO, self.index[matrix])
-            d_BTO = -self.log_alpha[matrix].exp() * d_BTO * real_BT1
+            x_nI, d_nO = transform(x_BTI[used_BT], d_BTO[used_BT], self.index[matrix])
+            d_nO = -self.log_alpha[matrix].exp() * d_nO
             for e in range(num_edits):
-                mine = owner_B == e
-                left_On = d_BTO[mine].flatten(0, 1).T
-                updates[e][f"{name}.weight"] = LowRank(left_On, (x_BTI * real_BT1)[mine].flatten(0, 1))
+                mine_n = owner_n == e
+                updates[e][f"{name}.weight"] = LowRank(d_nO[mine_n].T, x_nI[mine_n])
         return [Delta(update) for update in updates]
 
     def gradient_factors(

@@ -33,6 +33,7 @@ from modules.editors.key_value import (
     optimise_values,
     sample_contexts,
     solve_update,
+    tokens_from_subject,
 )
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
@@ -105,10 +106,12 @@ class ROME(WeightEditor):
         if any(len(group) != 1 for group in edits):
             return super().propose_each(lm, edits)
         single = [group[0] for group in edits]
-        deltas: list[Delta] = []
-        for begin in range(0, len(single), self.parallel):
-            deltas += self._independent(lm, single[begin : begin + self.parallel])
-        return deltas
+        order = sorted(range(len(single)), key=lambda n: tokens_from_subject(lm, single[n]))
+        deltas: dict[int, Delta] = {}
+        for begin in range(0, len(order), self.parallel):
+            part = order[begin : begin + self.parallel]
+            deltas |= zip(part, self._independent(lm, [single[n] for n in part]), strict=True)
+        return [deltas[n] for n in range(len(single))]
 
     def _independent(self, lm: LanguageModel, edits: Sequence[Edit]) -> list[Delta]:
         """One delta per edit, as if the others did not exist."""

