@@ -22,10 +22,10 @@ from datamodules.records import SLOT, Edit, EditCase, Probe
 FOLDER = Path(__file__).parent / "assets" / "facts"
 NUM_SEEN = 3  # paraphrase templates of training cases; the others are kept for val and test
 NUM_NEIGHBOURS = 4
+NUM_UNRELATED = 2
 
 # The example shows that a bare answer is wanted; small models begin a sentence without it.
 QUESTION = "Question: On which planet do we live?\nAnswer: Earth\nQuestion: {}\nAnswer:"
-NUM_UNRELATED = 2
 
 Split = Literal["train", "val", "test"]
 
@@ -82,9 +82,9 @@ class Facts(EditDataModule):
 
     The probes of a case: ``efficacy``, the statement itself; ``generality``, three paraphrases, of
     which val and test have other ones than train, so that a learned editor is judged on wordings it
-    has never seen; ``question``, the fact as a question, after an example; ``locality``, the statement about up to
-    four subjects of the same split, first those with the same true object; ``unrelated``, two
-    statements of other relations of the split.
+    has never seen; ``question``, the fact as a question, after an example; ``locality``, the
+    statement about up to four subjects of the same split, first those with the same true object;
+    ``unrelated``, two statements of the split with another relation and another subject.
 
     The order of cases is mixed, so the first few hold many relations.
 
@@ -117,7 +117,9 @@ class Facts(EditDataModule):
     def cases(self, split: Split) -> list[EditCase]:
         if split not in self._cases:
             members = _by_relation(fact for fact in all_facts() if fact.split == split)
-            elsewhere = {id: [f for o, fs in members.items() if o != id for f in fs] for id in members}
+            elsewhere = {
+                id: [f for o, fs in members.items() if o != id for f in fs] for id in members
+            }
             objects = {id: _objects(facts) for id, facts in _by_relation(all_facts()).items()}
             cases = [
                 _case(fact, objects[id], facts, elsewhere[id], self.seed)
@@ -200,7 +202,7 @@ def _case(
     neighbours = _neighbours(fact, new, others, rng)
     probes["unrelated"] = tuple(
         Probe(other.say(other.relation.statement), other.object)
-        for other in rng.sample(elsewhere, min(NUM_UNRELATED, len(elsewhere)))
+        for other in _unrelated(fact, elsewhere, rng)
     )
     if neighbours:
         probes["locality"] = tuple(
@@ -218,6 +220,13 @@ def _neighbours(fact: Fact, new: str, others: list[Fact], rng: random.Random) ->
     others = [other for other in others if other != fact and not other.could_be(new)]
     rng.shuffle(others)
     return sorted(others, key=lambda other: other.object != fact.object)[:NUM_NEIGHBOURS]
+
+
+def _unrelated(fact: Fact, elsewhere: list[Fact], rng: random.Random) -> list[Fact]:
+    """A few facts from ``elsewhere`` about other subjects; some are drawn in reserve."""
+    drawn = rng.sample(elsewhere, min(4 * NUM_UNRELATED, len(elsewhere)))
+    others = [other for other in drawn if other.subject.casefold() != fact.subject.casefold()]
+    return others[:NUM_UNRELATED]
 
 
 def _digest(text: str) -> str:

@@ -273,7 +273,9 @@ class EditHandle(ABC):
             raise EditError("this edit has already been removed")
         later = len(self.lm.handles) - 1 - self.lm.handles.index(self)
         if later:
-            raise EditError(f"{later} later edit(s) stand on this one: remove them first, newest first")
+            raise EditError(
+                f"{later} later edit(s) stand on this one: remove them first, newest first"
+            )
         self.swap()
         self.lm.handles.pop()
 
@@ -326,7 +328,11 @@ class WeightPatch(EditHandle):
     def state(self) -> dict[str, Any]:
         """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit."""
         edited = {name: self._written(name) for name in self._spare}
-        return {"edited": edited, "delta": self.delta.tensors(), "metadata": json.dumps(self.delta.metadata)}
+        return {
+            "edited": edited,
+            "delta": self.delta.tensors(),
+            "metadata": json.dumps(self.delta.metadata),
+        }
 
     def _written(self, name: str) -> Tensor:
         """The parameter as this patch left it: in force, or kept by the next patch that changed it."""

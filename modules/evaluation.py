@@ -2,7 +2,8 @@
 
 What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
 ``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
-``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely (``wild_*``).
+``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely
+(``wild_*``).
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class EditingModule(LightningModule):
             all the rest.
     """
 
-    trains_on: ClassVar[str] = "edits"  # which cases `fit` reads: "train" or the "edits" to evaluate
+    trains_on: ClassVar[str] = (
+        "edits"  # which cases `fit` reads: "train" or the "edits" to evaluate
+    )
 
     def __init__(self, lm: LanguageModel, generate_tokens: int = 0) -> None:
         super().__init__()
@@ -167,7 +170,9 @@ class EditingModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = checkpoint.get("base_model")
         if base is None:
-            raise ValueError("this checkpoint does not name its base model: it is not one of this project's")
+            raise ValueError(
+                "this checkpoint does not name its base model: it is not one of this project's"
+            )
         if base["hash"] != self.lm.weights_hash:
             raise ValueError(
                 f"this checkpoint was trained for {base['name']!r} with weights {base['hash']}, not for "
@@ -177,8 +182,8 @@ class EditingModule(LightningModule):
         if saved != own:  # strict loading is off, so Lightning would leave out what does not fit
             name = min(saved.items() ^ own.items())[0]
             raise ValueError(
-                f"this checkpoint's {name} has shape {saved.get(name)}, that of {type(self).__name__} as it is set "
-                f"up here {own.get(name)}: choose the class and the settings it was trained with"
+                f"this checkpoint's {name} has shape {saved.get(name)}, that of {type(self).__name__} as it is "
+                f"set up here {own.get(name)}: choose the class and the settings it was trained with"
             )
 
     # ------------------------------------------------------------------ asking
@@ -253,7 +258,9 @@ class EditingModule(LightningModule):
         start = self._add_probes(asked, results, after)
         self._count(asked, results, table, start)
 
-    def _add_probes(self, asked: _Asked, results: list[CaseResult], after: TargetScores) -> list[dict]:
+    def _add_probes(
+        self, asked: _Asked, results: list[CaseResult], after: TargetScores
+    ) -> list[dict]:
         """Every question and the greedy answer, under its case."""
         entries = []
         for b, (case, criterion, probe) in enumerate(
@@ -316,7 +323,9 @@ class EditingModule(LightningModule):
         if local:
             with self.lm.pristine():
                 before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
-            table["wild_same"] = {b: float(after[b] == t) for b, t in zip(local, before, strict=True)}
+            table["wild_same"] = {
+                b: float(after[b] == t) for b, t in zip(local, before, strict=True)
+            }
         self._count(asked, results, table)
 
 
@@ -343,7 +352,12 @@ def _measure(
         "exact": _numbered(everything, metrics.exact_match(*answers)),
     }
     if rival is not None:
-        both = (after.logprob_BM[with_rival], after.mask_BM[with_rival], rival.logprob_BM, rival.mask_BM)
+        both = (
+            after.logprob_BM[with_rival],
+            after.mask_BM[with_rival],
+            rival.logprob_BM,
+            rival.mask_BM,
+        )
         table["preference"] = _numbered(with_rival, metrics.preference(*both))
         table["margin"] = _numbered(with_rival, metrics.margin(*both))
     local = asked.of_criteria(*UNMOVED)
@@ -369,5 +383,11 @@ def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
 
 
 def _rows(scores: TargetScores, rows: list[int]) -> TargetScores:
-    fields = (scores.logprob_BM, scores.greedy_BM, scores.target_BM, scores.mask_BM, scores.full_BMV)
+    fields = (
+        scores.logprob_BM,
+        scores.greedy_BM,
+        scores.target_BM,
+        scores.mask_BM,
+        scores.full_BMV,
+    )
     return TargetScores(*(None if tensor is None else tensor[rows] for tensor in fields))

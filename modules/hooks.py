@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,10 +32,8 @@ def stop_forward(*_: object) -> None:
 @contextmanager
 def until_stopped() -> Iterator[None]:
     """Swallows the end that :func:`stop_forward` brings about."""
-    try:
+    with suppress(_Stop):
         yield
-    except _Stop:
-        pass
 
 
 @contextmanager

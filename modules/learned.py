@@ -104,7 +104,8 @@ class LearnedEditor(EditingModule, WeightEditor):
         cases = list(self.trainer.datamodule.cases("train"))
         random.Random(0).shuffle(cases)
         self.observe(cases)
-        self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "checkpoints" / "initial.ckpt")
+        path = Path(self.trainer.default_root_dir) / "checkpoints" / "initial.ckpt"
+        self.trainer.save_checkpoint(path, weights_only=False)
 
     def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
         self._step_started = time.perf_counter()
@@ -151,7 +152,9 @@ class LearnedEditor(EditingModule, WeightEditor):
             same = Probe(edit.text, edit.target_new)
             phrasings = [*case.probes.get("generality", ()), *case.probes.get("question", ())]
             outer.append(draw.choice(phrasings) if phrasings and draw.random() < 0.5 else same)
-            others = [probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target]
+            others = [
+                probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target
+            ]
             if others:
                 local.append(draw.choice(others))
             else:
@@ -182,7 +185,9 @@ class LearnedEditor(EditingModule, WeightEditor):
             local_tail = tail.select(index[2 * count :])
             reads = (row_N[is_local_N] - count, position_N[is_local_N])
             base_NV = local_tail.logits(*reads).float().log_softmax(-1)
-        target_N = asked_rows.ids_BT[row_N, (position_N + 1).clamp(max=asked_rows.ids_BT.shape[1] - 1)]
+        target_N = asked_rows.ids_BT[
+            row_N, (position_N + 1).clamp(max=asked_rows.ids_BT.shape[1] - 1)
+        ]
         nll_N = -logprob_NV[~is_local_N].gather(1, target_N[~is_local_N, None])[:, 0]
         edit_loss = _mean_of_means(nll_N, row_N[~is_local_N], count)
         drift_N = (base_NV.exp() * (base_NV - logprob_NV[is_local_N])).sum(-1)

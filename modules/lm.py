@@ -197,7 +197,10 @@ class LanguageModel(nn.Module):
         """Token ids with the tokenizer's own special tokens in front, none behind."""
         rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
         special = set(self.tokenizer.all_special_ids)
-        return [row[:-1] if len(row) > 1 and self._appends and row[-1] in special else row for row in rows]
+        return [
+            row[:-1] if len(row) > 1 and self._appends and row[-1] in special else row
+            for row in rows
+        ]
 
     @cached_property
     def _appends(self) -> bool:
@@ -209,7 +212,9 @@ class LanguageModel(nn.Module):
         if targets is None:
             ids = self.encode(prompts)
             return self._pad(ids, [len(row) for row in ids])
-        joint = [f"{prompt} {target.strip()}" for prompt, target in zip(prompts, targets, strict=True)]
+        joint = [
+            f"{prompt} {target.strip()}" for prompt, target in zip(prompts, targets, strict=True)
+        ]
         encoded = self.encode(prompts + joint)
         alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
         starts = []
@@ -360,12 +365,18 @@ class LanguageModel(nn.Module):
                 texts[i] = self.decode(row)
         return texts
 
-    def _generate_chunk(self, ids: list[list[int]], max_new_tokens: int, top_k: int | None) -> Tensor:
+    def _generate_chunk(
+        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None
+    ) -> Tensor:
         flipped = pad_sequence([torch.tensor(row[::-1]) for row in ids], batch_first=True)
         width = flipped.shape[1]
         length_B = torch.tensor([len(row) for row in ids])
         mask_BT = (torch.arange(width) >= width - length_B[:, None]).long()
-        sampling = {"do_sample": True, "top_k": top_k, "temperature": 1.0} if top_k else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "top_k": top_k, "temperature": 1.0}
+            if top_k
+            else {"do_sample": False}
+        )
         out = self.net.generate(
             flipped.flip(1).to(self.device),
             attention_mask=mask_BT.to(self.device),
@@ -380,7 +391,9 @@ class LanguageModel(nn.Module):
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def _owners(deltas: Sequence[Delta] | None, owners: Sequence[int] | None, count: int) -> Tensor:

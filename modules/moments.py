@@ -60,9 +60,26 @@ class Corpus:
         return f"{path.stem[:24]}-{digest}-{self.tokens}"
 
 
-def sampled_texts(lm: LanguageModel, seed: int, length: int = 128, batch: int = 64) -> Iterator[str]:
+def sampled_texts(
+    lm: LanguageModel, seed: int, length: int = 128, batch: int = 64
+) -> Iterator[str]:
     """Endless text sampled from the unedited model, from the most likely first words of a text."""
-    starts = ["The", "In", "A", "It", "This", "He", "She", "I", "When", "For", "As", "On", "There", "At"]
+    starts = [
+        "The",
+        "In",
+        "A",
+        "It",
+        "This",
+        "He",
+        "She",
+        "I",
+        "When",
+        "For",
+        "As",
+        "On",
+        "There",
+        "At",
+    ]
     round_ = 0
     while True:
         prompts = [starts[i % len(starts)] for i in range(batch)]
@@ -133,7 +150,10 @@ class Moments:
             )
         found = {}
         for layer in layers:
-            found[layer] = {"moment": state[str(layer)] / state["tokens"], "tokens": state["tokens"]}
+            found[layer] = {
+                "moment": state[str(layer)] / state["tokens"],
+                "tokens": state["tokens"],
+            }
             self._write(self._path(layer), found[layer])
         partial.unlink(missing_ok=True)
         return found
@@ -170,7 +190,9 @@ class Moments:
         begin = 0
         while begin < len(ids):
             count = 1
-            while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
+            while (
+                begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS
+            ):
                 count += 1
             rows = self.lm._pad(ids[begin : begin + count], [1] * count)
             with capture(modules, stop=True) as seen:
@@ -217,14 +239,27 @@ class Moments:
 
 
 def cholesky(moment_FF: Tensor) -> Tensor:
-    """Lower factor in float64; adds 1e-8 of the mean diagonal, with a warning, only where it must."""
-    factor, failed = torch.linalg.cholesky_ex(moment_FF.double())
-    if failed:
-        jitter = 1e-8 * moment_FF.diagonal().mean().item()
-        log.warning("the second moment is singular to rounding: adding %.1e to its diagonal", jitter)
-        eye_FF = torch.eye(len(moment_FF), device=moment_FF.device)
-        factor = torch.linalg.cholesky(moment_FF.double() + jitter * eye_FF)
-    return factor
+    """Lower factor in float64; adds to the diagonal, with a warning, only what it must.
+
+    Sums of float32 products are positive definite up to their rounding only, which the least eigenvalues of a
+    second moment can fall below.
+    """
+    moment_FF = moment_FF.double()
+    diagonal_F = moment_FF.diagonal()
+    for share in (0.0, 1e-8, 1e-7, 1e-6, 1e-5):
+        jitter = share * diagonal_F.mean()
+        factor, failed = torch.linalg.cholesky_ex(
+            moment_FF + torch.diag(jitter.expand_as(diagonal_F))
+        )
+        if not failed:
+            if share:
+                log.warning(
+                    "the second moment is singular to rounding: added %.1e to its diagonal", jitter
+                )
+            return factor
+    raise ValueError(
+        "the second moment cannot be factored: it is not finite, or of too little text"
+    )
 
 
 def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:

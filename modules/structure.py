@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from modules.hooks import hooked
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(ValueError):  # noqa: N818
     """The model's parts could not be found; the message says what was seen."""
 
 
@@ -139,7 +139,9 @@ def find_structure(net: nn.Module) -> Structure:
         if is_linear(module) and id(module) not in inside_attention
     }
     order, output = _watch(net, block, linear)
-    out_proj = _out_projection(kind, linear, order, width, getattr(config, "intermediate_size", None))
+    out_proj = _out_projection(
+        kind, linear, order, width, getattr(config, "intermediate_size", None)
+    )
     inner = sizes(linear[out_proj])[0]
     in_projs = tuple(
         name
@@ -206,7 +208,11 @@ def _watch(
         return lambda *_: order.append(name) if name not in order else None
 
     pairs = [(module, note(name)) for name, module in linear.items()]
-    with hooked(pairs), hooked([(block, lambda _m, _i, out: returned.append(out))]), torch.no_grad():
+    with (
+        hooked(pairs),
+        hooked([(block, lambda _m, _i, out: returned.append(out))]),
+        torch.no_grad(),
+    ):
         net(probe_ids(net), use_cache=False)
     return order, returned[0]
 
@@ -239,7 +245,9 @@ def _final_norm(core: nn.Module, stack_name: str, prefix: str) -> str | None:
     return f"{prefix}{parent + '.' if parent else ''}{names[-1]}" if names else None
 
 
-def _residual_scale(net: nn.Module, block: nn.Module, out_proj: nn.Module, width: int) -> float | None:
+def _residual_scale(
+    net: nn.Module, block: nn.Module, out_proj: nn.Module, width: int
+) -> float | None:
     """c if a change r of the projection's output changes the block's output by c * r, else None."""
     ids = probe_ids(net)
     parameter = next(out_proj.parameters())
@@ -259,7 +267,11 @@ def _residual_scale(net: nn.Module, block: nn.Module, out_proj: nn.Module, width
     wanted = change.double().expand_as(moved)
     c = ((moved * wanted).sum() / (wanted * wanted).sum()).item()
     error = ((moved - c * wanted).norm() / wanted.norm()).item()
-    tolerance = 1e-4 if outputs[0].abs().max() < 1e4 and next(net.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = (
+        1e-4
+        if outputs[0].abs().max() < 1e4 and next(net.parameters()).dtype == torch.float32
+        else 5e-2
+    )
     if error > tolerance:
         return None
     return 1.0 if abs(c - 1) < tolerance else c

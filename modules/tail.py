@@ -92,7 +92,9 @@ class Tail:
         ids_BT, mask_BT = self._ids, self._mask
         length_B = mask_BT.sum(1)
         before, after = int(start_B.max()), int((length_B - start_B).max())
-        column = torch.arange(before + after, device=ids_BT.device)[None] - before + start_B[:, None]
+        column = (
+            torch.arange(before + after, device=ids_BT.device)[None] - before + start_B[:, None]
+        )
         inside = (column >= 0) & (column < length_B[:, None])
         ids = ids_BT.gather(1, column.clamp(0, ids_BT.shape[1] - 1))
         mask = inside.to(mask_BT.dtype)
@@ -116,7 +118,11 @@ class Tail:
         self._stored = replace_first(output, first(output).detach())
 
     def _inputs(self) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": self._ids, "attention_mask": self._mask, "use_cache": False}
+        inputs: dict[str, Any] = {
+            "input_ids": self._ids,
+            "attention_mask": self._mask,
+            "use_cache": False,
+        }
         if self._cache is not None:
             inputs |= {
                 "past_key_values": _branch(self._cache),
@@ -180,7 +186,10 @@ def read_at(net: nn.Module, row_N: Tensor, position_N: Tensor) -> Iterator[None]
 
     def select(_module: nn.Module, args: tuple) -> tuple:
         hidden_BTD = args[0]
-        return (hidden_BTD[row_N.to(hidden_BTD.device), position_N.to(hidden_BTD.device)][None], *args[1:])
+        return (
+            hidden_BTD[row_N.to(hidden_BTD.device), position_N.to(hidden_BTD.device)][None],
+            *args[1:],
+        )
 
     with ExitStack() as stack:
         handle = net.get_output_embeddings().register_forward_pre_hook(select)

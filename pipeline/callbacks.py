@@ -70,7 +70,8 @@ class EditCallback(Callback):
                 raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
                                  "--model EditingModule and --edit.editor")  # fmt: skip
             pl_module.only_cases = set(self._done)
-            trainer.fit_loop.max_epochs = 1  # without a limit Lightning would make the same edits again
+            # Without a limit Lightning would make the same edits again and again.
+            trainer.fit_loop.max_epochs = 1
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 _count_in_edits(logger, everything=self.schedule == "stream")
@@ -162,7 +163,11 @@ class EditCallback(Callback):
             self.num_edits = len(batch)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: EditingModule, outputs: Any, *_: object  # noqa: ANN401
+        self,
+        trainer: Trainer,
+        pl_module: EditingModule,
+        outputs: Any,  # noqa: ANN401
+        *_: object,
     ) -> None:
         pl_module.case_deltas = pl_module.around_case = None
         if self.schedule == "batch":
@@ -211,7 +216,9 @@ class EditCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """After a stream's last step all its edits are evaluated, whatever the interval."""
-        if self.schedule == "stream" and (trainer.is_last_batch or trainer.global_step == trainer.max_steps):
+        if self.schedule == "stream" and (
+            trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        ):
             trainer.should_stop = True
 
     def _remember(self, results: list[CaseResult], phase: str) -> None:
@@ -250,7 +257,9 @@ class EditCallback(Callback):
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
 
-    def on_exception(self, trainer: Trainer, pl_module: EditingModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: EditingModule, exception: BaseException
+    ) -> None:
         """Leaves the model as it was for whoever goes on with it in the same process."""
         pl_module.case_deltas = pl_module.around_case = None
         if self.schedule != "stream":
@@ -298,7 +307,11 @@ class RunWriter(Callback):
                 file.truncate(whole.rfind(b"\n") + 1)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: EditingModule, outputs: Any, *_: object  # noqa: ANN401
+        self,
+        trainer: Trainer,
+        pl_module: EditingModule,
+        outputs: Any,  # noqa: ANN401
+        *_: object,
     ) -> None:
         if not trainer.sanity_checking:
             self._write(trainer, outputs["results"], "val")
@@ -323,6 +336,12 @@ class RunWriter(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._finish(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        """``last.ckpt`` is of the last step, also where the interval of checkpoints does not meet it."""
+        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+            path = self.folder / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)
+
     def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
@@ -337,7 +356,10 @@ class RunWriter(Callback):
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
         edit = _edit_callback(trainer)
-        means = {name: value if abs(value) < float("inf") else None for name, value in module.means.items()}
+        means = {
+            name: value if abs(value) < float("inf") else None
+            for name, value in module.means.items()
+        }
         return {
             "format": FORMAT,
             "run": self.folder.name,

@@ -43,7 +43,8 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   report     join finished run folders case by case: tables, intervals, plots
   moments    gather second moments of MLP keys on a text (ROME and its kin need them)
 
-Configuration files are combined in order: corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
+Configuration files are combined in order:
+  corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
 """
 
 
@@ -84,10 +85,18 @@ def _one_line(error: Exception, command: str) -> str:
     """What went wrong, without what jsonargparse says about types around it."""
     if isinstance(error, UnpicklingError):
         return "the file given as ckpt_path is not a checkpoint, or not one that only holds tensors"
-    around = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    around = (
+        "Does not validate against",
+        "Subtypes:",
+        "Errors:",
+        "Expected a <class 'NoneType'>",
+        "Given value",
+    )
     lines = [line.strip(" -") for line in str(error).splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith(around))
-    return f"{text} (options: corrigenda {command} --help)" if isinstance(error, ArgumentError) else text
+    if isinstance(error, ArgumentError):
+        text += f" (options: corrigenda {command} --help)"
+    return text
 
 
 # ---------------------------------------------------------------------------- fit and validate
@@ -120,7 +129,10 @@ def _train_or_validate(args: list[str]) -> None:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(EditCallback, "edit")
             parser.add_argument(
-                "--run_dir", type=str | None, default=None, help="folder of this run (default: runs/<time>)"
+                "--run_dir",
+                type=str | None,
+                default=None,
+                help="folder of this run (default: runs/<time>)",
             )
             parser.add_argument(
                 "--wandb",
@@ -132,7 +144,7 @@ def _train_or_validate(args: list[str]) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             # As given, before _place: a copy of the file can be run into another folder.
-            self.config_text = self._parser(self.subcommand).dump(config, skip_none=False)
+            self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
             self.run_dir = _run_dir(config, self.subcommand)
             _place(config, self.run_dir)
 
@@ -195,9 +207,13 @@ def _packaged(args: list[str]) -> list[str]:
     for i, arg in enumerate(args[:-1]):
         path = Path(args[i + 1])
         if arg in ("-c", "--config") and not path.exists():
-            inside = CONFIGS / Path(*path.parts[1:]) if path.parts[0] == "configs" else CONFIGS / path
+            inside = (
+                CONFIGS / Path(*path.parts[1:]) if path.parts[0] == "configs" else CONFIGS / path
+            )
             if not inside.is_file():
-                raise UserError(f"no configuration file {path}; those that come with us are in {CONFIGS}")
+                raise UserError(
+                    f"no configuration file {path}; those that come with us are in {CONFIGS}"
+                )
             found[i + 1] = str(inside)
     return found
 
@@ -211,11 +227,17 @@ def _run_dir(config: Namespace, verb: str) -> Path:
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     if (folder / "summary.json").exists():
-        raise UserError(f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir")
+        raise UserError(
+            f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
+        )
     if verb != "fit" or config.ckpt_path != "last":
-        raise UserError(f"{folder} holds an unfinished run: resume it with fit --ckpt_path last, or choose another --run_dir")
+        raise UserError(
+            f"{folder} holds an unfinished run: resume it with fit --ckpt_path last, or choose another --run_dir"
+        )
     if not list(folder.glob("checkpoints/last*.ckpt")):
-        raise UserError(f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir")
+        raise UserError(
+            f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir"
+        )
     return folder
 
 
@@ -226,7 +248,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
     trainer = config.trainer
     trainer.default_root_dir = str(run_dir)
     if trainer.logger in (None, True):
-        csv = {"save_dir": str(run_dir), "name": "logs"}
+        csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
         trainer.logger = [_spec("lightning.pytorch.loggers.CSVLogger", csv)]
         if config.wandb != "off":
             wandb = {"project": "corrigenda", "name": run_dir.name, "save_dir": str(run_dir)}
@@ -234,12 +256,16 @@ def _place(config: Namespace, run_dir: Path) -> None:
             trainer.logger.append(_spec("lightning.pytorch.loggers.WandbLogger", wandb))
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
-        if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get("save_dir"):
+        if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get(
+            "save_dir"
+        ):
             logger.setdefault("init_args", Namespace())["save_dir"] = str(run_dir)
     callbacks = trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     if trainer.enable_progress_bar is False:
-        callbacks = trainer.callbacks = [c for c in callbacks if not c.class_path.endswith("ProgressBar")]
+        callbacks = trainer.callbacks = [
+            c for c in callbacks if not c.class_path.endswith("ProgressBar")
+        ]
     for callback in callbacks:
         if callback.class_path.endswith("ModelCheckpoint") and not callback.init_args.dirpath:
             callback.init_args.dirpath = str(run_dir / "checkpoints")
@@ -260,7 +286,9 @@ def _compare(args: list[str]) -> None:
 
     from pipeline.compare import compare
 
-    parser = ArgumentParser(prog="corrigenda compare", description=compare.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="corrigenda compare", description=compare.__doc__, exit_on_error=False
+    )
     parser.add_argument("file", type=Path, help="the study file (YAML)")
     parser.add_argument("--only", nargs="+", type=str, help="run only these")
     parser.add_function_arguments(compare, skip={"file", "only"}, as_group=False)
@@ -273,7 +301,9 @@ def _report(args: list[str]) -> None:
 
     from pipeline.report import report
 
-    parser = ArgumentParser(prog="corrigenda report", description=report.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="corrigenda report", description=report.__doc__, exit_on_error=False
+    )
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_function_arguments(report, skip={"dirs"}, as_group=False)
     given = parser.parse_args(args)
@@ -297,10 +327,12 @@ def _moments(args: list[str]) -> None:
     given = parser.parse_args(args)
     lm = LanguageModel(**given.lm)
     for layer in given.layers:
-        lm.structure.block_name(layer)  # an unknown one is refused now, not after minutes of sampling
+        lm.structure.block_name(layer)  # refuses an unknown one before minutes of sampling
     moments = Moments(lm, Corpus(**given.corpus))
     found = moments.gather(given.layers)
     for layer, moment_FF in found.items():
         moments.factor(layer)
-        sys.stdout.write(f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n")
+        sys.stdout.write(
+            f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n"
+        )
     sys.stdout.write(f"in {moments.folder}\n")

@@ -1,7 +1,8 @@
 """Small models for tests: random networks of every family, with one small byte-level tokenizer.
 
-The tokenizer (``assets/tokenizer.json``, 400 tokens) knows every byte and a few common English pieces, so most
-words are several tokens. Token 0 ends a text, token 1 begins one where a model wants that.
+The tokenizer (``assets/tokenizer.json``, 400 tokens) knows every byte and a few common English
+pieces, so most words are several tokens. Token 0 ends a text, token 1 begins one where a model
+wants that.
 """
 
 import os
@@ -10,7 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import importlib.util
+import json
+import logging
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +24,7 @@ import transformers
 from tokenizers import Tokenizer, processors
 
 from modules.lm import LanguageModel, cache_dir
+from pipeline import cli
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -66,12 +73,7 @@ FAMILIES = {
     "olmo2": {},
     "granite": {"residual_multiplier": 0.22, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
 }
-WITH_BEGIN = (
-    "llama",
-    "mistral",
-    "gemma2",
-    "gemma3_text",
-)  # families whose texts begin with a token
+WITH_BEGIN = ("llama", "mistral", "gemma2", "gemma3_text")  # their texts begin with a token
 
 
 def pytest_generate_tests(metafunc):
@@ -82,7 +84,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Nothing is written into the user's cache; a model that is already converted there is read from it."""
+    """Nothing is written into the user's cache; a model that is converted there is read from it."""
     converted = [folder for folder in cache_dir().glob("smollm2-*") if folder.is_dir()]
     folder = tmp_path_factory.mktemp("cache")
     for model in converted:
@@ -137,7 +139,7 @@ def tiny_net():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """``tiny_folder(family, seed=0, **config)``: a local folder with a random model and the tokenizer."""
+    """``tiny_folder(family, seed=0, **config)``: a folder with a random model and the tokenizer."""
     made = {}
 
     def folder(family="gpt2", seed=0, **changes):
@@ -199,7 +201,9 @@ def data_files(tmp_path_factory):
     for name, records in parts.items():
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    sentences = [f"{a} met {b} near the {c}.\n" for a in SUBJECTS for b in SUBJECTS for c in ANSWERS]
+    sentences = [
+        f"{a} met {b} near the {c}.\n" for a in SUBJECTS for b in SUBJECTS for c in ANSWERS
+    ]
     (folder / "text.txt").write_text("".join(sentences), encoding="utf-8")
     return SimpleNamespace(**{path.stem: str(path) for path in folder.iterdir()})
 
@@ -208,7 +212,10 @@ def data_files(tmp_path_factory):
 def corrigenda(tmp_path, monkeypatch):
     """``corrigenda(*args)``: runs a command in an empty folder and returns its exit status."""
     monkeypatch.chdir(tmp_path)
-    levels = {name: logging.getLogger(name).level for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero")}
+    levels = {
+        name: logging.getLogger(name).level
+        for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    }
     interrupt = signal.getsignal(signal.SIGINT)  # an interrupted trainer leaves it ignored
 
     def run(*args):

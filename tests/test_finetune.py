@@ -139,6 +139,30 @@ def test_an_edit_that_has_stopped_does_not_move(lm, make):
 
 
 @every_editor
+def test_edits_that_stop_at_different_times_do_not_meet(lm, make):
+    editor = make()
+    editor.steps, editor.stop_loss = 12, 5.0
+    together, alone = editor.propose_each(lm, EACH), [editor.propose(lm, edits) for edits in EACH]
+    notes, apart = ([delta.metadata["notes"][0] for delta in each] for each in (together, alone))
+    assert len({note["updates"] for note in notes}) >= 3
+    assert notes == [pytest.approx(note, rel=1e-4) for note in apart]
+    for a, b in zip(together, alone, strict=True):
+        assert difference(a, b) < 1e-4
+
+
+@every_editor
+def test_the_loss_of_a_group_is_the_mean_of_its_edits(lm, make, monkeypatch):
+    monkeypatch.setattr(tuning, "PIECE_TOKENS", 30)
+    editor = make()
+    editor.steps = 1
+    noted = [delta.metadata["notes"][0]["loss"] for delta in editor.propose_each(lm, EACH)]
+    together = editor.propose(lm, EDITS).metadata["notes"][0]["loss"]
+    assert together == pytest.approx(sum(noted) / len(noted), rel=1e-5)
+    if editor.loss == "target":
+        assert noted == pytest.approx((-logprob(lm)).tolist(), rel=1e-4)
+
+
+@every_editor
 def test_an_edit_that_is_there_already_is_left_alone(lm, make):
     (delta,) = make(stop_loss=1e3).propose_each(lm, EACH[:1])
     assert delta.metadata["notes"][0]["updates"] == 0
@@ -234,6 +258,19 @@ def test_prompt_last_loss_is_a_bag_of_target_tokens_at_one_position(lm):
         assert ids[:start].tolist() == prompt
         logprob_V = lm.net(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         torch.testing.assert_close(-logprob_V[ids[start : mask.sum()]].mean(), loss)
+
+
+@pytest.mark.parametrize("keep", [[1, 2], [0, 3], [2]])
+def test_rows_that_are_left_keep_their_losses(lm, keep):
+    _, part = piece(lm, "target")
+    active_E = torch.zeros(len(EDITS), dtype=torch.bool)
+    active_E[keep] = True
+    left = part.select(active_E)
+    assert left.owner_R.tolist() == keep
+    torch.testing.assert_close(
+        left.losses(lm, nothing(lm)), part.losses(lm, nothing(lm))[keep], atol=1e-5, rtol=0
+    )
+    assert part.select(torch.zeros_like(active_E)) is None
 
 
 @pytest.mark.parametrize("loss", ["target", "prompt_last"])
@@ -488,7 +525,7 @@ def test_the_checkpoint_holds_what_was_learned_and_validates(tiny_folder, make, 
         leaf.numel() for leaf in make().start(module.lm, 1).values()
     )
     again = FineTune(LanguageModel(str(tiny_folder("gpt2"))), make())
-    trainer(tmp_path).validate(again, Cases(), ckpt_path=path, verbose=False, weights_only=False)
+    trainer(tmp_path).validate(again, Cases(), ckpt_path=path, verbose=False, weights_only=True)
     assert again.means == module.means
 
 

@@ -32,7 +32,7 @@ ODD_TARGETS = [
     "-3",
     " so",
 ]
-# (text, subject, first and last token of the subject) on SmolLM2; the last by hand, model-families.md 8.1
+# text, subject, its first and last token on SmolLM2, and that last token
 SPANS = [
     ("Space Needle is located in", "Space Needle", (0, 2), "le"),
     ("The capital of Burkina Faso is", "Burkina Faso", (3, 6), "aso"),

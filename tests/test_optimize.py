@@ -21,7 +21,7 @@ def gradients(tensors, targets):
     [{"lr": 0.1}, {"lr": 0.5, "betas": (0.7, 0.9), "eps": 1e-4}, {"lr": 0.1, "weight_decay": 0.3}],
 )
 def test_each_problem_is_optimised_as_if_alone(settings):
-    """The reference is torch's own Adam; problem e takes ``stops[e]`` steps and then keeps its value."""
+    """The reference is torch's own Adam; problem e takes ``stops[e]`` steps and keeps its value."""
     stops = [2, 7, 5]
     start, targets = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES]
     stacked = [x.clone().requires_grad_() for x in start]

@@ -1,4 +1,4 @@
-"""Finding the parts of a network: the table of families, the probes behind it, hooks, and one view of weights."""
+"""Finding the parts of a network: the table of families, probes, hooks, and one view of weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The frozen prefix gives the logits of the full forward, in every family, and leaves the network alone."""
+"""The frozen prefix gives the logits of the full forward in every family, and changes nothing."""
 
 import copy
 
@@ -13,7 +13,7 @@ LENGTH = torch.tensor([9, 3, 7, 12])
 MASK = (torch.arange(12) < LENGTH[:, None]).long()
 IDS = torch.randint(2, 400, (4, 12), generator=torch.Generator().manual_seed(1)) * MASK
 ROW, POSITION = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([8, 6, 2, 5, 11, 4])
-# Where each row may change: everywhere, from its own token on, and with rows that are cut before their first.
+# From where on each row may change; a row that may change everywhere has nothing before its cut.
 STARTS = {"all": None, "cut": torch.tensor([6, 2, 5, 4]), "uncut row": torch.tensor([6, 0, 3, 4])}
 SELECTED = torch.tensor([3, 1])
 NEAR = {"atol": 1e-5, "rtol": 0}
@@ -98,7 +98,7 @@ def test_rows_alone_are_as_in_a_padded_batch(family, made):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_what_is_computed_later_is_not_stored(family, start, made):
-    """A tail follows changes from its layer and token on, with gradients; what is before them is frozen."""
+    """A tail follows changes from its layer and token on, with gradients; the rest is frozen."""
     net, structure, logits = made(family)
     net, start = copy.deepcopy(net), STARTS[start]
     tail = Tail(net, structure, IDS, MASK, 1, start)

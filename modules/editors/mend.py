@@ -11,7 +11,8 @@ differ by a scale and an offset per layer; alpha is learned per matrix.
 
 Departures from the authors' code: the update descends (as in the paper; the code's sign was confirmed as an
 error); alpha is learned as its logarithm; the statistics of the inputs are taken once, before the first step,
-kept in the checkpoint, and normalised inputs are clamped to +-10; nothing is computed below the lowest edited block twice.
+kept in the checkpoint, and normalised inputs are clamped to +-10; nothing below the lowest edited block is
+computed twice.
 
 Shapes: E edits, B rows, T tokens, I inputs and O outputs of a matrix, n tokens of all rows, r editor rank.
 """
@@ -75,7 +76,9 @@ class GradientTransform(nn.Module):
         num_layers: residual layers.
     """
 
-    def __init__(self, inputs: int, outputs: int, count: int, rank: int, num_layers: int = 2) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, count: int, rank: int, num_layers: int = 2
+    ) -> None:
         super().__init__()
         width = inputs + outputs
         rank = min(rank, width)
@@ -144,7 +147,10 @@ class MEND(LearnedEditor):
         self.index = [shapes[:i].count(shape) for i, shape in enumerate(shapes)]
         self.transform_of = [f"{i}x{o}" for i, o in shapes]
         self.transforms = nn.ModuleDict(
-            {f"{i}x{o}": GradientTransform(i, o, shapes.count((i, o)), rank) for i, o in dict.fromkeys(shapes)}
+            {
+                f"{i}x{o}": GradientTransform(i, o, shapes.count((i, o)), rank)
+                for i, o in dict.fromkeys(shapes)
+            }
         )
         self.log_alpha = nn.Parameter(torch.full((len(self.names),), math.log(alpha)))
 
@@ -160,7 +166,9 @@ class MEND(LearnedEditor):
             ]
         )
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(self.warm_up, total, 0.05))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, warm_cosine(self.warm_up, total, 0.05)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -234,7 +242,9 @@ class MEND(LearnedEditor):
             part = edits[begin : begin + 16]
             rows = self.lm.rows([e.text for e in part], [e.target_new for e in part])
             owner_B = torch.arange(len(part), device=self.lm.device)
-            pairs = self.gradient_factors(self.lm.tail(rows, self.lowest_layer), rows, owner_B, len(part))
+            pairs = self.gradient_factors(
+                self.lm.tail(rows, self.lowest_layer), rows, owner_B, len(part)
+            )
             real_BT = rows.mask_BT.bool()
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
                 d_nO = d_BTO[real_BT]

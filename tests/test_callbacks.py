@@ -1,0 +1,389 @@
+"""When edits are in force, what a run writes, and that a stopped stream goes on where it was."""
+
+import json
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from datamodules.counterfact import CounterFact
+from modules.editing import Delta, Editor, WeightPatch
+from modules.editors.finetune import FT
+from modules.editors.mend import MEND
+from modules.editors.rome import ROME
+from modules.evaluation import EditingModule
+from modules.moments import Corpus
+from pipeline import report
+from pipeline.callbacks import EditCallback, RunWriter
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+class Spy(Callback):
+    """Notes what is in force while cases are evaluated; raises where it is told to."""
+
+    def __init__(self, fail_at=None):
+        self.seen, self.fail_at, self.steps = [], fail_at, 0
+
+    def on_validation_batch_start(self, trainer, module, batch, *_):
+        deltas = module.case_deltas and [len(delta.updates) for delta in module.case_deltas]
+        edits = [handle.delta.metadata["edits"] for handle in module.lm.handles]
+        self.seen.append((len(batch), deltas, [len(made) for made in edits]))
+        if self.fail_at == "validation":
+            raise RuntimeError("on purpose")
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == self.fail_at:
+            raise RuntimeError("on purpose")
+        self.steps += 1
+
+
+class Outside(Editor):
+    """An editor that is no WeightEditor: its cases are evaluated one after the other."""
+
+    def edit(self, lm, edits):
+        return ft().edit(lm, edits)
+
+
+def ft():
+    return FT([1], steps=4, lr=1e-2)
+
+
+def rome(files):
+    free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0}
+    return ROME(0, steps=6, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free)
+
+
+def weights(lm):
+    return {name: p.detach().clone() for name, p in lm.net.named_parameters()}
+
+
+def unchanged(lm, kept):
+    return not lm.handles and all(torch.equal(p, kept[n]) for n, p in lm.net.named_parameters())
+
+
+def rows(folder):
+    """Lines of ``cases.jsonl``; of equal (case, phase, number of edits) the last, as in a report."""
+    lines = map(json.loads, (folder / "cases.jsonl").read_text().splitlines())
+    return list({(r["case_id"], r["phase"], r["num_edits"]): r for r in lines}.values())
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture
+def data(data_files):
+    """Five cases in batches of two."""
+    return CounterFact(data_files.counterfact, batch_size=2)
+
+
+@pytest.fixture
+def lm(tiny_lm):
+    return tiny_lm("gpt2")
+
+
+@pytest.fixture
+def run(lm, data, tmp_path):
+    """``run(editor, schedule)``: a whole run in ``tmp_path / name``; returns its spy and its trainer."""
+
+    def run(editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest):
+        folder, spy = tmp_path / name, Spy(fail_at)
+        last = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0,
+                               every_n_train_steps=2, enable_version_counter=False)  # fmt: skip
+        settings = {"max_steps": -1, "val_check_interval": 2} | rest
+        ckpt_path = settings.pop("ckpt_path", None)
+        trainer = Trainer(
+            accelerator="cpu", logger=CSVLogger(folder, "logs"), default_root_dir=folder,
+            callbacks=[EditCallback(editor, schedule), spy, last], inference_mode=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            log_every_n_steps=1, **settings,
+        )  # fmt: skip
+        trainer.callbacks.append(RunWriter(folder, verb))
+        module = module or EditingModule(model)
+        call = getattr(trainer, verb)
+        verbose = {} if verb == "fit" else {"verbose": False}
+        call(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, **verbose)
+        return spy, trainer
+
+    return run
+
+
+# ---------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("editor", "schedule", "seen", "num_edits"),
+    [
+        (ft(), "each", [(2, [2, 2], []), (2, [2, 2], []), (1, [2], [])], [1, 1, 1, 1, 1]),
+        (Outside(), "each", [(2, None, []), (2, None, []), (1, None, [])], [1, 1, 1, 1, 1]),
+        (ft(), "batch", [(2, None, [2]), (2, None, [2]), (1, None, [1])], [2, 2, 2, 2, 1]),
+        (ft(), "epoch", [(2, None, [5]), (2, None, [5]), (1, None, [5])], [5, 5, 5, 5, 5]),
+        (None, "each", [(2, None, []), (2, None, []), (1, None, [])], [0, 0, 0, 0, 0]),
+    ],
+    ids=["each", "each-outside", "batch", "epoch", "unedited"],
+)
+def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_edits):
+    kept = weights(lm)
+    spy, trainer = run(editor, schedule)
+    assert spy.seen == seen
+    assert unchanged(lm, kept)
+    assert [row["num_edits"] for row in rows(tmp_path / "run")] == num_edits
+    module = trainer.lightning_module
+    assert module.case_deltas is None and module.around_case is None
+
+
+@pytest.mark.parametrize("make", [lambda _: ft(), rome, lambda _: Outside()], ids=["FT", "ROME", "other"])
+def test_each_is_one_at_a_time(run, lm, data, data_files, tmp_path, make):
+    run(make(data_files), "each")
+    editor, module = make(data_files), EditingModule(lm)
+    for row, case in zip(rows(tmp_path / "run"), data.evaluation_cases(), strict=True):
+        handle = editor.edit(lm, case.edits)
+        (result,) = module.evaluate([case])
+        handle.remove()
+        assert set(row["metrics"]) == set(result.metrics)
+        for name, value in row["metrics"].items():
+            assert value == pytest.approx(result.metrics[name], abs=1e-4), name
+    for name, value in module.compute_means().items():
+        assert summary(tmp_path / "run")["means"][name] == pytest.approx(value, abs=1e-4)
+
+
+def test_together_is_together(run, lm, data, tmp_path):
+    run(ft(), "batch", name="batch")
+    run(ft(), "epoch", name="epoch")
+    cases = data.evaluation_cases()
+    for name, groups in {"batch": [cases[:2], cases[2:4], cases[4:]], "epoch": [cases]}.items():
+        wanted = []
+        for group in groups:
+            handle = ft().edit(lm, [edit for case in group for edit in case.edits])
+            wanted += [result.metrics for result in EditingModule(lm).evaluate(group)]
+            handle.remove()
+        for row, metrics in zip(rows(tmp_path / name), wanted, strict=True):
+            assert row["metrics"] == pytest.approx(metrics, abs=1e-4)
+
+
+def test_the_module_itself_is_the_editor_where_none_is_given(run, lm, tmp_path):
+    spy, trainer = run(None, "each", module=MEND(lm, layers=[1], rank=2))
+    assert [deltas for _, deltas, _ in spy.seen] == [[2, 2], [2, 2], [2]]
+    assert summary(tmp_path / "run")["editor"] == "MEND"
+
+
+def test_an_epoch_within_fit_edits_the_cases_it_asks(run, lm, data, data_files, tmp_path):
+    """A learned editor is validated on held-out training cases, not on those to be evaluated."""
+    data.train_path, data.path = data.path, None
+    data.val_fraction = 0.5
+    run(None, "epoch", "fit", module=MEND(lm, layers=[1], rank=2), max_steps=1, val_check_interval=1)
+    held_out = [case.case_id for case in data.cases("val")]
+    done = rows(tmp_path / "run")
+    assert [row["case_id"] for row in done] == held_out
+    assert all(row["num_edits"] == len(held_out) for row in done)
+
+
+@pytest.mark.parametrize("schedule", ["each", "batch", "epoch"])
+def test_a_failure_leaves_the_model_clean(run, lm, tmp_path, schedule):
+    kept = weights(lm)
+    for editor in (ft(), Outside()):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            run(editor, schedule, fail_at="validation")
+        assert unchanged(lm, kept)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    spy, _ = run(ft(), schedule)
+    assert summary(tmp_path / "run")["finished"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "editor", "module", "message"),
+    [
+        ("validate", ft(), EditingModule, "run it with fit"),
+        ("fit", None, EditingModule, "set --edit.editor"),
+        ("fit", None, lambda lm: MEND(lm, rank=2), "does not train"),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused(run, lm, verb, editor, module, message):
+    with pytest.raises(ValueError, match=message):
+        run(editor, "stream", verb, module=module(lm))
+
+
+# ---------------------------------------------------------------------------- streams
+
+
+def test_a_stream_piles_edits_up(run, lm, data, tmp_path):
+    base = weights(lm)
+    spy, trainer = run(ft(), "stream", "fit")
+    done = [(row["phase"], row["num_edits"], row["case_id"]) for row in rows(tmp_path / "run")]
+    ids = [case.case_id for case in data.evaluation_cases()]
+    # Three steps, an evaluation after every second one and after the last; only what has been edited is asked.
+    assert done == [
+        *(("current", 2, i) for i in ids[:2]), *(("current", 4, i) for i in ids[2:4]),
+        *(("val", 4, i) for i in ids[:4]), ("current", 5, ids[4]), *(("val", 5, i) for i in ids),
+    ]  # fmt: skip
+    assert spy.steps == trainer.global_step == 3 and trainer.current_epoch == 1
+    (handle,) = lm.handles  # one undo for everything
+    assert len(handle.delta.metadata["edits"]) == 5
+    after = weights(lm)
+    handle.remove()
+    assert unchanged(lm, base)
+
+    cases, module = data.evaluation_cases(), EditingModule(lm)
+    for group in (cases[:2], cases[2:4], cases[4:]):
+        ft().edit(lm, [edit for case in group for edit in case.edits])
+    assert all(torch.equal(value, after[name]) for name, value in weights(lm).items())
+    for row, result in zip(rows(tmp_path / "run")[-5:], module.evaluate(cases), strict=True):
+        assert row["metrics"] == pytest.approx(result.metrics, abs=1e-5)
+    assert summary(tmp_path / "run")["means"] == pytest.approx(module.compute_means(), abs=1e-5)
+
+
+def test_a_stream_is_logged_by_its_number_of_edits(run, tmp_path):
+    run(ft(), "stream", "fit")
+    (file,) = (tmp_path / "run" / "logs").rglob("metrics.csv")
+    header, *lines = [line.split(",") for line in file.read_text().splitlines()]
+    table = [dict(zip(header, line, strict=True)) for line in lines]
+    current = [row["edit/num_edits"] for row in table if row["current/efficacy/exact"]]
+    retained = [row["edit/num_edits"] for row in table if row["val/efficacy/exact"]]
+    assert current == ["2.0", "4.0", "5.0"] and retained == ["4.0", "5.0"]
+    assert all(row["val/efficacy/forgotten"] for row in table if row["val/efficacy/exact"])
+
+
+def test_max_steps_counts_edits_of_a_stream(run, lm, tmp_path):
+    spy, _ = run(ft(), "stream", "fit", max_steps=1, val_check_interval=3)
+    assert spy.steps == 1
+    assert [(r["phase"], r["num_edits"]) for r in rows(tmp_path / "run")] == [
+        ("current", 2), ("current", 2), ("val", 2), ("val", 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch_size", "fail_at"), [(1, 3), (1, 4), (2, 2)])
+@pytest.mark.parametrize("make", [lambda _: ft(), rome], ids=["FT", "ROME"])
+def test_a_stopped_stream_goes_on_to_the_bit(
+    run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at
+):
+    """Steps after the last checkpoint (one in two) are made again; the model is a new one."""
+    data.batch_size = batch_size
+    _, trainer = run(make(data_files), "stream", "fit", "whole")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(make(data_files), "stream", "fit", "cut", fail_at=fail_at, model=tiny_lm("gpt2"))
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    fresh = tiny_lm("gpt2")
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    spy, resumed = run(make(data_files), "stream", "fit", "cut", model=fresh, ckpt_path=checkpoint)
+    assert spy.steps == math.ceil(5 / batch_size) - fail_at // 2 * 2
+    assert all(torch.equal(p, lm.net.get_parameter(n)) for n, p in fresh.net.named_parameters())
+    whole, cut = (rows(tmp_path / name) for name in ("whole", "cut"))
+    assert sorted(map(str, whole)) == sorted(map(str, cut))
+    means = [summary(tmp_path / name)["means"] for name in ("whole", "cut")]
+    assert means[0] == means[1]
+    forgotten = [t.logged_metrics["val/efficacy/forgotten"] for t in (trainer, resumed)]
+    torch.testing.assert_close(*forgotten, equal_nan=True)
+    assert summary(tmp_path / "cut")["budget"]["num_edits"] == 5
+    fresh.handles[0].remove()  # the undo has been kept, too
+    assert unchanged(fresh, weights(tiny_lm("gpt2")))
+
+
+def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):
+    run(ft(), "stream", "fit")
+    file = tmp_path / "run" / "cases.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"phase": "val", "num_ed')
+    with suppress(RuntimeError):
+        run(ft(), "stream", "fit", fail_at=0)
+    assert file.read_text().startswith(whole)
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+# ---------------------------------------------------------------------------- what is left behind
+
+
+@pytest.mark.parametrize(
+    ("schedule", "verb", "names"),
+    [
+        ("each", "validate", ["108", "109", "110", "111", "112"]),
+        ("batch", "validate", ["batch-0", "batch-2", "batch-4"]),
+        ("epoch", "validate", ["all"]),
+        ("stream", "fit", ["step-000000", "step-000001", "step-000002"]),
+    ],
+)
+def test_edits_are_kept_and_can_be_made_again(run, lm, tiny_lm, data, tmp_path, schedule, verb, names):
+    run(ft(), schedule, verb)
+    files = sorted((tmp_path / "run" / "edits").iterdir())
+    assert [file.stem for file in files] == names
+    deltas = [Delta.load(file) for file in files]
+    made = [tuple(edit) for delta in deltas for edit in delta.metadata["edits"]]
+    assert made == [(e.prompt, e.subject, e.target_new) for e in data.edits()]
+    fresh = tiny_lm("gpt2")
+    if schedule == "stream":
+        for delta in deltas:
+            WeightPatch(fresh, delta)
+        assert all(torch.equal(p, lm.net.get_parameter(n)) for n, p in fresh.net.named_parameters())
+    if schedule == "each":
+        WeightPatch(fresh, deltas[0])
+        (result,) = EditingModule(fresh).evaluate(data.evaluation_cases()[:1])
+        assert rows(tmp_path / "run")[0]["metrics"] == pytest.approx(result.metrics, abs=1e-4)
+
+
+def test_edits_are_not_kept_where_nobody_wants_them(lm, data, tmp_path):
+    trainer = Trainer(
+        accelerator="cpu", logger=False, callbacks=[EditCallback(ft(), save_edits=False)],
+        default_root_dir=tmp_path, enable_progress_bar=False, inference_mode=False,
+    )  # fmt: skip
+    trainer.validate(EditingModule(lm), data, verbose=False)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("schedule", ["each", "batch", "epoch"])
+def test_the_summary_says_how_it_was_measured(run, lm, tmp_path, schedule):
+    run(ft(), schedule)
+    found = summary(tmp_path / "run")
+    names = ["format", "run", "verb", "finished", "editor", "model", "model_hash", "dataset", "schedule",
+             "protocols", "means", "budget"]  # fmt: skip
+    assert list(found) == names
+    assert [found[name] for name in names[:5]] == [1, "run", "validate", True, "FT"]
+    assert [found[n] for n in names[5:9]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
+    assert set(found["protocols"]) == set(found["means"])
+    assert found["protocols"]["efficacy/exact"] == f"tf_exact@{schedule}"
+    assert found["protocols"]["all/score"] == f"cf_prob@{schedule}"
+    budget = found["budget"]
+    assert budget["num_edits"] == 5 and budget["seconds_per_edit"] > 0 and budget["peak_gib"] > 0
+    projection = lm.net.get_submodule(lm.structure.out_name(1))
+    assert budget["parameters_touched"] == projection.weight.numel() + projection.bias.numel()
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_report_reads_what_a_run_wrote(run, tmp_path):
+    run(None, "each", name="unedited")
+    run(ft(), "each", name="ft")
+    run(ft(), "stream", "fit", name="stream")
+    unedited, edited, stream = (report.read_run(tmp_path / n) for n in ("unedited", "ft", "stream"))
+    assert summary(tmp_path / "unedited")["editor"] is None
+    assert summary(tmp_path / "unedited")["budget"]["num_edits"] is None
+    comparison = report.join([unedited, edited], "unedited")
+    assert comparison is not None
+    ids = [row["case_id"] for row in rows(tmp_path / "ft")]
+    assert list(report.curve(stream, "efficacy/exact", "val", ids)) == [4, 5]
+    assert list(report.curve(stream, "efficacy/exact", "current", ids)) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("schedule", ["each", "stream"])
+def test_wandb_draws_over_the_number_of_edits(lm, data, tmp_path, schedule):
+    class Run:
+        def __init__(self):
+            self.defined = []
+
+        def define_metric(self, name, step_metric=None):
+            self.defined.append((name, step_metric))
+
+    class Logger(WandbLogger):
+        experiment = Run()
+
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, barebones=False, logger=False)
+    trainer.loggers = [Logger(save_dir=tmp_path, offline=True)]
+    trainer.state.fn = "fit"
+    callback = EditCallback(ft(), schedule)
+    callback.setup(trainer, EditingModule(lm), "fit")
+    over = [name for name, step in Logger.experiment.defined if step == "edit/num_edits"]
+    assert over == ["current/*", "val/*"][: 1 + (schedule == "stream")]

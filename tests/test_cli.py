@@ -1,0 +1,257 @@
+"""The command line: what it accepts, what it writes, and one line for everything that goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from modules.lm import LanguageModel
+from pipeline import cli
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+@pytest.fixture
+def tiny(tiny_folder, data_files):
+    """Arguments of a small run of FT on a small model."""
+    return [
+        "--model", "EditingModule", "--model.lm.name", tiny_folder("gpt2"),
+        "--data", "ZsRE", "--data.path", data_files.zsre, "--edit.editor", "FT",
+        "--edit.editor.layers", "[1]", "--edit.editor.steps", "2", "--wandb", "off",
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def parsed(corrigenda, capsys):
+    """``parsed(*args)``: the configuration these arguments stand for."""
+
+    def parse(*args):
+        capsys.readouterr()
+        assert corrigenda(*args, "--print_config") == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parse
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("corrigenda: error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--edit.editro", "ROME"], ["--edit.editro", "corrigenda validate --help"]),
+        (["--edit.editor.stpes", "3"], ["edit.editor", "'stpes' is not accepted"]),
+        (["--edit.editor", "ROME"], ["edit.editor", "required: layer"]),
+        (["--edit.editor", "ROMY"], ["edit.editor", "ROMY"]),
+        (["--edit.schedule", "all"], ["edit.schedule", "'each', 'batch', 'epoch', 'stream'", "all"]),
+        (["--edit.schedule", "stream"], ["'stream'", "run it with fit"]),
+        (["--edit.editor.layers", "[99]"], ["layer 99 does not exist", "0 to 1"]),
+        (["--edit.editor", "ROME", "--edit.editor.layer", "9"], ["layer 9 does not exist", "0 to 1"]),
+        (["--data.path", "nope.jsonl"], ["nope.jsonl: no such file", "public source"]),
+        (["--data.path", "bad.jsonl"], ["bad.jsonl, line 1", "'src'", "'Bede' does not occur"]),
+        (["--data.limit", "0"], ["limit must be at least 1, got 0"]),
+        (["--data.known_only", "true"], ["known_only leaves nothing to edit"]),
+        (["--model.lm.name", "nowhere/at-all"], ["cannot load the model 'nowhere/at-all'", "give a hub id"]),
+        (["--model", "MEND", "--model.layers", "[2]"], ["layer 2 does not exist"]),
+        (["-c", "nope.yaml"], ["no configuration file nope.yaml", str(cli.CONFIGS)]),
+        (["-c", "typo.yaml"], ["editor", "'layre' is not accepted"]),
+        (["-c", "broken.yaml"], ["broken.yaml"]),
+        (["--ckpt_path", "nope.ckpt"], ["nope.ckpt"]),
+        (["--ckpt_path", "bad.jsonl"], ["ckpt_path", "not a checkpoint"]),
+        (["--ckpt_path", "last"], ["--ckpt_path needs a file"]),
+        (["--run_dir", "finished"], ["finished holds a finished run", "choose another --run_dir"]),
+        (["--run_dir", "begun"], ["begun holds an unfinished run", "--ckpt_path last"]),
+        (["--trainer.devices", "0"], ["devices"]),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if value[0].startswith("-") else "",
+)
+def test_a_mistake_is_one_line(corrigenda, tiny, tmp_path, capsys, args, words):
+    record = {"subject": "Bede", "src": "Who was he?", "rephrase": "He was who?", "alt": "a monk"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(record))
+    (tmp_path / "typo.yaml").write_text("edit: {editor: {class_path: ROME, init_args: {layre: 1}}}")
+    (tmp_path / "broken.yaml").write_text("edit: {editor: [")
+    for name, file in (("finished", "summary.json"), ("begun", "config.yaml")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    assert corrigenda("validate", *tiny, *args) == 2
+    message = one_line(capsys)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["frobnicate"], ["no command 'frobnicate'", "fit, validate, compare, report, moments"]),
+        (["compare"], ["file", "corrigenda compare --help"]),
+        (["compare", "nope.yaml"], ["nope.yaml"]),
+        (["report", "nope", "--out", "out"], ["nope"]),
+        (["moments", "--layers", "0", "--corpsu", "x"], ["--corpsu"]),
+        (["fit", "--run_dir", "begun", "--ckpt_path", "last"], ["begun has no checkpoints/last.ckpt"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_so_is_one_with_another_command(corrigenda, tmp_path, capsys, args, words, tiny):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    assert corrigenda(*args, *(tiny if args[0] == "fit" else ())) == 2
+    message = one_line(capsys)
+    assert all(word in message for word in words), message
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny):
+    command = [sys.executable, "-m", "pipeline", "validate", *map(str, tiny), "--edit.editor.stpes", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "'stpes' is not accepted" in done.stderr
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(corrigenda, tiny, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "score", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        corrigenda("validate", *tiny)
+    monkeypatch.setenv("CORRIGENDA_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        corrigenda("validate", *tiny, "--data.path", "nope.jsonl")
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_names_the_commands(corrigenda, capsys, args):
+    assert corrigenda(*args) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in ("fit", "validate", "compare", "report", "moments"))
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments"])
+def test_every_command_explains_itself(corrigenda, capsys, command):
+    assert corrigenda(command, "--help") == 0
+    text = capsys.readouterr().out
+    option = {"compare": "--only", "report": "--baseline", "moments": "--layers"}.get(command, "--edit.schedule")
+    assert option in text and "usage" in text.lower()
+
+
+def test_short_names_stand_for_classes(parsed):
+    found = parsed("validate", "--model", "MEND", "--data", "Facts", "--edit.editor", "ROME",
+                   "--edit.editor.layer", "3")  # fmt: skip
+    assert found["model"]["class_path"] == "modules.editors.mend.MEND"
+    assert found["data"]["class_path"] == "datamodules.facts.Facts"
+    assert found["edit"]["editor"]["class_path"] == "modules.editors.rome.ROME"
+    assert found["edit"]["editor"]["init_args"]["layer"] == 3
+    assert found["trainer"]["inference_mode"] is False  # from configs/defaults.yaml
+
+
+def test_printed_configuration_is_the_configuration(parsed, tmp_path):
+    args = ["-c", "configs/rome/smollm2.yaml", "-c", "configs/data/zsre.yaml", "--data.path", "x.jsonl"]
+    once = parsed("validate", *args, "--edit.schedule", "batch")
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(once))
+    assert parsed("validate", "-c", "all.yaml") == once
+    assert once["edit"]["schedule"] == "batch" and once["data"]["init_args"]["path"] == "x.jsonl"
+
+
+def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
+    """Ours are found from every folder, with or without configs/ in front; one that is here comes first."""
+    own = {"data": {"init_args": {"batch_size": 3}}, "edit": {"schedule": "epoch"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    found = parsed("validate", "-c", "base/smollm2.yaml", "--config", "configs/data/zsre.yaml", "-c", "own.yaml")
+    assert found["model"]["init_args"]["lm"]["init_args"]["name"] == "smollm2"
+    assert found["data"]["class_path"] == "datamodules.zsre.ZsRE"
+    assert found["data"]["init_args"]["variant"] == "E" and found["data"]["init_args"]["batch_size"] == 3
+    assert found["edit"]["schedule"] == "epoch" and found["edit"]["editor"] is None
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def test_a_run_folder(corrigenda, tiny, tmp_path):
+    assert corrigenda("validate", *tiny, "--run_dir", "a") == 0
+    folder = tmp_path / "a"
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    edits = {f"edits/{i}.safetensors" for i in range(5)}
+    assert written == {"config.yaml", "cases.jsonl", "summary.json", "logs/version_0/metrics.csv"} | edits
+    assert json.loads((folder / "summary.json").read_text())["run"] == "a"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["edit"]["editor"]["init_args"]["steps"] == 2 and config["seed_everything"] == 0
+
+    # The file alone makes the same run again, wherever it is told to, and touches this one no more.
+    assert corrigenda("validate", "-c", "a/config.yaml", "--run_dir", "b") == 0
+    lines = [(tmp_path / name / "cases.jsonl").read_text() for name in "ab"]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == written
+    assert (tmp_path / "b" / "logs" / "version_0" / "metrics.csv").is_file()
+    assert corrigenda("validate", "-c", "a/config.yaml") == 2
+
+
+def test_without_a_name_a_run_is_named_by_time(corrigenda, tiny, tmp_path):
+    assert corrigenda("validate", *tiny, "--data.limit", "1", "--edit.save_edits", "false") == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-validate") and not (folder / "edits").exists()
+    assert len((folder / "cases.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny):
+    assert corrigenda("validate", *tiny, "--run_dir", "a", "--model.lm.name", "nowhere/at-all") == 2
+    assert corrigenda("validate", *tiny, "--run_dir", "a") == 0
+
+
+def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, monkeypatch):
+    """The checkpoints of the default settings serve a stream of edits, too."""
+    args = ["fit", *tiny, "--run_dir", "a", "--edit.schedule", "stream", "--data.batch_size", "1",
+            "--trainer.callbacks.init_args.every_n_train_steps", "2"]  # fmt: skip
+    score, calls = LanguageModel.score, []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(LanguageModel, "score", stop)
+    assert corrigenda(*args) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert corrigenda(*args) == 2
+    assert "resume it with fit --ckpt_path last" in capsys.readouterr().err
+    assert corrigenda(*args, "--ckpt_path", "last") == 0
+    assert (tmp_path / "a" / "config-resumed-1.yaml").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "a" / "cases.jsonl").read_text().splitlines()]
+    assert [row["case_id"] for row in rows if row["phase"] == "val"] == list("01234")
+    saved = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["EditCallback"]["done"] == list("01234")
+
+
+def test_moments(corrigenda, tiny_folder, data_files, capsys):
+    args = ["moments", "--lm.name", tiny_folder("gpt2"), "--corpus.source", data_files.text,
+            "--corpus.tokens", "1500"]  # fmt: skip
+    assert corrigenda(*args, "--layers", "0", "1") == 0
+    first = capsys.readouterr().out
+    assert "layer 0: (128, 128)" in first and "layer 1: (128, 128)" in first
+    folder = Path(first.splitlines()[-1].removeprefix("in "))
+    assert len(list(folder.glob("layer?.safetensors"))) == len(list(folder.glob("*cholesky*"))) == 2
+    assert corrigenda(*args, "--layers", "1") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
+    assert corrigenda(*args, "--layers", "0", "7") == 2
+    assert "layer 7 does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_wandb_writes_into_the_run_folder(corrigenda, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert corrigenda("validate", *tiny, "--run_dir", "a", "--wandb", "offline") == 0
+    assert list((tmp_path / "a" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert not (tmp_path / "wandb").exists()

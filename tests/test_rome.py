@@ -1,0 +1,556 @@
+"""ROME: its mathematics, its search for values, and one fact changed in a small model that knows twenty."""
+
+import logging
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from datamodules.records import Edit
+from modules.editing import WeightPatch
+from modules.editors import key_value, rome
+from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
+from modules.editors.rome import ROME, _rank_one
+from modules.hooks import capture
+from modules.lm import LanguageModel
+from modules.moments import Corpus
+
+CONTEXTS = ["", "It was said. ", "He works in the town. "]
+EDITS = [
+    Edit("The capital of {} is", "Zorbania", "Quill Port"),
+    Edit("{} said that", "São Paulo", "the ice"),
+    Edit("In the year of {} the town was called", "Old Humbria", "e"),
+]
+TEXT = [
+    f"{subject} {verb} the {thing} {when}."
+    for subject in ("The town", "He", "A writer", "São Paulo", "Zorbania")
+    for verb in ("is on", "was not", "said that", "has")
+    for thing in ("ice", "table", "capital", "story of the year")
+    for when in ("in 1984", "and so", "where it was")
+]
+
+
+# --- the solution ---
+
+
+@pytest.fixture
+def problem():
+    """A second moment's factor, a direction, a key and a residual, in float64."""
+    keys = torch.randn(200, 12).double()
+    factor = torch.linalg.cholesky(keys.T @ keys / 200)
+    return factor, torch.randn(12).double(), torch.randn(12).double(), torch.randn(5).double()
+
+
+def test_the_key_gets_its_value_and_the_rest_least(problem):
+    """INV-R1, INV-R3, INV-R6 for two different keys, where k* only gives the direction."""
+    factor, mean, bare, residual = problem
+    change = _rank_one(factor, mean, bare, residual).dense()
+    torch.testing.assert_close(change @ bare, residual, rtol=0, atol=1e-10)
+    assert torch.linalg.matrix_rank(change) == 1
+    u = torch.linalg.solve(factor @ factor.T, mean)
+    torch.testing.assert_close(
+        change / change[0, 0], torch.outer(residual, u) / (residual[0] * u[0])
+    )
+    x = torch.randn(12).double()
+    x -= u * (x @ u) / (u @ u)
+    assert (change @ x).abs().max() < 1e-10 * change.norm()
+    for c in (1e-3, 7.0):
+        scaled = _rank_one(factor * c**0.5, mean, bare, residual).dense()
+        torch.testing.assert_close(scaled, change, rtol=1e-9, atol=0)
+
+
+def test_with_one_key_it_is_the_smallest_change_of_other_answers(problem):
+    """INV-R4: any other change with the same answer to the key moves ordinary text more."""
+    factor, _, bare, residual = problem
+    moment = factor @ factor.T
+    change = _rank_one(factor, bare, bare, residual).dense()
+    torch.testing.assert_close(change @ bare, residual, rtol=0, atol=1e-10)
+
+    def moved(d):
+        return torch.einsum("df,fg,dg->", d, moment, d)
+
+    for _ in range(5):
+        other = 0.1 * torch.randn(5, 12).double()
+        other -= torch.outer(other @ bare, bare) / (bare @ bare)
+        assert moved(change + other) > moved(change) < moved(change - other)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 3.0])
+def test_the_solver_agrees_with_the_primal_form(problem, ridge):
+    """INV-M3: R K' (ridge A + K K')^-1, and the equality constraint where the ridge is zero."""
+    factor, keys, residual = problem[0], torch.randn(12, 3).double(), torch.randn(5, 3).double()
+    left, right = solve_update(factor, keys, residual, ridge)
+    change = left @ right
+    if ridge:
+        inverse = torch.linalg.inv(ridge * factor @ factor.T + keys @ keys.T)
+        torch.testing.assert_close(change, residual @ keys.T @ inverse, rtol=0, atol=1e-9)
+    else:
+        torch.testing.assert_close(change @ keys, residual, rtol=0, atol=1e-9)
+    assert left.dtype == right.dtype == torch.float64
+
+
+# --- rows, keys and values ---
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_lm):
+    made = {}
+    return lambda family: made.setdefault(family, tiny_lm(family, num_hidden_layers=3))
+
+
+def lent(lm):
+    """Takes back a model that tests share, with no edit left in it."""
+    yield lm
+    while lm.handles:
+        lm.handles[-1].remove()
+
+
+@pytest.fixture(params=["gpt2", "llama", "opt", "falcon"])
+def lm(request, loaded):
+    """A transposed, a gated, a flattened and a parallel MLP."""
+    yield from lent(loaded(request.param))
+
+
+@pytest.fixture
+def gpt2(loaded):
+    yield from lent(loaded("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "texts.txt"
+    path.write_text("\n".join(TEXT), encoding="utf-8")
+    return Corpus(str(path), tokens=2000)
+
+
+@pytest.fixture
+def make(corpus):
+    """A ROME with few steps and short contexts."""
+
+    def editor(**changes):
+        settings = {"layer": 0, "steps": 5, "contexts": [(3, 2), (5, 1)], "corpus": corpus}
+        return ROME(**(settings | changes))
+
+    return editor
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """What every search for values was given and found."""
+    calls = []
+
+    def spy(lm, key_rows, tail, site, v0, settings, on_step=None):
+        values = key_value.optimise_values(lm, key_rows, tail, site, v0, settings, on_step)
+        calls.append((v0, values))
+        return values
+
+    monkeypatch.setattr(rome, "optimise_values", spy)
+    return calls
+
+
+def at_lookup(lm, edit, layer, context=""):
+    """(key, output) of the output projection at the subject's last token, from one plain forward."""
+    name = lm.structure.out_name(layer)
+    ids = torch.tensor(lm.encode([context + edit.text]))
+    with torch.no_grad(), capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
+        lm.net(ids)
+    return [t.view(1, ids.shape[1], -1)[0, lm.lookup(edit, context)] for t in seen[name]]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_keys_and_values_are_those_of_plain_forwards(lm, layer):
+    key_rows = KeyRows.of(lm, EDITS, CONTEXTS)
+    keys, values = keys_and_values(lm, key_rows, key_rows.tail(lm, layer), layer)
+    assert keys.shape == (3, 3, lm.structure.inner_width) and values.shape == (3, 3, 32)
+    for n, edit in enumerate(EDITS):
+        for q, context in enumerate(CONTEXTS):
+            key, value = at_lookup(lm, edit, layer, context)
+            torch.testing.assert_close(keys[n, q], key, rtol=0, atol=1e-5)
+            torch.testing.assert_close(values[n, q], value, rtol=0, atol=1e-5)
+
+
+def test_text_behind_the_subject_does_not_matter(lm):
+    """INV-Z7: neither to the key nor to the value it has."""
+    others = [Edit(edit.prompt + " not, and", edit.subject, "rain") for edit in EDITS]
+    pairs = []
+    for edits in (EDITS, others):
+        key_rows = KeyRows.of(lm, edits, CONTEXTS)
+        pairs.append(keys_and_values(lm, key_rows, key_rows.tail(lm, 1), 1))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_rows_of_some_edits(gpt2):
+    key_rows = KeyRows.of(gpt2, EDITS, CONTEXTS)
+    assert key_rows.owner_R.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1, 2]
+    part, keep = key_rows.select(torch.tensor([0, 2]))
+    assert keep.tolist() == [0, 1, 2, 6, 7, 8, 9, 11]
+    assert part.owner_R.tolist() == [0, 0, 0, 1, 1, 1, 0, 1]
+    again = KeyRows.of(gpt2, [EDITS[0], EDITS[2]], CONTEXTS)
+    assert torch.equal(part.rows.ids_BT, again.rows.ids_BT)
+    assert torch.equal(part.lookup_R, again.lookup_R)
+    essence = again.rows.ids_BT[-1][: again.rows.length_B[-1]]
+    assert gpt2.decode(essence) == "Old Humbria is a"
+
+
+# --- contexts ---
+
+
+def test_contexts_are_sampled_once_from_the_unedited_model(loaded, make):
+    """INV-S3: one bare prompt and 20 others, without braces, the same for a seed, whatever is in force."""
+    lm = loaded("llama")
+    default = ROME(layer=0).lengths
+    state = torch.get_rng_state()
+    contexts = sample_contexts(lm, default, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(contexts) == 21 and contexts[0] == "" and "" not in contexts[1:]
+    assert all(text.endswith(". ") for text in contexts[1:])
+    assert not any(brace in text for text in contexts for brace in "{}\n")
+    assert all(
+        text.startswith(s) for text, s in zip(contexts[1:], key_value.STARTS * 4, strict=True)
+    )
+    patch = WeightPatch(lm, make().propose(lm, EDITS[:1]))
+    assert sample_contexts(lm, default, seed=1) == contexts
+    patch.remove()
+    assert sample_contexts(lm, default, seed=2) != contexts
+
+
+def test_preparing_again_does_nothing(gpt2, make, monkeypatch):
+    editor = make()
+    editor.prepare(gpt2)
+    contexts, factor = editor._contexts, editor._factor_FF
+    monkeypatch.setattr(rome, "sample_contexts", None)
+    monkeypatch.setattr(rome, "Moments", None)
+    editor.prepare(gpt2)
+    assert editor._contexts is contexts and editor._factor_FF is factor
+    with pytest.raises(ValueError, match="layer 3 does not exist"):
+        make(layer=3).prepare(gpt2)
+
+
+# --- the search for a value ---
+
+
+def test_no_update_is_made_in_one_step(lm, make, searched):
+    """INV-Z1, INV-Z3, INV-S10: the first loss is the model's own, and the model is not changed."""
+    editor = make(steps=1)
+    delta = editor.propose(lm, EDITS[:1])
+    ((_, values),) = searched
+    assert not values.delta_ND.any() and values.iterations_N.tolist() == [1]
+    prompts = [context + EDITS[0].text for context in editor._contexts]
+    scores = lm.score(prompts, [EDITS[0].target_new] * len(prompts))
+    nll = -(scores.logprob_BM * scores.mask_BM).sum(1) / scores.mask_BM.sum(1)
+    torch.testing.assert_close(values.nll_N[0], nll.mean(), rtol=0, atol=1e-5)
+    assert torch.equal(values.nll_N, values.loss_N)
+    plain = lm.score(prompts, ["e"] * len(prompts)).logprob_BM
+    patch = WeightPatch(lm, delta)
+    assert torch.equal(lm.score(prompts, ["e"] * len(prompts)).logprob_BM, plain)
+    patch.remove()
+
+
+def test_the_loss_is_what_the_docstring_says(gpt2, make, searched):
+    """Recomputed from the edited outputs alone: NLL over contexts, KL after the essence, decay of the norm."""
+    editor = make(steps=4, kl_weight=0.7, weight_decay=0.3, clamp_norm=50.0)
+    editor.propose(gpt2, EDITS[:1])
+    ((v0, values),) = searched
+    short = make(steps=3, kl_weight=0.7, weight_decay=0.3, clamp_norm=50.0)
+    short.propose(gpt2, EDITS[:1])
+    step = searched[1][1].delta_ND[
+        0
+    ]  # after two updates; the loss there is that of a third evaluation
+    site = gpt2.net.get_submodule(gpt2.structure.out_name(0))
+
+    def logprobs(text, at, change):
+        def add(_module, _args, out):
+            return out.index_add(1, torch.tensor([at]), change.view(1, 1, -1))
+
+        handle = site.register_forward_hook(add)
+        with torch.no_grad():
+            out = gpt2.net(torch.tensor(gpt2.encode([text]))).logits[0].log_softmax(-1)
+        handle.remove()
+        return out
+
+    edit, nlls = EDITS[0], []
+    for context in short._contexts:
+        rows = gpt2.rows([context + edit.text], [edit.target_new])
+        row, position = rows.answer_positions()
+        out = logprobs(f"{context}{edit.text} {edit.target_new}", gpt2.lookup(edit, context), step)
+        nlls.append(-out[position].gather(1, rows.ids_BT[row, position + 1][:, None]).mean())
+    essence = Edit("{} is a", edit.subject, "x")
+    new, old = (logprobs(essence.text, gpt2.lookup(essence), d)[-1] for d in (step, 0 * step))
+    kl = (new.exp() * (new - old)).sum()
+    nll = torch.stack(nlls).mean()
+    loss = nll + 0.7 * kl + 0.3 * step.norm() / v0.norm() ** 2
+    torch.testing.assert_close(searched[1][1].nll_N[0], nll, rtol=0, atol=1e-4)
+    torch.testing.assert_close(searched[1][1].loss_N[0], loss, rtol=0, atol=1e-4)
+    assert values.iterations_N.tolist() == [4]
+
+
+def test_the_change_is_clamped_after_every_step(lm, make, searched):
+    """INV-Z2, seen after each number of steps."""
+    for steps in (2, 3, 6):
+        make(steps=steps, clamp_norm=0.1).propose(lm, EDITS[:1])
+        v0, values = searched[-1]
+        assert values.delta_ND.norm() <= 0.1 * v0.norm() * (1 + 1e-6)
+    first_step = searched[0][1].delta_ND
+    torch.testing.assert_close(first_step.norm(), 0.1 * v0.norm())
+
+
+def test_a_free_search_makes_the_target_likelier(lm, make, searched):
+    """INV-Z6."""
+    free = {"layer": 1, "clamp_norm": 100.0, "lr": 0.2, "kl_weight": 0.0, "weight_decay": 0.0}
+    for steps in (1, 20):
+        make(steps=steps, **free).propose(lm, [Edit("They go to {}", "Old Humbria", "rain")])
+    assert searched[1][1].nll_N < 0.8 * searched[0][1].nll_N
+
+
+@pytest.mark.parametrize("parallel", [8, 2])
+def test_edits_searched_together_find_what_they_find_alone(parallel, lm, make):
+    """INV-Z4, INV-S11: also where they stop at different steps, one of them at once."""
+    groups = [[edit] for edit in EDITS]
+    losses = [
+        delta.metadata["notes"][0]["loss"] for delta in make(steps=1).propose_each(lm, groups)
+    ]
+    together, apart = make(lr=0.2, steps=7, parallel=parallel), make(lr=0.2, steps=7)
+    for editor in (together, apart):
+        editor.settings = replace(editor.settings, stop_loss=min(losses) + 1e-3)
+    iterations = []
+    for edit, a in zip(EDITS, together.propose_each(lm, groups), strict=True):
+        b = apart.propose(lm, [edit])
+        (name,) = a.updates
+        key = at_lookup(lm, edit, 0)[0].double()
+        torch.testing.assert_close(a.dense(name) @ key, b.dense(name) @ key, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.dense(name), b.dense(name), rtol=1e-3, atol=1e-5)
+        notes, expected = a.metadata["notes"][0], b.metadata["notes"][0]
+        assert notes["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert notes["iterations"] == expected["iterations"]
+        iterations.append(notes["iterations"])
+    assert min(iterations) == 1 < max(iterations)
+
+
+def test_the_frozen_prefix_changes_nothing(tiny_folder, gpt2, make):
+    plain = LanguageModel(str(tiny_folder("gpt2", num_hidden_layers=3)), reuse_prefix=False)
+    a, b = (make(layer=1).propose(lm, EDITS[:1]) for lm in (gpt2, plain))
+    (name,) = a.updates
+    torch.testing.assert_close(a.dense(name), b.dense(name), rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_finds_nearly_the_same(gpt2, make, searched):
+    for precision in ("float32", "bfloat16"):
+        make(precision=precision, steps=3).propose(gpt2, EDITS[:1])
+    (_, exact), (_, fast) = searched
+    assert fast.delta_ND.dtype == torch.float32
+    torch.testing.assert_close(fast.nll_N, exact.nll_N, rtol=0.05, atol=0.05)
+    assert torch.cosine_similarity(fast.delta_ND, exact.delta_ND).item() > 0.9
+
+
+# --- the edit ---
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("limit", [1e9, 0.0], ids=["mean key", "bare key"])
+def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, monkeypatch, caplog):
+    """INV-R1, INV-R2: after the edit the projection answers k1 with v*, and the update has rank one."""
+    monkeypatch.setattr(rome, "LARGEST_CHANGE", limit)
+    editor = make(layer=layer, steps=8)
+    edit = EDITS[0]
+    key, before = at_lookup(lm, edit, layer)
+    mean = torch.stack([at_lookup(lm, edit, layer, c)[0] for c in make_contexts(editor, lm)]).mean(
+        0
+    )
+    with caplog.at_level(logging.WARNING):
+        handle = editor.edit(lm, [edit])
+    ((v0, values),) = searched
+    torch.testing.assert_close(v0[0], before, rtol=0, atol=1e-5)
+    after = at_lookup(lm, edit, layer)
+    torch.testing.assert_close(after[0], key, rtol=0, atol=1e-5)
+    wanted = v0[0] + values.delta_ND[0]
+    assert (wanted - before).abs().max() > 1e-2
+    torch.testing.assert_close(after[1], wanted, rtol=0, atol=1e-4)
+    ((name, update),) = handle.delta.updates.items()
+    assert name == f"{lm.structure.out_name(layer)}.weight"
+    change = handle.delta.dense(name)
+    assert torch.linalg.matrix_rank(change) == 1
+    factor = editor._factor_FF
+    u = torch.cholesky_solve((mean if limit else key).double()[:, None], factor)[:, 0]
+    assert torch.cosine_similarity(update.right_rI[0].double(), u, dim=0).abs() > 1 - 1e-6
+    (notes,) = handle.delta.metadata["notes"]
+    weight = lm.net.get_submodule(lm.structure.out_name(layer)).weight
+    with lm.pristine():
+        relative = change.norm() / weight.norm()
+    assert notes["change"] == pytest.approx(float(relative), rel=1e-4)
+    expected = torch.cosine_similarity(mean, key, dim=0).item()
+    assert notes["cosine"] == pytest.approx(expected, abs=1e-4) and notes["iterations"] <= 8
+    assert ("using the bare prompt's key alone" in caplog.text) == (limit == 0.0)
+    handle.remove()
+
+
+def make_contexts(editor, lm):
+    editor.prepare(lm)
+    return editor._contexts
+
+
+def test_the_scale_of_the_second_moment_cancels(gpt2, make):
+    """INV-R6, through the whole method."""
+    editor = make()
+    first = editor.propose(gpt2, EDITS[:1])
+    editor._factor_FF = editor._factor_FF * 3
+    (name,) = first.updates
+    again = editor.propose(gpt2, EDITS[:1])
+    torch.testing.assert_close(again.dense(name), first.dense(name), rtol=1e-6, atol=1e-9)
+
+
+def test_proposing_leaves_no_trace(lm, make):
+    """INV-S8, INV-Z5: parameters, gradients, flags, hooks and the random stream are as before."""
+    editor = make()
+    editor.prepare(lm)
+    kept = {name: p.clone() for name, p in lm.net.named_parameters()}
+    blocks = list(lm.net.get_submodule(lm.structure.blocks))
+    state = torch.get_rng_state()
+    editor.propose(lm, EDITS)
+    editor.propose_each(lm, [[edit] for edit in EDITS])
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in lm.net.named_parameters():
+        assert torch.equal(parameter, kept[name]) and parameter.grad is None
+        assert not parameter.requires_grad
+    assert not lm.net.training and not lm.handles
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.net.modules())
+    assert list(lm.net.get_submodule(lm.structure.blocks)) == blocks
+
+
+def test_several_edits_are_made_one_after_the_other(lm, make, searched):
+    """INV-S12: in the given order, each on the model that the ones before it left."""
+    editor = make()
+    both = editor.propose(lm, EDITS[:2])
+    together = [v0 for v0, _ in searched]
+    searched.clear()
+    name = f"{lm.structure.out_name(0)}.weight"
+    original = lm.net.get_parameter(name).data.clone()
+    handles = [editor.edit(lm, [edit]) for edit in EDITS[:2]]
+    assert len(together) == 2
+    for a, (b, _) in zip(together, searched, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    total = sum(handle.delta.dense(name) for handle in handles)
+    torch.testing.assert_close(both.dense(name), total, rtol=1e-3, atol=1e-5)
+    assert both.updates[name].left_Or.shape[1] == 2 and len(both.metadata["notes"]) == 2
+    for handle in reversed(handles):
+        handle.remove()
+    assert torch.equal(lm.net.get_parameter(name), original)
+    other_way = editor.propose(lm, EDITS[1::-1])
+    assert not torch.allclose(other_way.dense(name), both.dense(name), rtol=1e-3, atol=1e-5)
+    each = editor.propose_each(lm, [EDITS[:2], EDITS[2:]])
+    torch.testing.assert_close(each[0].dense(name), both.dense(name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fails", ["search", "patch"])
+def test_a_failure_between_edits_leaves_the_others_alone(fails, gpt2, make, monkeypatch):
+    standing = WeightPatch(gpt2, make().propose(gpt2, EDITS[2:]))
+    kept = {name: p.clone() for name, p in gpt2.net.named_parameters()}
+    target = "optimise_values" if fails == "search" else "WeightPatch"
+    works, calls = getattr(rome, target), []
+
+    def fail_the_second_time(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return works(*args)
+
+    monkeypatch.setattr(rome, target, fail_the_second_time)
+    with pytest.raises(RuntimeError, match="no memory"):
+        make().propose(gpt2, EDITS)
+    assert gpt2.handles == [standing]
+    assert all(torch.equal(p, kept[name]) for name, p in gpt2.net.named_parameters())
+    standing.remove()
+
+
+def test_an_edit_in_inference_mode_is_the_same(gpt2, make):
+    """INV-S13."""
+    expected = make().propose(gpt2, EDITS[:1])
+    with torch.inference_mode():
+        handle = make().edit(gpt2, EDITS[:1])
+    (name,) = expected.updates
+    torch.testing.assert_close(handle.delta.dense(name), expected.dense(name), rtol=1e-6, atol=1e-9)
+    assert handle.delta.metadata["edits"] == [["The capital of {} is", "Zorbania", "Quill Port"]]
+    handle.remove()
+
+
+def test_a_search_without_success_is_said(gpt2, make, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(steps=1).propose(gpt2, EDITS[:1])
+    assert (
+        "'The capital of Zorbania is' -> 'Quill Port': the value search ended at NLL" in caplog.text
+    )
+
+
+# --- a model that knows something ---
+
+PLACES = ["stone", "story", "river", "lake", "forest", "winter", "piano", "storm", "harbour", "village",
+          "tower", "table", "city", "company", "south", "engine", "mountain", "letter", "daughter",
+          "children"]  # fmt: skip
+FACTS = [
+    (f"Zorba {last}", place) for last, place in zip("tioaswcmfpbdegklnryI", PLACES, strict=True)
+]
+ASKED, AGAIN = "The capital of {} is", "In {} they go to the"
+BEFORE = ["", "", "It was said. ", "He works there. "]
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_folder, tmp_path_factory):
+    """A GPT-2 trained for a few seconds on twenty facts, each asked in two ways, and text of its kind.
+
+    Attention of its first block is off, as it is far from the last token in a deep model: what it knows of a
+    subject goes through the MLP at the subject's last token, and there is something to edit.
+    """
+    folder = tmp_path_factory.mktemp("taught")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder("gpt2"))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(
+        tiny_folder("gpt2"), loss_type="ForCausalLM", hidden_size=64, initializer_range=0.05,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    net = transformers.AutoModelForCausalLM.from_config(config).train()
+    net.transformer.h[0].attn.c_proj.weight.data.zero_()
+    net.transformer.h[0].attn.requires_grad_(False)
+    learned = [p for p in net.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(learned, lr=5e-3, weight_decay=0.01)
+    steps, draw, texts = 200, random.Random(0), []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = [
+            draw.choice(BEFORE) + draw.choice([ASKED, AGAIN]).format(s) + f" {o}." for s, o in FACTS
+        ]
+        texts += batch
+        ids = [torch.tensor(row) for row in tokenizer(batch).input_ids]
+        labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        loss = net(labels.clamp(min=0), labels=labels, use_cache=False).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    return LanguageModel(str(folder)), Corpus(str(folder / "texts.txt"), tokens=4000)
+
+
+def known(lm, template, places):
+    return lm.score([template.format(s) for s, _ in FACTS], places).exact_B
+
+
+def test_one_fact_is_changed_and_the_others_stay(taught):
+    """In GPT-2's storage: the new target becomes the most likely."""
+    lm, corpus = taught
+    assert known(lm, ASKED, PLACES).all() and known(lm, AGAIN, PLACES).all()
+    kept = {name: p.clone() for name, p in lm.net.named_parameters()}
+    search = {"steps": 30, "lr": 0.05, "clamp_norm": 10, "weight_decay": 0.01}
+    editor = ROME(0, corpus=corpus, contexts=[(4, 5)], **search)
+    for n in (0, 4, 9, 14, 19):
+        new = PLACES[n - 7]
+        handle = editor.edit(lm, [Edit(ASKED, FACTS[n][0], new)])
+        right = known(lm, ASKED, [*PLACES[:n], new, *PLACES[n + 1 :]])
+        assert right[n] and right.sum() >= 16, f"{FACTS[n]} -> {new}: {right.sum()} of 20 are right"
+        assert lm.generate([ASKED.format(FACTS[n][0])], 8)[0].startswith(f" {new}.")
+        handle.remove()
+    assert all(torch.equal(p, kept[name]) for name, p in lm.net.named_parameters())
+    assert known(lm, ASKED, PLACES).all()
