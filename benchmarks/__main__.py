@@ -90,7 +90,9 @@ def mend(lm: LanguageModel, cases: list[EditCase], rounds: int) -> str:
 
     plain, ours = step(False), step(True)
     assert all(abs(a - b) < 1e-2 * max(1, abs(a)) for a, b in zip(plain, ours, strict=True))
-    return ratio("MEND, one training step of 8 edits", lambda: step(False), lambda: step(True), rounds)
+    return ratio(
+        "MEND, one training step of 8 edits", lambda: step(False), lambda: step(True), rounds
+    )
 
 
 def evaluation(lm: LanguageModel, cases: list[EditCase], rounds: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.records import Edit
-from modules.hooks import hooked
+from modules.hooks import Hook, hooked
 from modules.structure import is_quantised, to_storage
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ def add_deltas(deltas: Sequence[Delta]) -> Delta:
                 )
             else:
                 dtype = (update.left_Or if isinstance(update, LowRank) else update).dtype
-                updates[name] = sum(
+                one, other = (
                     u.dense(dtype) if isinstance(u, LowRank) else u for u in (old, update)
                 )
+                updates[name] = one + other
     return Delta(updates, metadata)
 
 
@@ -193,7 +194,7 @@ def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> I
         yield
 
 
-def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor):  # noqa: ANN202
+def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor) -> Hook:
     """The hook of one module: output plus every row's own update applied to its input."""
     weights = kinds.get("weight", [])
     low = all(u is None or isinstance(u, LowRank) for u in weights)
@@ -210,7 +211,7 @@ def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor):  # noqa: AN
             y_BTO = y_BTO + added.to(y_BTO.dtype)
         else:
             y_BTO = _add_by_owner(x_BTI, y_BTO, weights, owner_B)
-        biases = kinds.get("bias")
+        biases = cast("list[Tensor | None] | None", kinds.get("bias"))  # never low-rank
         if biases:
             none = torch.zeros_like(next(bias for bias in biases if bias is not None))
             rows = [none if biases[i] is None else biases[i] for i in owner_B.tolist()]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -85,13 +85,13 @@ class _Asked:
     probe_B: list[Probe]
 
     @classmethod
-    def of(cls, cases: Sequence[EditCase], wanted: Callable[[str], bool]) -> _Asked:
+    def of(cls, cases: Sequence[EditCase], compared: bool) -> _Asked:
         flat = [
             (c, criterion, probe)
             for c, case in enumerate(cases)
             for criterion, probes in case.probes.items()
             for probe in probes
-            if probe.target and wanted(criterion)
+            if probe.target and (criterion in COMPARED) == compared
         ]
         return cls(*map(list, zip(*flat, strict=True))) if flat else cls([], [], [])
 
@@ -223,7 +223,7 @@ class EditingModule(LightningModule):
         shared = self.case_deltas is None
         layer = self.lm.lowest_edited_layer(deltas or ())
         for compared in (True, False):
-            asked = _Asked.of(cases, lambda criterion, c=compared: (criterion in COMPARED) == c)
+            asked = _Asked.of(cases, compared)
             if asked.probe_B:
                 owners = [0] * len(asked.case_B) if shared else asked.case_B
                 with self.lm.shared_prefix(layer):
@@ -372,7 +372,8 @@ def _measure(
         now, then = (_rows(scores, local) for scores in (after, before))
         same_B = metrics.agreement(now.greedy_BM, then.greedy_BM, now.mask_BM, now.logprob_BM)
         table["agreement"] = _numbered(local, same_B)
-        table["kl"] = _numbered(local, metrics.kl(then.full_BMV, now.full_BMV, now.mask_BM))
+        full_then, full_now = (cast(Tensor, scores.full_BMV) for scores in (then, now))
+        table["kl"] = _numbered(local, metrics.kl(full_then, full_now, now.mask_BM))
         exact_B = metrics.exact_match(now.greedy_BM, now.target_BM, now.mask_BM, now.logprob_BM)
         table["drawdown"] = _numbered(local, metrics.drawdown(exact_before_B[local], exact_B))
     return table
@@ -383,11 +384,10 @@ def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
 
 
 def _rows(scores: TargetScores, rows: list[int]) -> TargetScores:
-    fields = (
-        scores.logprob_BM,
-        scores.greedy_BM,
-        scores.target_BM,
-        scores.mask_BM,
-        scores.full_BMV,
+    return TargetScores(
+        scores.logprob_BM[rows],
+        scores.greedy_BM[rows],
+        scores.target_BM[rows],
+        scores.mask_BM[rows],
+        None if scores.full_BMV is None else scores.full_BMV[rows],
     )
-    return TargetScores(*(None if tensor is None else tensor[rows] for tensor in fields))

@@ -9,15 +9,16 @@ answer to a paraphrase and for the old distribution on unrelated text (Mitchell 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 
 from datamodules.records import Edit, EditCase, Probe
@@ -40,6 +41,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     """
 
     trains_on: ClassVar[str] = "train"
+    training_time: Tensor
+    num_skipped: Tensor
 
     def __init__(
         self,
@@ -99,9 +102,9 @@ class LearnedEditor(EditingModule, WeightEditor):
 
     def on_train_start(self) -> None:
         """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
-        if self.global_step > 0 or self.trainer.fast_dev_run:
+        if self.global_step > 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        cases = list(self.trainer.datamodule.cases("train"))
+        cases = list(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
         random.Random(0).shuffle(cases)
         self.observe(cases)
         path = Path(self.trainer.default_root_dir) / "checkpoints" / "initial.ckpt"
@@ -127,6 +130,21 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.log_dict(values, batch_size=len(batch))
         self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
         return loss
+
+    def scheduled(
+        self, optimizer: torch.optim.Optimizer, warm_up: int, floor: float = 0.05
+    ) -> OptimizerLRScheduler:
+        """The optimizer with rates that rise over ``warm_up`` steps and fall as a cosine to ``floor``."""
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            share = min(1.0, (step - warm_up) / max(1, total - warm_up))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step with a non-finite gradient changes nothing."""
@@ -214,15 +232,3 @@ def _mean_of_means(values_N: Tensor, row_N: Tensor, count: int) -> Tensor:
 
 def _part(rows: Rows, index: Tensor) -> Rows:
     return Rows(rows.ids_BT[index], rows.mask_BT[index], rows.start_B[index])
-
-
-def warm_cosine(warm_up: int, total: int, floor: float) -> Any:  # noqa: ANN401
-    """Learning-rate factor: linear up over ``warm_up`` steps, then a cosine down to ``floor``."""
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        share = min(1.0, (step - warm_up) / max(1, total - warm_up))
-        return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * share))))
-
-    return factor

@@ -469,7 +469,7 @@ def _unpack_embedded(alias: str) -> Path:
         return folder
     log.info("converting %s once, into %s", alias, folder)
     source = str(Path(spec.origin).parent)
-    net = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     # The weights are plain float32 now; without the marks of the packed file they save and train as any.
     del net.config.quantization_config

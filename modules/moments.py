@@ -120,8 +120,9 @@ class Moments:
 
     def gather(self, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
         """The moments of several layers, missing ones in one pass over the text."""
-        found = {layer: self._read(self._path(layer)) for layer in layers}
-        missing = sorted(layer for layer, stored in found.items() if stored is None)
+        stored = {layer: self._read(self._path(layer)) for layer in layers}
+        found = {layer: tensors for layer, tensors in stored.items() if tensors is not None}
+        missing = sorted(stored.keys() - found)
         if missing:
             found |= self._gather(missing, progress)
         return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}

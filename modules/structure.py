@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modules.hooks import hooked
+from modules.hooks import Hook, first, hooked
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
@@ -97,12 +99,13 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear module; never read from the shape of a packed weight."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    return module.in_features, module.out_features
+    linear = cast(nn.Linear, module)
+    return linear.in_features, linear.out_features
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether the stored weight is packed (integers), so that it cannot be added to."""
-    return not module.weight.is_floating_point()
+    return not cast(Tensor, module.weight).is_floating_point()
 
 
 def to_storage(module: nn.Module, update: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def to_storage(module: nn.Module, update: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- finding
 
 
-def find_structure(net: nn.Module) -> Structure:
+def find_structure(net: PreTrainedModel) -> Structure:
     """The structure of a Hugging Face causal LM; raises :class:`UnsupportedModel` with what was seen."""
     config = net.config.get_text_config(decoder=True)
     kind, depth, width = config.model_type, config.num_hidden_layers, config.hidden_size
@@ -124,9 +127,9 @@ def find_structure(net: nn.Module) -> Structure:
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if len(stacks) != 1:
-        seen = [name for name, _ in stacks] or "none"
+        names = [name for name, _ in stacks] or "none"
         raise UnsupportedModel(
-            f"{kind}: expected one list of {depth} blocks in the decoder, found {seen}"
+            f"{kind}: expected one list of {depth} blocks in the decoder, found {names}"
         )
     stack_name, stack = stacks[0]
     _refuse_experts(kind, stack)
@@ -155,7 +158,7 @@ def find_structure(net: nn.Module) -> Structure:
         raise UnsupportedModel(f"{kind}: no MLP input projection {width} -> {inner} among {seen}")
     prefix = _name_of(net, core)
     head = net.get_output_embeddings()
-    embedding = net.get_input_embeddings()
+    embedding = cast(nn.Embedding, net.get_input_embeddings())
     return Structure(
         blocks=f"{prefix}{stack_name}",
         num_layers=depth,
@@ -173,9 +176,9 @@ def find_structure(net: nn.Module) -> Structure:
     )
 
 
-def probe_ids(net: nn.Module, length: int = 4) -> Tensor:
+def probe_ids(net: PreTrainedModel, length: int = 4) -> Tensor:
     """A few ordinary token ids on the embedding's device, for a forward that shows the structure."""
-    embedding = net.get_input_embeddings().weight
+    embedding = cast(nn.Embedding, net.get_input_embeddings()).weight
     start = min(5, embedding.shape[0] - length)
     return torch.arange(start, start + length, device=embedding.device)[None]
 
@@ -198,13 +201,13 @@ def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _watch(
-    net: nn.Module, block: nn.Module, linear: dict[str, nn.Module]
+    net: PreTrainedModel, block: nn.Module, linear: dict[str, nn.Module]
 ) -> tuple[list[str], object]:
     """Names of the linear modules that ran, in order, and what the block returned."""
     order: list[str] = []
     returned: list[object] = []
 
-    def note(name: str):  # noqa: ANN202
+    def note(name: str) -> Hook:
         return lambda *_: order.append(name) if name not in order else None
 
     pairs = [(module, note(name)) for name, module in linear.items()]
@@ -231,7 +234,7 @@ def _out_projection(
     return found[0]
 
 
-def _name_of(net: nn.Module, module: nn.Module) -> str:
+def _name_of(net: PreTrainedModel, module: nn.Module) -> str:
     for name, candidate in net.named_modules():
         if candidate is module:
             return f"{name}." if name else ""
@@ -246,7 +249,7 @@ def _final_norm(core: nn.Module, stack_name: str, prefix: str) -> str | None:
 
 
 def _residual_scale(
-    net: nn.Module, block: nn.Module, out_proj: nn.Module, width: int
+    net: PreTrainedModel, block: nn.Module, out_proj: nn.Module, width: int
 ) -> float | None:
     """c if a change r of the projection's output changes the block's output by c * r, else None."""
     ids = probe_ids(net)
@@ -254,7 +257,7 @@ def _residual_scale(
     outputs: list[Tensor] = []
 
     def keep(_m: nn.Module, _i: object, out: object) -> None:
-        outputs.append((out[0] if isinstance(out, tuple) else out).detach().double())
+        outputs.append(first(out).detach().double())
 
     with torch.no_grad(), hooked([(block, keep)]):
         net(ids, use_cache=False)

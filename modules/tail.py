@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from modules.hooks import capture, first, replace_first
@@ -59,7 +59,7 @@ class Tail:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: PreTrainedModel,
         structure: Structure,
         ids_BT: Tensor,
         mask_BT: Tensor,
@@ -68,9 +68,10 @@ class Tail:
         reuse: bool = True,
     ) -> None:
         self.net, self.structure, self.layer, self.reuse = net, structure, layer, reuse
-        self.blocks = net.get_submodule(structure.blocks)
+        self.blocks = cast(nn.ModuleList, net.get_submodule(structure.blocks))
         self.offset_B = torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device)
-        self._ids, self._mask, self._positions = ids_BT, mask_BT, None
+        self._ids, self._mask = ids_BT, mask_BT
+        self._positions: Tensor | None = None
         self._cache: DynamicCache | None = None
         self._stored: Any = None
         if not reuse:
@@ -181,7 +182,7 @@ def _branch(cache: DynamicCache) -> DynamicCache:
 
 
 @contextmanager
-def read_at(net: nn.Module, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+def read_at(net: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
     """Inside, the head sees only the given positions, and the network returns logits of shape [1, N, V]."""
 
     def select(_module: nn.Module, args: tuple) -> tuple:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -79,24 +79,26 @@ class EditCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._restore(pl_module)
 
-    def _prepare(self, pl_module: EditingModule) -> None:
-        """Statistics and the like, apart from the edits' own time."""
+    def _prepare(self, pl_module: EditingModule) -> Editor:
+        """The editor with its statistics and the like, whose time is not the edits' own."""
+        editor = cast(Editor, self.editor)
         start = time.perf_counter()
         with editing_mode():
-            self.editor.prepare(pl_module.lm)
+            editor.prepare(pl_module.lm)
         self.prepare_seconds += time.perf_counter() - start
+        return editor
 
     # ------------------------------------------------------------------ each
 
     def _propose_each(self, trainer: Trainer, module: EditingModule, batch: list[EditCase]) -> None:
-        self._prepare(module)
-        if not isinstance(self.editor, WeightEditor):
+        editor = self._prepare(module)
+        if not isinstance(editor, WeightEditor):
             module.around_case = lambda case: self._in_force(trainer, module, case)
             return
         with self._timed(len(batch)), editing_mode():
-            deltas = self.editor.propose_each(module.lm, [case.edits for case in batch])
+            deltas = editor.propose_each(module.lm, [case.edits for case in batch])
         module.case_deltas = [
-            self.editor.stamp(module.lm, delta, case.edits)
+            editor.stamp(module.lm, delta, case.edits)
             for delta, case in zip(deltas, batch, strict=True)
         ]
         for delta, case in zip(module.case_deltas, batch, strict=True):
@@ -115,9 +117,9 @@ class EditCallback(Callback):
     def _edit(
         self, trainer: Trainer, module: EditingModule, cases: list[EditCase], name: str
     ) -> EditHandle:
-        self._prepare(module)
+        editor = self._prepare(module)
         with self._timed(len(cases)), editing_mode():
-            handle = self.editor.edit(module.lm, [edit for case in cases for edit in case.edits])
+            handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
         if isinstance(handle, WeightPatch):
             self._save(trainer, handle.delta, name)
         return handle
@@ -145,7 +147,7 @@ class EditCallback(Callback):
         if self.editor is None or trainer.sanity_checking:
             return
         if self.schedule == "epoch":
-            cases = trainer.datamodule.val_dataloader().cases
+            cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
             self._handles = [self._edit(trainer, pl_module, cases, "all")]
             self.num_edits = len(cases)
 
@@ -221,7 +223,7 @@ class EditCallback(Callback):
         ):
             trainer.should_stop = True
 
-    def _remember(self, results: list[CaseResult], phase: str) -> None:
+    def _remember(self, results: list[CaseResult], phase: Literal["current", "retention"]) -> None:
         ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]
         right = [r.metrics["efficacy/exact"] for r in results if "efficacy/exact" in r.metrics]
         if ids:
@@ -286,6 +288,7 @@ class RunWriter(Callback):
 
     def __init__(self, run_dir: Path, verb: str) -> None:
         self.folder, self.verb = run_dir, verb
+        self._waiting: list[dict[str, Any]] = []  # rows of this process, where there are several
         self._started = time.perf_counter()
 
     @property
@@ -323,10 +326,20 @@ class RunWriter(Callback):
     def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
         num_edits = _edit_callback(trainer).num_edits
         rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
-        if trainer.world_size > 1:
+        if phase == "val" and trainer.world_size > 1:
+            self._waiting += rows
+        else:  # a stream's edits are the same in every process
+            self._append(trainer, rows)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        """Gathers once: processes may have had different numbers of batches."""
+        if trainer.world_size > 1 and not trainer.sanity_checking:
             gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
+            torch.distributed.all_gather_object(gathered, self._waiting)
+            self._append(trainer, [row for part in gathered for row in part])
+            self._waiting = []
+
+    def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if rows and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._cases, "a", encoding="utf-8") as file:
@@ -338,7 +351,7 @@ class RunWriter(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         """``last.ckpt`` is of the last step, also where the interval of checkpoints does not meet it."""
-        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self.folder / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
 
@@ -368,7 +381,7 @@ class RunWriter(Callback):
             "editor": type(edit.editor).__name__ if edit.editor is not None else None,
             "model": module.lm.name,
             "model_hash": module.lm.weights_hash,
-            "dataset": type(trainer.datamodule).__name__,
+            "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
             "protocols": {
                 name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}" for name in means
@@ -387,4 +400,5 @@ class RunWriter(Callback):
 
 
 def _edit_callback(trainer: Trainer) -> EditCallback:
-    return next(c for c in trainer.callbacks if isinstance(c, EditCallback))
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c for c in callbacks if isinstance(c, EditCallback))

@@ -121,6 +121,8 @@ def _train_or_validate(args: list[str]) -> None:
     class PipelineCLI(LightningCLI):
         """LightningCLI with one more group of options, ``edit``, and a folder for every run."""
 
+        subcommand: str
+
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             every = LightningCLI.subcommands()
@@ -150,7 +152,8 @@ def _train_or_validate(args: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(RunWriter(self.run_dir, self.subcommand))
+            writer = RunWriter(self.run_dir, self.subcommand)
+            trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             return trainer
 
         def before_fit(self) -> None:
@@ -215,29 +218,51 @@ def _packaged(args: list[str]) -> list[str]:
                     f"no configuration file {path}; those that come with us are in {CONFIGS}"
                 )
             found[i + 1] = str(inside)
+        if arg in ("-c", "--config"):
+            _require_yaml(found[i + 1])
     return found
+
+
+def _require_yaml(path: str) -> None:
+    import yaml
+
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _run_dir(config: Namespace, verb: str) -> Path:
     """The run's folder; refuses one that already holds a run, unless that is resumed."""
-    given = config.run_dir
-    folder = Path(given) if given else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
+    from lightning.pytorch.utilities import rank_zero_only
+
+    folder = Path(config.run_dir) if config.run_dir else _named_by_time(verb)
     if verb != "fit" and config.ckpt_path == "last":
         raise UserError(f"{verb} --ckpt_path needs a file, such as runs/NAME/checkpoints/last.ckpt")
     if not folder.is_dir() or not any(folder.iterdir()):
+        return folder
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process writes into it
         return folder
     if (folder / "summary.json").exists():
         raise UserError(
             f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
         )
     if verb != "fit" or config.ckpt_path != "last":
-        raise UserError(
-            f"{folder} holds an unfinished run: resume it with fit --ckpt_path last, or choose another --run_dir"
-        )
+        resume = "resume it with --ckpt_path last, or " if verb == "fit" else ""
+        raise UserError(f"{folder} holds an unfinished run: {resume}choose another --run_dir")
     if not list(folder.glob("checkpoints/last*.ckpt")):
         raise UserError(
             f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir"
         )
+    return folder
+
+
+def _named_by_time(verb: str) -> Path:
+    first = folder = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
+    number = 1
+    while folder.exists():  # another run began in the same second
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
     return folder
 
 

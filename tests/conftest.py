@@ -193,7 +193,9 @@ def data_files(tmp_path_factory):
             "requested_rewrite": {"prompt": "{} was made in", "subject": subject, "relation_id": "P0",
                                   "target_new": {"str": answer}, "target_true": {"str": other}},
             "paraphrase_prompts": [f"The origin of {subject} is", f"{subject} comes from"][: 1 + i % 2],
-            "neighborhood_prompts": [f"Neighbour {i} was made in", "The sea was made in", "He came to"][: 3 - i % 2],
+            "neighborhood_prompts": [
+                f"Neighbour {i} was made in", "The sea was made in", "He came to"
+            ][: 3 - i % 2],
             "generation_prompts": [],
         })  # fmt: skip
     folder = tmp_path_factory.mktemp("data")

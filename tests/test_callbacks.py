@@ -17,8 +17,9 @@ from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
 from modules.moments import Corpus
-from pipeline import report
 from pipeline.callbacks import EditCallback, RunWriter
+from pipeline.report.comparison import join
+from pipeline.report.runs import read_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -94,7 +95,9 @@ def lm(tiny_lm):
 def run(lm, data, tmp_path):
     """``run(editor, schedule)``: a whole run in ``tmp_path / name``; returns its spy and its trainer."""
 
-    def run(editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest):
+    def run(
+        editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest
+    ):
         folder, spy = tmp_path / name, Spy(fail_at)
         last = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0,
                                every_n_train_steps=2, enable_version_counter=False)  # fmt: skip
@@ -140,7 +143,9 @@ def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_ed
     assert module.case_deltas is None and module.around_case is None
 
 
-@pytest.mark.parametrize("make", [lambda _: ft(), rome, lambda _: Outside()], ids=["FT", "ROME", "other"])
+@pytest.mark.parametrize(
+    "make", [lambda _: ft(), rome, lambda _: Outside()], ids=["FT", "ROME", "other"]
+)
 def test_each_is_one_at_a_time(run, lm, data, data_files, tmp_path, make):
     run(make(data_files), "each")
     editor, module = make(data_files), EditingModule(lm)
@@ -179,7 +184,9 @@ def test_an_epoch_within_fit_edits_the_cases_it_asks(run, lm, data, data_files, 
     """A learned editor is validated on held-out training cases, not on those to be evaluated."""
     data.train_path, data.path = data.path, None
     data.val_fraction = 0.5
-    run(None, "epoch", "fit", module=MEND(lm, layers=[1], rank=2), max_steps=1, val_check_interval=1)
+    run(
+        None, "epoch", "fit", module=MEND(lm, layers=[1], rank=2), max_steps=1, val_check_interval=1
+    )
     held_out = [case.case_id for case in data.cases("val")]
     done = rows(tmp_path / "run")
     assert [row["case_id"] for row in done] == held_out
@@ -308,7 +315,9 @@ def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):
         ("stream", "fit", ["step-000000", "step-000001", "step-000002"]),
     ],
 )
-def test_edits_are_kept_and_can_be_made_again(run, lm, tiny_lm, data, tmp_path, schedule, verb, names):
+def test_edits_are_kept_and_can_be_made_again(
+    run, lm, tiny_lm, data, tmp_path, schedule, verb, names
+):
     run(ft(), schedule, verb)
     files = sorted((tmp_path / "run" / "edits").iterdir())
     assert [file.stem for file in files] == names
@@ -358,14 +367,13 @@ def test_a_report_reads_what_a_run_wrote(run, tmp_path):
     run(None, "each", name="unedited")
     run(ft(), "each", name="ft")
     run(ft(), "stream", "fit", name="stream")
-    unedited, edited, stream = (report.read_run(tmp_path / n) for n in ("unedited", "ft", "stream"))
+    unedited, edited, stream = (read_run(tmp_path / n) for n in ("unedited", "ft", "stream"))
     assert summary(tmp_path / "unedited")["editor"] is None
     assert summary(tmp_path / "unedited")["budget"]["num_edits"] is None
-    comparison = report.join([unedited, edited], "unedited")
-    assert comparison is not None
-    ids = [row["case_id"] for row in rows(tmp_path / "ft")]
-    assert list(report.curve(stream, "efficacy/exact", "val", ids)) == [4, 5]
-    assert list(report.curve(stream, "efficacy/exact", "current", ids)) == [2, 4, 5]
+    assert len(join([unedited, edited], "unedited").case_ids) == len(rows(tmp_path / "ft"))
+    streamed = join([stream], None)
+    assert list(streamed.curve(stream, "efficacy/exact", "val")) == [4, 5]
+    assert list(streamed.curve(stream, "efficacy/exact", "current")) == [2, 4, 5]
 
 
 @pytest.mark.parametrize("schedule", ["each", "stream"])

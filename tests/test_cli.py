@@ -58,15 +58,24 @@ def one_line(capsys):
         (["--edit.editor.stpes", "3"], ["edit.editor", "'stpes' is not accepted"]),
         (["--edit.editor", "ROME"], ["edit.editor", "required: layer"]),
         (["--edit.editor", "ROMY"], ["edit.editor", "ROMY"]),
-        (["--edit.schedule", "all"], ["edit.schedule", "'each', 'batch', 'epoch', 'stream'", "all"]),
+        (
+            ["--edit.schedule", "all"],
+            ["edit.schedule", "'each', 'batch', 'epoch', 'stream'", "all"],
+        ),
         (["--edit.schedule", "stream"], ["'stream'", "run it with fit"]),
         (["--edit.editor.layers", "[99]"], ["layer 99 does not exist", "0 to 1"]),
-        (["--edit.editor", "ROME", "--edit.editor.layer", "9"], ["layer 9 does not exist", "0 to 1"]),
+        (
+            ["--edit.editor", "ROME", "--edit.editor.layer", "9"],
+            ["layer 9 does not exist", "0 to 1"],
+        ),
         (["--data.path", "nope.jsonl"], ["nope.jsonl: no such file", "public source"]),
         (["--data.path", "bad.jsonl"], ["bad.jsonl, line 1", "'src'", "'Bede' does not occur"]),
         (["--data.limit", "0"], ["limit must be at least 1, got 0"]),
         (["--data.known_only", "true"], ["known_only leaves nothing to edit"]),
-        (["--model.lm.name", "nowhere/at-all"], ["cannot load the model 'nowhere/at-all'", "give a hub id"]),
+        (
+            ["--model.lm.name", "nowhere/at-all"],
+            ["cannot load the model 'nowhere/at-all'", "give a hub id"],
+        ),
         (["--model", "MEND", "--model.layers", "[2]"], ["layer 2 does not exist"]),
         (["-c", "nope.yaml"], ["no configuration file nope.yaml", str(cli.CONFIGS)]),
         (["-c", "typo.yaml"], ["editor", "'layre' is not accepted"]),
@@ -75,7 +84,7 @@ def one_line(capsys):
         (["--ckpt_path", "bad.jsonl"], ["ckpt_path", "not a checkpoint"]),
         (["--ckpt_path", "last"], ["--ckpt_path needs a file"]),
         (["--run_dir", "finished"], ["finished holds a finished run", "choose another --run_dir"]),
-        (["--run_dir", "begun"], ["begun holds an unfinished run", "--ckpt_path last"]),
+        (["--run_dir", "begun"], ["begun holds an unfinished run: choose another --run_dir"]),
         (["--trainer.devices", "0"], ["devices"]),
     ],
     ids=lambda value: " ".join(value[-2:]) if value[0].startswith("-") else "",
@@ -101,7 +110,10 @@ def test_a_mistake_is_one_line(corrigenda, tiny, tmp_path, capsys, args, words):
         (["compare", "nope.yaml"], ["nope.yaml"]),
         (["report", "nope", "--out", "out"], ["nope"]),
         (["moments", "--layers", "0", "--corpsu", "x"], ["--corpsu"]),
-        (["fit", "--run_dir", "begun", "--ckpt_path", "last"], ["begun has no checkpoints/last.ckpt"]),
+        (
+            ["fit", "--run_dir", "begun", "--ckpt_path", "last"],
+            ["begun has no checkpoints/last.ckpt"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -114,7 +126,15 @@ def test_so_is_one_with_another_command(corrigenda, tmp_path, capsys, args, word
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny):
-    command = [sys.executable, "-m", "pipeline", "validate", *map(str, tiny), "--edit.editor.stpes", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "validate",
+        *map(str, tiny),
+        "--edit.editor.stpes",
+        "3",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "'stpes' is not accepted" in done.stderr
@@ -136,14 +156,18 @@ def test_a_mistake_of_ours_keeps_its_traceback(corrigenda, tiny, monkeypatch):
 def test_help_names_the_commands(corrigenda, capsys, args):
     assert corrigenda(*args) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("fit", "validate", "compare", "report", "moments"))
+    assert all(
+        f"\n  {name} " in text for name in ("fit", "validate", "compare", "report", "moments")
+    )
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments"])
 def test_every_command_explains_itself(corrigenda, capsys, command):
     assert corrigenda(command, "--help") == 0
     text = capsys.readouterr().out
-    option = {"compare": "--only", "report": "--baseline", "moments": "--layers"}.get(command, "--edit.schedule")
+    option = {"compare": "--only", "report": "--baseline", "moments": "--layers"}.get(
+        command, "--edit.schedule"
+    )
     assert option in text and "usage" in text.lower()
 
 
@@ -158,7 +182,14 @@ def test_short_names_stand_for_classes(parsed):
 
 
 def test_printed_configuration_is_the_configuration(parsed, tmp_path):
-    args = ["-c", "configs/rome/smollm2.yaml", "-c", "configs/data/zsre.yaml", "--data.path", "x.jsonl"]
+    args = [
+        "-c",
+        "configs/rome/smollm2.yaml",
+        "-c",
+        "configs/data/zsre.yaml",
+        "--data.path",
+        "x.jsonl",
+    ]
     once = parsed("validate", *args, "--edit.schedule", "batch")
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(once))
     assert parsed("validate", "-c", "all.yaml") == once
@@ -169,10 +200,21 @@ def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
     """Ours are found from every folder, with or without configs/ in front; one that is here comes first."""
     own = {"data": {"init_args": {"batch_size": 3}}, "edit": {"schedule": "epoch"}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    found = parsed("validate", "-c", "base/smollm2.yaml", "--config", "configs/data/zsre.yaml", "-c", "own.yaml")
+    found = parsed(
+        "validate",
+        "-c",
+        "base/smollm2.yaml",
+        "--config",
+        "configs/data/zsre.yaml",
+        "-c",
+        "own.yaml",
+    )
     assert found["model"]["init_args"]["lm"]["init_args"]["name"] == "smollm2"
     assert found["data"]["class_path"] == "datamodules.zsre.ZsRE"
-    assert found["data"]["init_args"]["variant"] == "E" and found["data"]["init_args"]["batch_size"] == 3
+    assert (
+        found["data"]["init_args"]["variant"] == "E"
+        and found["data"]["init_args"]["batch_size"] == 3
+    )
     assert found["edit"]["schedule"] == "epoch" and found["edit"]["editor"] is None
 
 
@@ -184,7 +226,10 @@ def test_a_run_folder(corrigenda, tiny, tmp_path):
     folder = tmp_path / "a"
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     edits = {f"edits/{i}.safetensors" for i in range(5)}
-    assert written == {"config.yaml", "cases.jsonl", "summary.json", "logs/version_0/metrics.csv"} | edits
+    assert (
+        written
+        == {"config.yaml", "cases.jsonl", "summary.json", "logs/version_0/metrics.csv"} | edits
+    )
     assert json.loads((folder / "summary.json").read_text())["run"] == "a"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["edit"]["editor"]["init_args"]["steps"] == 2 and config["seed_everything"] == 0
@@ -193,7 +238,9 @@ def test_a_run_folder(corrigenda, tiny, tmp_path):
     assert corrigenda("validate", "-c", "a/config.yaml", "--run_dir", "b") == 0
     lines = [(tmp_path / name / "cases.jsonl").read_text() for name in "ab"]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == written
+    assert {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    } == written
     assert (tmp_path / "b" / "logs" / "version_0" / "metrics.csv").is_file()
     assert corrigenda("validate", "-c", "a/config.yaml") == 2
 
@@ -226,7 +273,7 @@ def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, mon
     assert corrigenda(*args) == 130
     assert "interrupted" in capsys.readouterr().err
     assert corrigenda(*args) == 2
-    assert "resume it with fit --ckpt_path last" in capsys.readouterr().err
+    assert "resume it with --ckpt_path last" in capsys.readouterr().err
     assert corrigenda(*args, "--ckpt_path", "last") == 0
     assert (tmp_path / "a" / "config-resumed-1.yaml").is_file()
     rows = [json.loads(line) for line in (tmp_path / "a" / "cases.jsonl").read_text().splitlines()]

@@ -10,7 +10,9 @@ from pipeline.compare import read_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 APART = ("compare", "tasks")
-FILES = sorted(p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in APART)
+FILES = sorted(
+    p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in APART
+)
 STUDIES = sorted((CONFIGS / "compare").glob("*.yaml"))
 RUNS = [(study, run.name) for study in STUDIES for run in read_study(study).runs]
 

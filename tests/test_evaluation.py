@@ -127,7 +127,9 @@ def test_what_a_probe_lacks_is_not_measured(lm, data_files):
     case, *_ = ZsRE(data_files.zsre).read(data_files.zsre)
     (result,) = EditingModule(lm).evaluate([case])
     assert not any(name.endswith(("preference", "margin")) for name in result.metrics)
-    only_efficacy = EditCase("1", (EDIT,), {"efficacy": (Probe(EDIT.text, "Paris"), Probe("no target"))})
+    only_efficacy = EditCase(
+        "1", (EDIT,), {"efficacy": (Probe(EDIT.text, "Paris"), Probe("no target"))}
+    )
     module = EditingModule(lm)
     (result,) = module.evaluate([only_efficacy])
     assert set(result.metrics) == {"efficacy/accuracy", "efficacy/exact", "efficacy/known_before"}
@@ -250,7 +252,9 @@ def test_only_some_cases_are_asked(lm, cases):
 
 
 def test_known_is_what_the_unedited_model_answers(lm):
-    learned = FT([0, 1], steps=80, lr=1e-2, stop_loss=1e-3).edit(lm, [Edit(EDIT.prompt, EDIT.subject, "seven")])
+    learned = FT([0, 1], steps=80, lr=1e-2, stop_loss=1e-3).edit(
+        lm, [Edit(EDIT.prompt, EDIT.subject, "seven")]
+    )
     lm.handles.remove(learned)  # from here on this is the base model
     module = EditingModule(lm)
     other = Edit("{} was made in", "Zembla", "Paris", "a house of glass")
@@ -268,7 +272,9 @@ def test_a_row_can_be_read_back(lm, cases):
     (result,) = EditingModule(lm).evaluate(cases[:1])
     row = json.loads(json.dumps(result.row()))
     assert row["case_id"] == cases[0].case_id and row["fingerprint"] == cases[0].fingerprint
-    assert row["edits"] == [{"text": cases[0].edits[0].text, "target_new": cases[0].edits[0].target_new}]
+    assert row["edits"] == [
+        {"text": cases[0].edits[0].text, "target_new": cases[0].edits[0].target_new}
+    ]
     first = row["probes"][0]
     assert first["criterion"] == "efficacy" and first["rival"] == cases[0].edits[0].target_true
     assert {"accuracy", "exact", "preference", "margin", "prediction"} <= set(first)

@@ -26,7 +26,11 @@ EDITS = [
     Edit("{} was written by", "The Voyage Out", "Iris Vane"),
     Edit("{} plays the", "Ada", "oboe"),
 ]
-LOCAL = [Probe("The sea is", "deep and blue"), Probe("nq question: who", "nobody"), Probe("A", "cat")]
+LOCAL = [
+    Probe("The sea is", "deep and blue"),
+    Probe("nq question: who", "nobody"),
+    Probe("A", "cat"),
+]
 OUTER = [Probe(f"Tell me, {edit.text}", edit.target_new) for edit in EDITS]
 CASES = [EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)]
 FAMILIES = pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])  # Conv1D, gated, flattened
@@ -310,12 +314,16 @@ def fit(editor, data_files, folder, **settings):
 
 def parts(editor):
     """All that a checkpoint keeps of an editor but its counts."""
-    kept = {n: v.detach().clone() for n, v in editor.state_dict().items() if not n.startswith("lm.")}
+    kept = {
+        n: v.detach().clone() for n, v in editor.state_dict().items() if not n.startswith("lm.")
+    }
     return {n: v for n, v in kept.items() if n not in ("training_time", "num_skipped")}
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(tiny_lm, data_files, tmp_path, monkeypatch, broken):
+def test_a_step_that_is_not_finite_changes_nothing(
+    tiny_lm, data_files, tmp_path, monkeypatch, broken
+):
     editor = mend(tiny_lm("gpt2"), lr=1e-2, warm_up=1)
     base, states, losses = editor.lm.weights_hash, [], MEND._losses
 
@@ -372,7 +380,12 @@ def test_a_step_chooses_by_its_number_alone(tiny_lm, data_files):
 def config(tiny_folder, data_files, every=1, **trainer):
     """A training run of nine steps, in epochs of three, with a validation after every second step."""
     checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    last = {"save_top_k": 0, "save_last": True, "every_n_train_steps": every, "enable_version_counter": False}
+    last = {
+        "save_top_k": 0,
+        "save_last": True,
+        "every_n_train_steps": every,
+        "enable_version_counter": False,
+    }
     return {
         "model": {"class_path": "MEND", "init_args": {
             "lm": {"name": str(tiny_folder("gpt2"))}, "layers": [1], "rank": 4, "lr": 1e-2, "warm_up": 2,
@@ -437,10 +450,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
                     cut["optimizer_states"][0]["state"].values(), strict=True):  # fmt: skip
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     assert whole["lr_schedulers"] == cut["lr_schedulers"]
-    means = [json.loads((tmp_path / n / "summary.json").read_text())["means"] for n in ("whole", "cut")]
+    means = [
+        json.loads((tmp_path / n / "summary.json").read_text())["means"] for n in ("whole", "cut")
+    ]
     assert means[0] == means[1] and means[0]["efficacy/accuracy"] is not None
     assert rows(tmp_path / "cut")[-2:] == rows(tmp_path / "whole")[-2:]
-    assert {str(row) for row in rows(tmp_path / "cut")} == {str(r) for r in rows(tmp_path / "whole")}
+    assert {str(row) for row in rows(tmp_path / "cut")} == {
+        str(r) for r in rows(tmp_path / "whole")
+    }
 
 
 @pytest.fixture
@@ -455,7 +472,9 @@ def test_a_checkpoint_holds_the_editor_alone(trained, tiny_folder, tmp_path):
     assert saved["state_dict"] and not any(name.startswith("lm.") for name in saved["state_dict"])
     assert set(saved["base_model"]) == {"name", "hash"}
     editor = sum(value.numel() for value in saved["state_dict"].values())
-    moments = sum(v.numel() for s in saved["optimizer_states"][0]["state"].values() for v in s.values())
+    moments = sum(
+        v.numel() for s in saved["optimizer_states"][0]["state"].values() for v in s.values()
+    )
     size = (trained / "checkpoints" / "last.ckpt").stat().st_size
     assert size < 4 * (editor + moments) + 60_000  # names and numbers around the tensors
     initial = load(trained, "initial")["state_dict"]
@@ -463,9 +482,13 @@ def test_a_checkpoint_holds_the_editor_alone(trained, tiny_folder, tmp_path):
     assert initial["transforms.128x32.normalise_x.count"] > 0
 
 
-def test_a_checkpoint_edits_as_the_editor_did(trained, corrigenda, tiny_folder, data_files, tmp_path):
+def test_a_checkpoint_edits_as_the_editor_did(
+    trained, corrigenda, tiny_folder, data_files, tmp_path
+):
     def validate(name, *args):
-        status = corrigenda("validate", "-c", trained / "config.yaml", "--run_dir", tmp_path / name, *args)
+        status = corrigenda(
+            "validate", "-c", trained / "config.yaml", "--run_dir", tmp_path / name, *args
+        )
         assert status == 0
         return json.loads((tmp_path / name / "summary.json").read_text())
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.report import Comparison, join, print_headline, read_runs, report, write_atomically
+from pipeline.report import report, write_atomically
+from pipeline.report.comparison import Comparison, join
+from pipeline.report.runs import read_runs
+from pipeline.report.tables import print_headline
 
 ROOT = Path(__file__).parents[1]
 PROTOCOLS = {

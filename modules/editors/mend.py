@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import EditCase
-from modules.editing import Delta, LowRank
-from modules.hooks import hooked
-from modules.learned import LearnedEditor, warm_cosine
+from modules.editing import Delta, LowRank, Update
+from modules.hooks import Hook, hooked
+from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
 from modules.tail import Tail
@@ -39,6 +40,10 @@ CLAMP = 10.0  # of normalised inputs, in standard deviations
 
 class Normaliser(nn.Module):
     """Running mean and standard deviation of each coordinate; batches are merged exactly (Chan et al., 1979)."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -158,18 +163,14 @@ class MEND(LearnedEditor):
     def lowest_layer(self) -> int:
         return self.layers[0]
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(
             [
                 {"params": list(self.transforms.parameters()), "lr": self.lr},
                 {"params": [self.log_alpha], "lr": self.lr_alpha},
             ]
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, warm_cosine(self.warm_up, total, 0.05)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, self.warm_up)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -186,7 +187,7 @@ class MEND(LearnedEditor):
 
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
         pairs = self.gradient_factors(tail, rows, owner_B, num_edits)
-        updates: list[dict[str, LowRank]] = [{} for _ in range(num_edits)]
+        updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
         for matrix, (name, (x_BTI, d_BTO)) in enumerate(pairs.items()):
             # A token without gradient (padding, too) has no part; normalised, its zeros would be none.
             used_BT = (d_BTO != 0).any(-1)
@@ -210,7 +211,7 @@ class MEND(LearnedEditor):
         leaves: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
 
-        def watch(name: str):  # noqa: ANN202
+        def watch(name: str) -> Hook:
             def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
                 inputs[name] = args[0].detach()
                 leaves[name] = torch.zeros_like(output, requires_grad=True)
@@ -249,6 +250,6 @@ class MEND(LearnedEditor):
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
                 d_nO = d_BTO[real_BT]
                 used = d_nO.abs().sum(1) > 0
-                transform = self.transforms[self.transform_of[matrix]]
+                transform = cast(GradientTransform, self.transforms[self.transform_of[matrix]])
                 transform.normalise_x.update(x_BTI[real_BT][used])
                 transform.normalise_d.update(d_nO[used])

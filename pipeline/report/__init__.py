@@ -1,0 +1,58 @@
+"""``corrigenda report``: run folders in, one comparison out (HTML, Markdown, CSV, terminal).
+
+- Runs are joined case by case: a number is compared only over cases that every run was asked, and a
+  case counts as the same only if its fingerprint is.
+- A run folder says everything in ``summary.json`` and ``cases.jsonl``; no method is known here.
+- A column holds one protocol. Means carry bootstrap intervals over cases, differences are paired.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.report.runs import is_finished, read_runs
+
+__all__ = ["is_finished", "report", "write_atomically"]
+
+
+def report(dirs: list[Path], out: Path, baseline: str | None = None) -> None:
+    """Compare finished runs case by case: report.html, report.md, report.csv and a table on screen.
+
+    Args:
+        dirs: run folders, or folders that hold run folders.
+        out: folder for the three files; an earlier report there is replaced.
+        baseline: name of the run that the others are subtracted from.
+    """
+    runs, notes = read_runs(dirs)
+    # Torch and matplotlib take seconds: after the mistakes that need neither.
+    from pipeline.report.comparison import join
+    from pipeline.report.page import as_html
+    from pipeline.report.tables import as_csv, as_markdown, print_headline
+
+    comparison = join(runs, baseline, notes)
+    texts = {
+        "report.csv": as_csv(comparison),
+        "report.md": as_markdown(comparison),
+        "report.html": as_html(comparison),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--out {out} is a file; name a folder for the report") from None
+    for name, text in texts.items():
+        write_atomically(out / name, text)
+    print_headline(comparison, sys.stdout)
+    sys.stdout.write(f"\nreport: {out / 'report.html'} (and report.md, report.csv beside it)\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Leave either the old file or the whole new one, whatever happens in between."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

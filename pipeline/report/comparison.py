@@ -1,0 +1,190 @@
+"""Runs joined case by case: means with bootstrap intervals, paired differences, curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from modules.metrics import bootstrap_interval, harmonic_score, paired_difference
+from pipeline.errors import UserError
+from pipeline.report.runs import Row, Run
+
+HEADLINE = (
+    "efficacy/exact",
+    "efficacy/preference",
+    "generality/exact",
+    "generality/preference",
+    "locality/agreement",
+    "locality/preference",
+    "unrelated/agreement",
+)
+PREFERENCES = HEADLINE[1:6:2]
+SEED = 0  # of the resampling, so that a report can be made again to the digit
+
+
+class Estimate(NamedTuple):
+    """A mean over ``n`` cases and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs joined over the cases they share; the mappings go from run name to metric to number."""
+
+    runs: Sequence[Run]
+    case_ids: Sequence[str]
+    baseline: str | None
+    protocols: Mapping[str, str]
+    estimates: Mapping[str, Mapping[str, Estimate]]
+    differences: Mapping[str, Mapping[str, Estimate]]
+    scores: Mapping[str, float]
+    whole_run: Mapping[str, Mapping[str, float]]
+    notes: Sequence[str]
+
+    def metrics(self, wanted: Iterable[str] = HEADLINE) -> list[str]:
+        """Those of the wanted metrics that any run has for its cases."""
+        return [name for name in wanted if any(name in found for found in self.estimates.values())]
+
+    @property
+    def repeated_runs(self) -> list[Run]:
+        return [run for run in self.runs if run.is_repeated]
+
+    def curve(self, run: Run, metric: str, phase: str) -> dict[int, float]:
+        """Number of edits to the metric's mean over the compared cases evaluated there."""
+        wanted = set(self.case_ids)
+        values: dict[int, list[float]] = {}
+        for row in run.rows:
+            if row.phase == phase and row.case_id in wanted and metric in row.metrics:
+                values.setdefault(row.num_edits, []).append(row.metrics[metric])
+        return {num_edits: fmean(values[num_edits]) for num_edits in sorted(values)}
+
+
+def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -> Comparison:
+    """Runs over the cases they share, with intervals and paired differences to the baseline."""
+    if baseline is not None and baseline not in (run.name for run in runs):
+        names = ", ".join(run.name for run in runs)
+        raise UserError(f"there is no run {baseline!r} to be the baseline; the runs are {names}")
+    case_ids = [case for case in runs[0].last if all(case in run.last for run in runs)]
+    counts = ", ".join(f"{len(run.last)} in {run.name}" for run in runs)
+    if not case_ids:
+        raise UserError(f"the runs share no case ({counts}); they used different data")
+    if any(len(run.last) > len(case_ids) for run in runs):
+        differ = f"The runs' cases differ ({counts}): compared on the {len(case_ids)} they share."
+        notes = [differ, *notes]
+    for run in runs[1:]:
+        _require_same_questions(runs[0], run, case_ids)
+    values = {run.name: _values(run, case_ids) for run in runs}
+    whole_run = {run.name: _whole_run_values(run) for run in runs}
+    estimates = {
+        name: {metric: _estimate(list(by_case.values())) for metric, by_case in of_run.items()}
+        for name, of_run in values.items()
+    }
+    return Comparison(
+        runs=runs,
+        case_ids=case_ids,
+        baseline=baseline,
+        protocols=_protocols(runs, {name: [*values[name], *whole_run[name]] for name in values}),
+        estimates=estimates,
+        differences={
+            name: _differences(of_run, values[baseline])
+            for name, of_run in values.items()
+            if baseline is not None and name != baseline
+        },
+        scores={
+            name: harmonic_score(*(of_run[metric].mean for metric in PREFERENCES))
+            for name, of_run in estimates.items()
+            if all(metric in of_run for metric in PREFERENCES)
+        },
+        whole_run=whole_run,
+        notes=notes,
+    )
+
+
+def _require_same_questions(first: Run, other: Run, case_ids: Sequence[str]) -> None:
+    for case in case_ids:
+        row, other_row = first.last[case], other.last[case]
+        if row.fingerprint != other_row.fingerprint:
+            raise UserError(
+                f"case {case} asked different things in runs {first.name} and {other.name}: "
+                f"{_what_differs(row, other_row)}; run both with the same data settings"
+            )
+
+
+def _what_differs(row: Row, other: Row) -> str:
+    absent: Mapping[str, Any] = {}
+    for pair in zip_longest(row.probes, other.probes, fillvalue=absent):
+        for key in ("criterion", "prompt", "target", "rival"):
+            one, another = (probe.get(key) for probe in pair)
+            if one != another:
+                criterion = pair[0].get("criterion") or pair[1].get("criterion")
+                return f"{criterion} {key} {_quote(one)} against {_quote(another)}"
+    return f"fingerprint {row.fingerprint} against {other.fingerprint}"
+
+
+def _quote(value: object) -> str:
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
+
+
+def _values(run: Run, case_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Metric to case id to value, for the cases that have it."""
+    values: dict[str, dict[str, float]] = {}
+    for case in case_ids:
+        for metric, value in run.last[case].metrics.items():
+            values.setdefault(metric, {})[case] = value
+    return values
+
+
+def _whole_run_values(run: Run) -> dict[str, float]:
+    """What the run states only as one number for all of it (general abilities, distances)."""
+    per_case = {metric for row in run.rows for metric in row.metrics}
+    means = run.summary.get("means") or {}
+    return {
+        name: float(value)
+        for name, value in means.items()
+        if isinstance(value, int | float)
+        and name not in per_case
+        and not name.startswith("all/")  # scores of means; the report's is over the shared cases
+    }
+
+
+def _protocols(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Metric to the one protocol all runs measured it by; a column of several is refused."""
+    columns: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        stated = run.summary.get("protocols") or {}
+        for metric in metrics[run.name]:
+            column = columns.setdefault(metric, {})
+            column.setdefault(stated.get(metric, "unstated"), []).append(run.name)
+    for metric, column in columns.items():
+        if len(column) > 1:
+            parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in column.items())
+            raise UserError(
+                f"{metric} was measured by different protocols: {parts}. Report these apart"
+            )
+    return {metric: next(iter(columns[metric])) for metric in sorted(columns)}
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    return Estimate(fmean(values), *bootstrap_interval(values, SEED), len(values))
+
+
+def _differences(
+    values: Mapping[str, Mapping[str, float]], baseline: Mapping[str, Mapping[str, float]]
+) -> dict[str, Estimate]:
+    """A run minus the baseline by headline metric, over the cases that have it in both."""
+    differences = {}
+    for metric in HEADLINE:
+        by_case, other = values.get(metric, {}), baseline.get(metric, {})
+        cases = [case for case in by_case if case in other]
+        if cases:
+            pairs = [by_case[case] for case in cases], [other[case] for case in cases]
+            differences[metric] = Estimate(*paired_difference(*pairs, SEED), len(cases))
+    return differences

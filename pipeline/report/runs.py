@@ -1,0 +1,164 @@
+"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case as one evaluation found it: a line of ``cases.jsonl``."""
+
+    case_id: str
+    fingerprint: str
+    phase: str
+    num_edits: int
+    metrics: Mapping[str, float]
+    probes: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once."""
+
+    name: str
+    path: Path
+    summary: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    @cached_property
+    def last(self) -> dict[str, Row]:
+        """The row of each case's last evaluation, which is what the tables show."""
+        return {row.case_id: row for row in self.rows if row.phase == "val"}
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether some case was evaluated at several numbers of edits, so that there is a curve."""
+        return sum(row.phase == "val" for row in self.rows) > len(self.last)
+
+    @property
+    def budget(self) -> Mapping[str, float | None]:
+        return self.summary.get("budget") or {}
+
+
+def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs in these folders, in this order, and notes on what was left out."""
+    notes: list[str] = []
+    folders: dict[Path, Path] = {}
+    for folder in dirs:
+        found = [folder] if (folder / "summary.json").exists() else _expand(folder, notes)
+        for path in found:
+            folders.setdefault(path.resolve(), path)
+    by_name: dict[str, Run] = {}
+    for run in map(read_run, folders.values()):
+        if run.name in by_name:
+            raise UserError(
+                f"two runs are called {run.name!r}: {by_name[run.name].path} and {run.path}; "
+                "rename one folder"
+            )
+        by_name[run.name] = run
+    return list(by_name.values()), notes
+
+
+def _expand(folder: Path, notes: list[str]) -> list[Path]:
+    """The finished, scored runs one level below ``folder``; a study's order and choice are kept."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name run folders or a folder of them")
+    study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
+    if (folder / "study.json").exists():
+        study = _read_json(folder / "study.json").get("runs", {})
+    names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
+    runs = []
+    for path in (folder / name for name in names):
+        if not study.get(path.name, {}).get("report", True) or not _has_any(path, *FILES):
+            continue
+        if not is_finished(path):
+            notes.append(f"{path.name} is unfinished and was left out.")
+        elif not (path / "cases.jsonl").exists():
+            notes.append(f"{path.name} scored no cases and was left out.")
+        else:
+            runs.append(path)
+    if runs:
+        return runs
+    if _has_any(folder, *FILES):
+        raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
+    raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
+
+
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` came to its end; a damaged summary is no end."""
+    try:
+        return _read_json(folder / "summary.json").get("finished") is True
+    except (OSError, UserError):
+        return False
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run, checked."""
+    summary = _read_json(folder / "summary.json")
+    if summary.get("finished") is not True:
+        raise UserError(f"run {folder} is unfinished (summary.json says so); let it finish first")
+    if summary.get("format") != 1:
+        raise UserError(
+            f"{folder / 'summary.json'} has format {summary.get('format')!r}, this version reads 1"
+        )
+    path = folder / "cases.jsonl"
+    if not path.exists():
+        raise UserError(f"run {folder} scored no cases (it has no cases.jsonl); leave it out")
+    rows: dict[tuple[str, str, int], Row] = {}
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                row = _parse_row(line, f"{path}:{number}")
+                key = (row.case_id, row.phase, row.num_edits)
+                rows.pop(key, None)  # a resumed run may repeat an evaluation: the later one counts
+                rows[key] = row
+    run = Run(folder.resolve().name, folder, summary, list(rows.values()))
+    if not run.last:
+        raise UserError(f"{path} holds no evaluation (no row with phase 'val'); leave the run out")
+    return run
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _parse_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+        stated = row["metrics"].items()
+        values = {str(name): float(value) for name, value in stated if value is not None}
+        return Row(
+            case_id=str(row["case_id"]),
+            fingerprint=str(row["fingerprint"]),
+            phase=str(row["phase"]),
+            num_edits=int(row["num_edits"]),
+            metrics={name: value for name, value in values.items() if not math.isnan(value)},
+            probes=[dict(probe) for probe in row.get("probes") or ()],
+        )
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}); repair or remove that line") from None
+    except KeyError as error:
+        raise UserError(f"{where}: a case row lacks {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: not a case row ({error})") from None

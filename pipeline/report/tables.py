@@ -1,0 +1,256 @@
+"""A comparison as tables of text, and those as CSV, as Markdown and on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from pipeline.report.comparison import HEADLINE, Comparison, Estimate
+from pipeline.report.runs import Run
+
+MAX_CURVE_ROWS = 20
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def all_tables(comparison: Comparison) -> list[Table]:
+    """Those that these runs fill: the headline first, all metrics last."""
+    tables = [headline_table(comparison)]
+    tables += [_difference_table(comparison)] if comparison.differences else []
+    tables += [_budget_table(comparison), _run_table(comparison)]
+    tables += [_curve_table(comparison)] if comparison.repeated_runs else []
+    return [*tables, _metric_table(comparison)]
+
+
+def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
+    """A row per run, a column per headline metric any run has, and the score."""
+    metrics, scores = comparison.metrics(), comparison.scores
+    rows = []
+    for run in comparison.runs:
+        of_run = comparison.estimates[run.name]
+        cells = [_percent(of_run.get(metric), interval=interval) for metric in metrics]
+        if scores:
+            cells.append(f"{100 * scores[run.name]:.1f}" if run.name in scores else ABSENT)
+        rows.append([run.name, *cells])
+    header = _header("run", metrics) + (["score"] if scores else [])
+    note = f"×100, mean over {len(comparison.case_ids)} cases with 95 % interval."
+    return Table("Headline", header, rows, note)
+
+
+def _difference_table(comparison: Comparison) -> Table:
+    metrics = comparison.metrics()
+    rows = [
+        [name, *(_percent(of_run.get(metric), "+z.1f", "+z.1f") for metric in metrics)]
+        for name, of_run in comparison.differences.items()
+    ]
+    note = (
+        "×100, run minus baseline case by case. An interval without 0 is a difference to believe."
+    )
+    return Table(f"Difference to {comparison.baseline}", _header("run", metrics), rows, note)
+
+
+def _header(first: str, metrics: Sequence[str]) -> list[str]:
+    return [first, *(metric.replace("/", " ") for metric in metrics)]
+
+
+def _percent(estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1f") -> str:
+    """An estimate ×100, the mean and the interval's ends each in a format; '' for no interval."""
+    if estimate is None:
+        return ABSENT
+    text = f"{100 * estimate.mean:{mean}}"
+    ends = f" [{100 * estimate.low:{interval}}, {100 * estimate.high:{interval}}]"
+    return text + ends if interval else text
+
+
+def _budget_table(comparison: Comparison) -> Table:
+    header = ["run", *(title for title, _ in BUDGET.values())]
+    rows = [[run.name, *(budget_text(run, key) for key in BUDGET)] for run in comparison.runs]
+    return Table("Budget", header, rows, "What an edit costs, as each run measured it.")
+
+
+def budget_text(run: Run, key: str) -> str:
+    value = run.budget.get(key)
+    return ABSENT if value is None else BUDGET[key][1](value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+BUDGET: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "seconds_per_edit": ("seconds per edit", "{:.3g}".format),
+    "peak_gib": ("peak memory (GiB)", "{:.2f}".format),
+    "parameters_touched": ("parameters touched", "{:,.0f}".format),
+    "training_seconds": ("training time", _duration),
+}
+
+
+def _run_table(comparison: Comparison) -> Table:
+    rows = []
+    for run in comparison.runs:
+        stated = [str(run.summary.get(key) or ABSENT) for key in ("model", "dataset", "schedule")]
+        num_edits = run.budget.get("num_edits")
+        edits = ABSENT if num_edits is None else f"{num_edits:,.0f}"
+        editor = run.summary.get("editor") or "none"
+        rows.append([run.name, editor, *stated, edits, str(len(run.last))])
+    header = ["run", "editor", "model", "dataset", "schedule", "edits", "cases scored"]
+    return Table("Runs", header, rows)
+
+
+def _curve_table(comparison: Comparison) -> Table:
+    """Repeated evaluations, thinned to a readable number with the last one kept."""
+    metrics = comparison.metrics()
+    rows = []
+    for run in comparison.repeated_runs:
+        curves = [comparison.curve(run, metric, "val") for metric in metrics]
+        points = sorted({num_edits for curve in curves for num_edits in curve})
+        step = -(-len(points) // MAX_CURVE_ROWS)
+        for num_edits in points[::-1][::step][::-1]:
+            means = [curve.get(num_edits) for curve in curves]
+            cells = [ABSENT if mean is None else f"{100 * mean:.1f}" for mean in means]
+            rows.append([run.name, str(num_edits), *cells])
+    header = ["run", *_header("edits so far", metrics)]
+    return Table("Retention", header, rows, "×100, over the cases edited up to each evaluation.")
+
+
+def _metric_table(comparison: Comparison) -> Table:
+    """Every metric of every run, as it is (not ×100)."""
+    rows = []
+    for metric, protocol in comparison.protocols.items():
+        for run in comparison.runs:
+            estimate = comparison.estimates[run.name].get(metric)
+            whole = comparison.whole_run[run.name].get(metric)
+            if estimate:
+                interval = f"[{estimate.low:.4g}, {estimate.high:.4g}]"
+                cells = [f"{estimate.mean:.4g}", interval, str(estimate.n)]
+            elif whole is not None:
+                cells = [f"{whole:.4g}", ABSENT, ABSENT]
+            else:
+                continue
+            rows.append([metric, run.name, *cells, protocol])
+    note = "Not scaled. Rows without n are one number for the whole run, over its own cases."
+    header = ["metric", "run", "mean", "95 % interval", "n", "protocol"]
+    return Table("All metrics", header, rows, note)
+
+
+EXPLANATIONS = {
+    "efficacy": "efficacy: the edited prompt itself. Higher is better.",
+    "generality": "generality: other wordings of it. Higher is better.",
+    "locality": "locality: facts that must not move. Higher is better.",
+    "unrelated": "unrelated: other relations of other subjects, which must not move either.",
+    "exact": "exact: each target token is the first choice after the right ones before it.",
+    "preference": "preference: the new answer is likelier than the old one "
+    "(under locality: the true one likelier than the edit's).",
+    "agreement": "agreement: the edited model's choices equal the unedited model's.",
+}
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """How to read the numbers, for those that are shown."""
+    shown = {part for metric in comparison.metrics() for part in metric.split("/")}
+    lines = [text for word, text in EXPLANATIONS.items() if word in shown]
+    if comparison.scores:
+        lines.append("score: harmonic mean of the three preferences; one bad one pulls it down.")
+    lines.append(
+        "[low, high]: 95 % bootstrap interval over the cases. It covers the choice of cases, "
+        "not another seed or order of edits."
+    )
+    points = [
+        estimate.n
+        for of_run in comparison.estimates.values()
+        for metric, estimate in of_run.items()
+        if metric in HEADLINE and estimate.low == estimate.high
+    ]
+    if points:
+        alike = min(points)
+        lines.append(
+            "An interval of one point means that all cases agree, not certainty: after "
+            f"{alike} alike, up to {100 * (1 - 0.05 ** (1 / alike)):.0f} % of others "
+            "may still differ."
+        )
+    if comparison.baseline is None:
+        lines.append("No baseline was named (--baseline), so no differences are shown.")
+    return lines
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line per run and metric; n and the interval are empty where a run states one number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "editor", "metric", "protocol", "n", "mean", "ci_low", "ci_high"])
+    for run in comparison.runs:
+        estimates, whole = comparison.estimates[run.name], comparison.whole_run[run.name]
+        for metric, protocol in comparison.protocols.items():
+            start = [run.name, run.summary.get("editor"), metric, protocol]
+            if metric in estimates:
+                mean, low, high, num_cases = estimates[metric]
+                writer.writerow([*start, num_cases, mean, low, high])
+            elif metric in whole:
+                writer.writerow([*start, "", whole[metric], "", ""])
+    return text.getvalue()
+
+
+def as_markdown(comparison: Comparison) -> str:
+    headline, *others = all_tables(comparison)
+    parts = ["# Report", counts(comparison), *comparison.notes, _markdown_table(headline)]
+    parts.append("\n".join(f"- {line}" for line in legend(comparison)))
+    parts += [_markdown_table(table) for table in others]
+    return "\n\n".join(parts) + "\n"
+
+
+def counts(comparison: Comparison) -> str:
+    runs, cases = len(comparison.runs), len(comparison.case_ids)
+    return f"{runs} run{'s' * (runs != 1)}, {cases} case{'s' * (cases != 1)}."
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    rule = line(["---", *["---:"] * (len(table.header) - 1)])
+    lines = "\n".join([line(table.header), rule, *map(line, table.rows)])
+    return "\n\n".join(part for part in (f"## {table.title}", table.note, lines) if part)
+
+
+def print_headline(comparison: Comparison, stream: TextIO, width: int | None = None) -> None:
+    """The headline as aligned text; the narrower the terminal, the less of the intervals."""
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    intervals = {
+        "z.1f": "95 % intervals over the cases",
+        "z.0f": "95 % intervals over the cases, rounded",
+        "": "their intervals are in the report",
+    }
+    for interval, about in intervals.items():
+        lines = _aligned(headline_table(comparison, interval))
+        note = f"×100, means over {len(comparison.case_ids)} cases; {about}."
+        if max(map(len, lines)) <= width:
+            break
+    stream.write("\n".join(["", *lines, "", note, *comparison.notes]) + "\n")
+
+
+def _aligned(table: Table) -> list[str]:
+    """Header words on lines of their own, the first column left, numbers right."""
+    words = [cell.split() for cell in table.header]
+    height = max(map(len, words))
+    headers = [[""] * (height - len(cell)) + cell for cell in words]
+    lines = [*zip(*headers, strict=True), *table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for first, *numbers in lines:
+        right = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
+        texts.append("  ".join([f"{first:<{widths[0]}}", *right]).rstrip())
+    return [*texts[:height], "─" * max(map(len, texts)), *texts[height:]]
