@@ -188,6 +188,11 @@ class EditingModule(LightningModule):
 
     # ------------------------------------------------------------------ asking
 
+    @property
+    def method_name(self) -> str | None:
+        """What this module itself has done to the model, for summaries; nothing by default."""
+        return None
+
     def own_delta(self) -> Delta | None:
         """The update that this module itself has learned and that is evaluated; none by default."""
         return None

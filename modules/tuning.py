@@ -279,6 +279,10 @@ class FineTune(EditingModule):
     def leaves(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): leaf for name, leaf in self.learned.items()}
 
+    @property
+    def method_name(self) -> str:
+        return type(self.method).__name__
+
     def own_delta(self) -> Delta:
         return self.method.deltas(self.lm, self.leaves)[0].detach()
 

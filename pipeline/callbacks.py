@@ -137,7 +137,10 @@ class EditCallback(Callback):
 
     def _save(self, trainer: Trainer, delta: Delta, name: str) -> None:
         self.touched = max(self.touched, delta.num_parameters)
-        if self.save_edits and trainer.is_global_zero:
+        # Several processes edit different cases under these two schedules, else all the same.
+        own = self.schedule in ("each", "batch")
+        kept = self.schedule == "stream" or trainer.state.fn == TrainerFn.VALIDATING
+        if self.save_edits and kept and (own or trainer.is_global_zero):
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
             delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
 
@@ -152,7 +155,12 @@ class EditCallback(Callback):
             self.num_edits = len(cases)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: EditingModule, batch: list[EditCase], *_: object
+        self,
+        trainer: Trainer,
+        pl_module: EditingModule,
+        batch: list[EditCase],
+        batch_idx: int,
+        *_: object,
     ) -> None:
         if self.editor is None or trainer.sanity_checking:
             return
@@ -160,7 +168,7 @@ class EditCallback(Callback):
             self._propose_each(trainer, pl_module, batch)
             self.num_edits = 1
         elif self.schedule == "batch":
-            name = f"batch-{self.made}"
+            name = f"batch-{batch_idx * trainer.world_size + trainer.global_rank:06d}"
             self._handles = [self._edit(trainer, pl_module, batch, name)]
             self.num_edits = len(batch)
 
@@ -378,7 +386,7 @@ class RunWriter(Callback):
             "run": self.folder.name,
             "verb": self.verb,
             "finished": True,
-            "editor": type(edit.editor).__name__ if edit.editor is not None else None,
+            "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
             "model": module.lm.name,
             "model_hash": module.lm.weights_hash,
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]

@@ -168,7 +168,7 @@ def _train_or_validate(args: list[str]) -> None:
                 return
             self.run_dir.mkdir(parents=True, exist_ok=True)
             path, number = self.run_dir / "config.yaml", 0
-            while path.exists():
+            while path.exists() and (self.run_dir / "checkpoints").exists():
                 number += 1
                 path = self.run_dir / f"config-resumed-{number}.yaml"
             path.write_text(self.config_text, "utf-8")
@@ -239,7 +239,8 @@ def _run_dir(config: Namespace, verb: str) -> Path:
     folder = Path(config.run_dir) if config.run_dir else _named_by_time(verb)
     if verb != "fit" and config.ckpt_path == "last":
         raise UserError(f"{verb} --ckpt_path needs a file, such as runs/NAME/checkpoints/last.ckpt")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    begun = ("summary.json", "cases.jsonl", "checkpoints", "edits")
+    if not any((folder / name).exists() for name in begun):  # at most a run that failed at once
         return folder
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process writes into it
         return folder

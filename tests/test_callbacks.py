@@ -310,7 +310,7 @@ def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):
     ("schedule", "verb", "names"),
     [
         ("each", "validate", ["108", "109", "110", "111", "112"]),
-        ("batch", "validate", ["batch-0", "batch-2", "batch-4"]),
+        ("batch", "validate", ["batch-000000", "batch-000001", "batch-000002"]),
         ("epoch", "validate", ["all"]),
         ("stream", "fit", ["step-000000", "step-000001", "step-000002"]),
     ],

@@ -438,15 +438,6 @@ def test_t40_binomial_half_width(share, count, expected):
     assert metrics.binomial_half_width(share, count) == near(expected)
 
 
-def test_protocols_never_mix():
-    column_name = "efficacy/exact"
-    assert metrics.require_same_protocol(["tf_exact@each"] * 2, column_name) == "tf_exact@each"
-    with pytest.raises(ValueError, match="efficacy/exact.*'tf_exact@each'.*'wild@each'"):
-        metrics.require_same_protocol(["tf_exact@each", "wild@each"], column_name)
-    with pytest.raises(ValueError, match="efficacy/exact.*no protocol"):
-        metrics.require_same_protocol([], column_name)
-
-
 # --- the classes as torchmetrics ---
 
 

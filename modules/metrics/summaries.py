@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -133,16 +133,3 @@ def paired_difference(
 def binomial_half_width(share: float, count: int, z: float = 1.96) -> float:
     """Half the width of a share's normal interval: z sqrt(share (1 - share) / count)."""
     return z * math.sqrt(share * (1 - share) / count) if count else math.nan
-
-
-def require_same_protocol(protocols: Iterable[str], column: str) -> str:
-    """The one protocol behind a table's column; raises if the runs were not measured alike."""
-    first, *others = dict.fromkeys(protocols) or [None]
-    if first is None:
-        raise ValueError(f"column {column!r} has no protocol: no run measured it")
-    if others:
-        raise ValueError(
-            f"column {column!r} mixes the protocols {first!r} and {others[0]!r}, which cannot be "
-            "compared; make one table per protocol"
-        )
-    return first
