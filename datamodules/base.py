@@ -32,6 +32,7 @@ from datamodules.records import Edit, EditCase
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+ASKED_TOGETHER = 64  # cases the model is asked about at once, before any edit
 RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 HUB_ID = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>.+))?", re.ASCII
@@ -575,10 +576,10 @@ class EditDataModule(LightningDataModule):
                 "with a LightningModule that has known(cases), or leave it off"
             )
         kept: list[EditCase] = []
-        for start in range(0, len(cases), self.batch_size):
+        for start in range(0, len(cases), ASKED_TOGETHER):
             if self.limit is not None and len(kept) >= self.limit:
                 break
-            chunk = cases[start : start + self.batch_size]
+            chunk = cases[start : start + ASKED_TOGETHER]
             kept += [case for case, yes in zip(chunk, known(chunk), strict=True) if yes]
         if not kept:
             raise DataError(

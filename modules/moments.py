@@ -36,13 +36,13 @@ class Corpus:
     """Which text second moments come from.
 
     Args:
-        source: ``model`` (text sampled from the model itself), ``facts`` (sentences of the Facts training
-            split), a text or JSONL file, or a ``datasets`` hub id.
+        source: ``facts`` (sentences of the Facts training split), ``model`` (text sampled from the model
+            itself), a text or JSONL file, or a ``datasets`` hub id.
         tokens: how many tokens; at least ten times the key width is advisable.
         seed: of the sampling.
     """
 
-    source: str = "model"
+    source: str = "facts"
     tokens: int = 50_000
     seed: int = 0
 
@@ -56,6 +56,8 @@ class Corpus:
         """A name that tells this corpus from every other."""
         path = Path(self.source)
         content = f"-{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.is_file() else ""
+        if self.source == "facts":
+            content = "\n".join(corpus_texts("facts"))
         digest = hashlib.sha256(f"{self.source}{content}-{self.seed}".encode()).hexdigest()[:8]
         return f"{path.stem[:24]}-{digest}-{self.tokens}"
 

@@ -139,8 +139,7 @@ class EditCallback(Callback):
         self.touched = max(self.touched, delta.num_parameters)
         # Several processes edit different cases under these two schedules, else all the same.
         own = self.schedule in ("each", "batch")
-        kept = self.schedule == "stream" or trainer.state.fn == TrainerFn.VALIDATING
-        if self.save_edits and kept and (own or trainer.is_global_zero):
+        if self.save_edits and (own or trainer.is_global_zero):
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
             delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
 

@@ -94,7 +94,7 @@ def test_a_mistake_is_one_line(corrigenda, tiny, tmp_path, capsys, args, words):
     (tmp_path / "bad.jsonl").write_text(json.dumps(record))
     (tmp_path / "typo.yaml").write_text("edit: {editor: {class_path: ROME, init_args: {layre: 1}}}")
     (tmp_path / "broken.yaml").write_text("edit: {editor: [")
-    for name, file in (("finished", "summary.json"), ("begun", "config.yaml")):
+    for name, file in (("finished", "summary.json"), ("begun", "cases.jsonl")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
     assert corrigenda("validate", *tiny, *args) == 2
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line(corrigenda, tiny, tmp_path, capsys, args, words):
 )
 def test_so_is_one_with_another_command(corrigenda, tmp_path, capsys, args, words, tiny):
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    (tmp_path / "begun" / "cases.jsonl").write_text("{}")
     assert corrigenda(*args, *(tiny if args[0] == "fit" else ())) == 2
     message = one_line(capsys)
     assert all(word in message for word in words), message

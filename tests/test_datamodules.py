@@ -579,14 +579,16 @@ def known(split, limit=None):
     return attach(split, module={"known": ask}, fn="validate"), chunks
 
 
-def test_known_only(split):
+def test_known_only(split, monkeypatch):
+    monkeypatch.setattr(base, "ASKED_TOGETHER", 4)
     data, chunks = known(split)
     assert served(data.val_dataloader()) == ["0a", "0b", "3a", "3b"]
     assert len(data.edits()) == 4
     assert chunks == [4, 4, 2]  # asked once
 
 
-def test_known_only_stops_at_the_limit(split):
+def test_known_only_stops_at_the_limit(split, monkeypatch):
+    monkeypatch.setattr(base, "ASKED_TOGETHER", 4)
     data, chunks = known(split, limit=3)
     assert ids(data.evaluation_cases()) == ["0a", "0b", "3a"]
     assert chunks == [4, 4]

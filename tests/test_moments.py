@@ -287,7 +287,9 @@ def test_sampled_text_comes_from_the_unedited_model_and_the_seed(loaded):
 def test_the_models_own_text_is_enough(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "sampled_texts", partial(sampled_texts, length=20, batch=8))
     monkeypatch.setattr(moments_module, "BUFFER_TEXTS", 8)
-    found = [Moments(loaded("llama"), Corpus(tokens=300), tmp_path / f).moment(0) for f in "ab"]
+    found = [
+        Moments(loaded("llama"), Corpus("model", tokens=300), tmp_path / f).moment(0) for f in "ab"
+    ]
     assert torch.linalg.matrix_rank(found[0]) == 80 and torch.equal(*found)
 
 
