@@ -25,7 +25,7 @@ from modules.hooks import Hook, hooked
 from modules.structure import is_quantised, to_storage
 
 if TYPE_CHECKING:
-    from modules.lm import LanguageModel
+    from modules.lm import LanguageModel, TargetScores
 
 FORMAT = "corrigenda-delta-1"
 
@@ -359,6 +359,51 @@ class WeightPatch(EditHandle):
         self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
         self.delta = add_deltas([self.delta, newer.delta])
         self.lm.handles.pop()
+
+
+class TextPatch(EditHandle):
+    """An edit in what the model is asked, or in who answers; no weight changes.
+
+    A subclass overrides :meth:`rewrite` (other prompts to the same model) or :meth:`score` and
+    :meth:`generate` themselves. While one of them runs the patch is set aside, so that it can ask the
+    language model, with the older edits in force, in the ordinary way.
+    """
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.active = True
+        self.lowest_layer = lm.structure.num_layers - 1
+        super().__init__(lm)
+
+    def swap(self) -> None:
+        self.active = not self.active
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, the model answers as if this patch were not there."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """What is asked in place of each prompt; the prompts themselves by default."""
+        return list(prompts)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+        full: bool,
+    ) -> TargetScores:
+        """Stands in for :meth:`LanguageModel.score`."""
+        return self.lm.score(self.rewrite(prompts), targets, deltas, owners, full)
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
+        """Stands in for :meth:`LanguageModel.generate`."""
+        return self.lm.generate(self.rewrite(prompts), max_new_tokens, **options)
 
 
 # ---------------------------------------------------------------------------- methods

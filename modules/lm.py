@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditHandle, side_branches
+from modules.editing import Delta, EditHandle, TextPatch, side_branches
 from modules.structure import Structure, find_structure
 from modules.tail import Tail
 
@@ -173,6 +173,11 @@ class LanguageModel(nn.Module):
             for handle in self.handles:
                 handle.swap()
 
+    def _text_patch(self) -> TextPatch | None:
+        """The newest edit in force on what the model is asked."""
+        patches = [h for h in self.handles if isinstance(h, TextPatch) and h.active]
+        return patches[-1] if patches else None
+
     def lowest_edited_layer(self, deltas: Sequence[Delta] = ()) -> int:
         """Nothing below this block differs between the edited and the unedited model."""
         layers = [handle.lowest_layer for handle in self.handles]
@@ -287,6 +292,9 @@ class LanguageModel(nn.Module):
             owners: for each row the index of its delta.
             full: also return log-probabilities of the whole vocabulary.
         """
+        if patch := self._text_patch():
+            with patch.set_aside():
+                return patch.score(prompts, targets, deltas, owners, full)
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
         width = int((rows.length_B - rows.start_B).max())
@@ -353,6 +361,16 @@ class LanguageModel(nn.Module):
         batch_size: int = 32,
     ) -> list[str]:
         """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens."""
+        if patch := self._text_patch():
+            with patch.set_aside():
+                return patch.generate(
+                    prompts,
+                    max_new_tokens,
+                    deltas=deltas,
+                    owners=owners,
+                    top_k=top_k,
+                    batch_size=batch_size,
+                )
         ids = self.encode([prompt.rstrip() for prompt in prompts])
         owner_B = _owners(deltas, owners, len(ids))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

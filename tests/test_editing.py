@@ -14,6 +14,7 @@ from modules.editing import (
     Delta,
     EditError,
     LowRank,
+    TextPatch,
     WeightEditor,
     WeightPatch,
     add_deltas,
@@ -506,3 +507,44 @@ def test_a_single_delta_needs_no_owner(lm):
         found = logits(lm, rows)
     real = rows.mask_BT.bool()
     torch.testing.assert_close(found[real], written(lm, delta, rows)[real], **NEAR)
+
+
+class Prefixed(TextPatch):
+    """Puts a text in front of every prompt."""
+
+    def __init__(self, lm, prefix):
+        self.prefix = prefix
+        super().__init__(lm)
+
+    def rewrite(self, prompts):
+        return [self.prefix + prompt for prompt in prompts]
+
+
+def test_text_patches_answer_newest_first_and_leave_no_trace(tiny_lm):
+    lm = tiny_lm()
+    prompt, whole = "capital is", "The capital is"
+
+    def asked(text):
+        return lm.score([text], ["Quill Port"]).logprob_BM
+
+    plain, both, said = asked(prompt), asked(whole), lm.generate([whole], 3)
+    outer = Prefixed(lm, "The ")
+    inner = Prefixed(lm, "")
+    assert torch.equal(asked(prompt), both)
+    assert not torch.equal(both, plain)
+    assert lm.generate([prompt], 3) == said
+    with lm.pristine():
+        assert torch.equal(asked(prompt), plain)
+    inner.remove()
+    assert torch.equal(asked(prompt), both)
+    outer.remove()
+    assert torch.equal(asked(prompt), plain)
+
+
+def test_the_newest_text_patch_rewrites_first(tiny_lm):
+    lm = tiny_lm()
+    Prefixed(lm, "The ")
+    Prefixed(lm, "capital ")
+    asked = lm.score(["is"], ["proud"]).logprob_BM
+    with lm.pristine():
+        assert torch.equal(asked, lm.score(["The capital is"], ["proud"]).logprob_BM)
