@@ -354,7 +354,8 @@ class WeightPatch(EditHandle):
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
         """The edit of :meth:`state`, on a model without it."""
-        patch = cls(lm, Delta.from_tensors(state["delta"], json.loads(state["metadata"])))
+        tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
+        patch = cls(lm, Delta.from_tensors(tensors, json.loads(state["metadata"])))
         for name, tensor in state["edited"].items():
             lm.net.get_parameter(name).data = tensor.to(lm.device)
         return patch
