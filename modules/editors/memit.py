@@ -32,7 +32,7 @@ class MEMIT(SpreadEditor):
 
     Args:
         layers: blocks whose projections are edited, from 0, the lowest first.
-        ridge: lambda as a multiple of the key width: how many ordinary tokens an edit counts against.
+        ridge: lambda as a multiple of the key width; lambda ordinary tokens weigh as much as one edit.
         sequential: leave the keys of the edits in force alone (MEMIT-seq).
         **search: as of SpreadEditor.
     """
