@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,10 +61,13 @@ class Delta:
     Args:
         updates: by parameter name (``model.layers.3.mlp.down_proj.weight``); a bias is a dense vector.
         metadata: JSON values kept in the file's header; ``base`` is the weight hash of the model it belongs to.
+        keys: by parameter name, inputs keys_NI whose answers later edits are to leave alone. They are kept
+            with the edit, so they go where it goes: into files and checkpoints, and out with it.
     """
 
     updates: dict[str, Update]
     metadata: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Tensor] = field(default_factory=dict)
 
     def dense(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         """One parameter's update as a full [out, in] matrix."""
@@ -87,11 +90,11 @@ class Delta:
             else u.detach()
             for name, u in self.updates.items()
         }
-        return Delta(cut, self.metadata)
+        return Delta(cut, self.metadata, self.keys)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The update as plain tensors: ``<parameter>.left``, ``.right`` or ``.dense``."""
-        tensors = {}
+        """All of it as plain tensors: ``<parameter>.left``, ``.right`` or ``.dense``, and ``.keys``."""
+        tensors = {f"{name}.keys": keys_NI for name, keys_NI in self.keys.items()}
         for name, update in self.updates.items():
             if isinstance(update, LowRank):
                 tensors[f"{name}.left"] = update.left_Or
@@ -104,13 +107,16 @@ class Delta:
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Delta:
         """The delta that :meth:`tensors` took apart."""
         updates: dict[str, Update] = {}
+        keys = {}
         for name, tensor in tensors.items():
             parameter, _, part = name.rpartition(".")
-            if part == "dense":
+            if part == "keys":
+                keys[parameter] = tensor
+            elif part == "dense":
                 updates[parameter] = tensor
             elif part == "left":
                 updates[parameter] = LowRank(tensor, tensors[f"{parameter}.right"])
-        return cls(updates, metadata)
+        return cls(updates, metadata, keys)
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`tensors` into one safetensors file, atomically."""
@@ -145,14 +151,17 @@ class Delta:
 def add_deltas(deltas: Sequence[Delta]) -> Delta:
     """One delta with the effect of all of them added up; low-rank factors are stacked, ranks add.
 
-    Lists in the metadata (edits, notes) are joined; of anything else the first counts.
+    Keys and lists in the metadata (edits, notes) are joined; of anything else the first counts.
     """
     updates: dict[str, Update] = {}
     metadata: dict[str, Any] = {}
+    keys: dict[str, Tensor] = {}
     for delta in deltas:
         for key, value in delta.metadata.items():
             joins = key in metadata and isinstance(value, list)
             metadata[key] = metadata[key] + value if joins else metadata.get(key, value)
+        for name, keys_NI in delta.keys.items():
+            keys[name] = torch.cat([keys[name], keys_NI]) if name in keys else keys_NI
         for name, update in delta.updates.items():
             old = updates.get(name)
             if old is None:
@@ -168,7 +177,7 @@ def add_deltas(deltas: Sequence[Delta]) -> Delta:
                     u.dense(dtype) if isinstance(u, LowRank) else u for u in (old, update)
                 )
                 updates[name] = one + other
-    return Delta(updates, metadata)
+    return Delta(updates, metadata, keys)
 
 
 # ---------------------------------------------------------------------------- side by side
@@ -345,7 +354,8 @@ class WeightPatch(EditHandle):
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
         """The edit of :meth:`state`, on a model without it."""
-        patch = cls(lm, Delta.from_tensors(state["delta"], json.loads(state["metadata"])))
+        tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
+        patch = cls(lm, Delta.from_tensors(tensors, json.loads(state["metadata"])))
         for name, tensor in state["edited"].items():
             lm.net.get_parameter(name).data = tensor.to(lm.device)
         return patch
@@ -447,7 +457,7 @@ class WeightEditor(Editor):
             "editor": type(self).__name__,
             "edits": [[e.prompt, e.subject, e.target_new] for e in edits],
         }
-        return Delta(delta.detach().updates, delta.metadata | origin)
+        return replace(delta.detach(), metadata=delta.metadata | origin)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, and its Cholesky factor.
+"""Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
 
 Cached in safetensors files named by weight hash, corpus, token count and dtype, so that no statistics of
 another model, text or precision are ever used. Gathering can be killed and goes on where it was.
@@ -119,6 +119,16 @@ class Moments:
             stored = {"factor": cholesky(self.moment(layer))}
             self._write(path, stored)
         return stored["factor"].to(self.lm.device)
+
+    def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(values_F, vectors_FF) of C, ascending, one vector per column, float64; kept beside C."""
+        path = self.folder / f"layer{layer}.eigen.safetensors"
+        stored = self._read(path)
+        if stored is None:
+            values_F, vectors_FF = torch.linalg.eigh(self.moment(layer))
+            stored = {"values": values_F.clamp(min=0), "vectors": vectors_FF}
+            self._write(path, stored)
+        return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
 
     def gather(self, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
         """The moments of several layers, missing ones in one pass over the text."""

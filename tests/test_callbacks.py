@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
 from modules.editing import Delta, Editor, WeightPatch
+from modules.editors.alphaedit import AlphaEdit
 from modules.editors.finetune import FT
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
@@ -60,6 +61,12 @@ def ft():
 def rome(files):
     free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0}
     return ROME(0, steps=6, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free)
+
+
+def alphaedit(files):
+    free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0, "contexts": [(4, 2)]}
+    corpus = Corpus(files.text, 2000)
+    return AlphaEdit([0], null_share=0.5, l2=0.01, corpus=corpus, steps=6, **free)
 
 
 def weights(lm):
@@ -266,7 +273,7 @@ def test_max_steps_counts_edits_of_a_stream(run, lm, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "fail_at"), [(1, 3), (1, 4), (2, 2)])
-@pytest.mark.parametrize("make", [lambda _: ft(), rome], ids=["FT", "ROME"])
+@pytest.mark.parametrize("make", [lambda _: ft(), rome, alphaedit], ids=["FT", "ROME", "AlphaEdit"])
 def test_a_stopped_stream_goes_on_to_the_bit(
     run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at
 ):

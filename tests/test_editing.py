@@ -423,6 +423,28 @@ def test_deltas_add_up():
     assert add_deltas([]) == Delta({}, {})
 
 
+def test_keys_go_where_their_edit_goes(lm, tiny_lm, tmp_path):
+    """Into sums, files, patches, checkpoints and absorbed patches; they change no answer."""
+    rows = lm.rows(PROMPTS, TARGETS)
+    name = f"{lm.structure.out_name(1)}.weight"
+    width = lm.structure.inner_width
+    parts = [Delta(two_layers(lm).updates, {}, {name: torch.randn(n, width)}) for n in (2, 1)]
+    both = torch.cat([part.keys[name] for part in parts])
+    plain = written(lm, Delta(parts[0].updates), rows)
+    assert torch.equal(written(lm, parts[0], rows), plain)
+    total = add_deltas([Delta({}), *parts])
+    assert list(total.keys) == [name] and torch.equal(total.keys[name], both)
+    total.detach().save(tmp_path / "edit.safetensors")
+    assert torch.equal(Delta.load(tmp_path / "edit.safetensors").keys[name], both)
+    first = WeightPatch(lm, parts[0])
+    first.absorb(WeightPatch(lm, parts[1]))
+    assert torch.equal(first.delta.keys[name], both)
+    again = WeightPatch.restore(tiny_lm(lm.net.config.model_type), first.state())
+    assert torch.equal(again.delta.keys[name], both)
+    assert again.delta.updates.keys() == first.delta.updates.keys()
+    first.remove()
+
+
 def test_a_detached_delta_has_no_graph():
     delta = Delta(
         {

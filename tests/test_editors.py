@@ -5,8 +5,11 @@ import torch
 
 from datamodules.records import Edit, EditCase
 from modules.editing import Delta, EditError, WeightPatch, editing_mode
+from modules.editors.alphaedit import AlphaEdit
+from modules.editors.emmet import EMMET
 from modules.editors.finetune import FT
 from modules.editors.lora import LoRA
+from modules.editors.memit import MEMIT
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.moments import Corpus
@@ -27,13 +30,22 @@ def mend(lm, _files):
     return editor
 
 
-def rome(_lm, files):
-    free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0}
-    return ROME(0, steps=10, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free)
+def locating(method, place, **settings):
+    """An editor that looks for values, of which more is asked here than to be small."""
+    free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0, "steps": 10}
+    return lambda _lm, files: method(
+        place, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free, **settings
+    )
 
 
 EDITORS = {
-    "ROME": rome,
+    "ROME": locating(ROME, 0),
+    "r-ROME": locating(ROME, 0, key="mean"),
+    "p-ROME": locating(ROME, 0, key="bare"),
+    "MEMIT": locating(MEMIT, [0], ridge=0.01),
+    "MEMIT-seq": locating(MEMIT, [0], ridge=0.01, sequential=True),
+    "EMMET": locating(EMMET, [0]),
+    "AlphaEdit": locating(AlphaEdit, [0], null_share=0.5, l2=0.01),
     "FT": lambda *_: FT([1], loss="prompt_last", **QUICK),
     "FT-L": lambda *_: FT([1], norm_constraint=2e-2, loss="prompt_last", **QUICK),
     "FT-M": lambda *_: FT([0, 1], "mlp", **QUICK),

@@ -302,6 +302,17 @@ def test_the_factor_is_lower_and_its_square_is_the_moment(gather):
     near(factor @ factor.T, moment)
 
 
+def test_eigenvectors_give_the_moment_back_and_are_kept(gather, monkeypatch):
+    moments = gather()
+    values, vectors = moments.eigen(1)
+    assert values.dtype == torch.float64 and (values.diff() >= 0).all() and values[0] >= 0
+    near(vectors @ values.diag() @ vectors.T, moments.moment(1))
+    near(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64))
+    monkeypatch.setattr(torch.linalg, "eigh", None)  # from here on it is read
+    again = gather().eigen(1)
+    assert torch.equal(again[0], values) and torch.equal(again[1], vectors)
+
+
 def test_a_singular_moment_gets_the_least_help(caplog):
     x = torch.randn(50, 6).double()
     assert torch.equal(cholesky(x.T @ x), torch.linalg.cholesky(x.T @ x)) and not caplog.records

@@ -350,10 +350,9 @@ def test_half_precision_finds_nearly_the_same(gpt2, make, searched):
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("limit", [1e9, 0.0], ids=["mean key", "bare key"])
-def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, monkeypatch, caplog):
+def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, caplog):
     """INV-R1, INV-R2: after the edit the projection answers k1 with v*, and the update has rank one."""
-    monkeypatch.setattr(rome, "LARGEST_CHANGE", limit)
-    editor = make(layer=layer, steps=8)
+    editor = make(layer=layer, steps=8, largest_change=limit)
     edit = EDITS[0]
     key, before = at_lookup(lm, edit, layer)
     mean = torch.stack([at_lookup(lm, edit, layer, c)[0] for c in make_contexts(editor, lm)]).mean(
@@ -384,6 +383,43 @@ def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, monkey
     assert notes["cosine"] == pytest.approx(expected, abs=1e-4) and notes["iterations"] <= 8
     assert ("using the bare prompt's key alone" in caplog.text) == (limit == 0.0)
     handle.remove()
+
+
+@pytest.mark.parametrize("key", ["mean", "bare"])
+def test_with_one_key_the_value_holds_there(key, lm, make, searched):
+    """INV-R5: r-ROME at the mean key, p-ROME at the bare one; the target is v0 + delta in both."""
+    editor = make(key=key, steps=8)
+    edit = EDITS[0]
+    contexts = make_contexts(editor, lm) if key == "mean" else [""]
+    keys, values = zip(*(at_lookup(lm, edit, 0, c) for c in contexts), strict=True)
+    mean = torch.stack(keys).mean(0).double()
+    (change,) = (d.dense(n) for d in [editor.propose(lm, [edit])] for n in d.updates)
+    ((v0, found),) = searched
+    wanted = v0[0] + found.delta_ND[0] - torch.stack(values).mean(0)
+    torch.testing.assert_close(change @ mean, wanted.double(), rtol=0, atol=1e-4)
+    u = torch.linalg.solve(editor._factor_FF @ editor._factor_FF.T, mean)
+    assert torch.linalg.matrix_rank(change) == 1
+    assert torch.cosine_similarity(change.abs().sum(0), u.abs(), dim=0) > 1 - 1e-6
+
+
+def test_with_one_context_the_three_are_one(gpt2, make):
+    """INV-R5: the mean key is the bare one."""
+    one, *others = (
+        make(key=key, contexts=[]).propose(gpt2, EDITS[:1]) for key in ("both", "mean", "bare")
+    )
+    (name,) = one.updates
+    for other in others:
+        torch.testing.assert_close(other.dense(name), one.dense(name), rtol=1e-5, atol=1e-8)
+
+
+def test_the_essence_may_end_with_the_subject(gpt2, make, searched):
+    """As the authors' code reads it: at the changed token itself, so that the drift is another."""
+    for essence in ("{} is a", "{}"):
+        make(essence=essence, kl_weight=5.0, steps=6).propose(gpt2, EDITS[:1])
+    (_, after), (_, there) = searched
+    assert (after.delta_ND - there.delta_ND).norm() > 1e-3 * after.delta_ND.norm()
+    alone = KeyRows.of(gpt2, EDITS[:1], [""], "{}")
+    assert alone.rows.length_B[-1] - 1 == alone.lookup_R[-1]
 
 
 def make_contexts(editor, lm):

@@ -13,14 +13,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.hooks import capture, hooked
+from modules.editing import Delta
+from modules.hooks import capture, first, hooked, replace_first
 from modules.lm import LanguageModel, Rows
 from modules.optimize import IndependentAdam
 from modules.tail import Tail
@@ -65,7 +66,8 @@ class KeyRows:
     """Every edit's prompt in every context, with its target, cut at the subject's last token.
 
     Attributes:
-        rows: R = N * Q answer rows, then N rows ``"<subject> is a"`` for the drift of the subject's meaning.
+        rows: R = N * Q answer rows, then N rows of the essence (``"<subject> is a"``) for the drift of the
+            subject's meaning.
         lookup_R: the subject's last token in every row.
         num_edits: N.
         num_contexts: Q.
@@ -77,13 +79,19 @@ class KeyRows:
     num_contexts: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, edits: Sequence[Edit], contexts: Sequence[str]) -> KeyRows:
+    def of(
+        cls,
+        lm: LanguageModel,
+        edits: Sequence[Edit],
+        contexts: Sequence[str],
+        essence: str = "{} is a",
+    ) -> KeyRows:
         prompts = [context + edit.text for edit in edits for context in contexts]
         targets = [edit.target_new for edit in edits for _ in contexts]
         lookups = [lm.lookup(edit, context) for edit in edits for context in contexts]
-        essence = [Edit("{} is a", edit.subject, edit.target_new) for edit in edits]
-        lookups += [lm.lookup(edit) for edit in essence]
-        rows = Rows.cat([lm.rows(prompts, targets), lm.rows([edit.text for edit in essence])])
+        whole = [Edit(essence, edit.subject, edit.target_new) for edit in edits]
+        lookups += [lm.lookup(edit) for edit in whole]
+        rows = Rows.cat([lm.rows(prompts, targets), lm.rows([edit.text for edit in whole])])
         lookup_R = torch.tensor(lookups, device=lm.device)
         return cls(rows, lookup_R, len(edits), len(contexts))
 
@@ -120,6 +128,60 @@ def keys_and_values(
     count = key_rows.num_edits * key_rows.num_contexts
     keys, values = (t[:count].unflatten(0, (key_rows.num_edits, -1)) for t in picked)
     return keys.float(), values.float()
+
+
+@dataclass
+class SubjectRows:
+    """Every edit's prompt in every context, cut after the subject's last token: all that keys depend on.
+
+    Attributes:
+        rows: R = N * Q rows.
+        owner_R: the edit of each row.
+        weight_R: what each row counts in its edit's mean.
+    """
+
+    rows: Rows
+    owner_R: Tensor
+    weight_R: Tensor
+
+    @classmethod
+    def of(
+        cls, lm: LanguageModel, edits: Sequence[Edit], contexts: Sequence[str], weight_Q: Tensor
+    ) -> SubjectRows:
+        whole = lm.rows([context + edit.text for edit in edits for context in contexts])
+        lookups = [lm.lookup(edit, context) for edit in edits for context in contexts]
+        last_R = torch.tensor(lookups, device=lm.device)
+        width = max(lookups) + 1
+        mask_BT = torch.arange(width, device=lm.device) <= last_R[:, None]
+        rows = Rows(whole.ids_BT[:, :width], mask_BT.long(), last_R)
+        owner_R = torch.arange(len(edits), device=lm.device).repeat_interleave(len(contexts))
+        return cls(rows, owner_R, weight_Q.to(lm.device).repeat(len(edits)))
+
+    @torch.no_grad()
+    def means(
+        self, lm: LanguageModel, name: str, deltas: Sequence[Delta], group_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(inputs_NI, outputs_NO) of module ``name`` at the subjects' last tokens, means over contexts.
+
+        Edit n is read in the model changed by ``deltas[group_N[n]]``. The pass ends at the module and goes
+        over a bounded number of tokens at a time.
+        """
+        count = len(group_N)
+        sums: list[Tensor] = []
+        for row_b in lm._chunks(self.rows):
+            part, owner_b = self.rows.select(row_b), self.owner_R[row_b]
+            branches = lm.side_by_side(deltas, group_N[owner_b.cpu()])
+            with branches, capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
+                lm.net.get_decoder()(
+                    input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
+                )
+            for i, found in enumerate(map(first, seen[name])):
+                found_bTX = found.view(len(row_b), -1, found.shape[-1])
+                at_bX = found_bTX[torch.arange(len(row_b), device=lm.device), part.length_B - 1]
+                if len(sums) == i:
+                    sums.append(at_bX.new_zeros(count, at_bX.shape[1], dtype=torch.float32))
+                sums[i].index_add_(0, owner_b, self.weight_R[row_b, None] * at_bX.float())
+        return sums[0], sums[1]
 
 
 # ---------------------------------------------------------------------------- values
@@ -229,12 +291,13 @@ class _Problem:
         row_R = torch.arange(batch, device=self.lm.device)
         owner_R = self.key_rows.owner_R
 
-        def add(_module: object, _args: tuple, output: Tensor) -> Tensor:
-            out_BTD = output.view(batch, -1, output.shape[-1])
+        def add(_module: object, _args: tuple, output: Any) -> Any:  # noqa: ANN401
+            hidden = first(output)
+            out_BTD = hidden.view(batch, -1, hidden.shape[-1])
             change = torch.zeros_like(out_BTD).index_put(
-                (row_R, self.at_R), delta_nD[owner_R].to(output.dtype)
+                (row_R, self.at_R), delta_nD[owner_R].to(hidden.dtype)
             )
-            return (out_BTD + change).view(output.shape)
+            return replace_first(output, (out_BTD + change).view(hidden.shape))
 
         fast = torch.autocast(
             self.lm.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
@@ -262,21 +325,35 @@ class _Problem:
 
 
 def solve_update(
-    factor_FF: Tensor, keys_FN: Tensor, residual_DN: Tensor, ridge: float
+    factor_FF: Tensor,
+    keys_FN: Tensor,
+    residual_DN: Tensor,
+    ridge: float,
+    earlier_FP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(left_DN, right_NF) of R (K' A^-1 K + ridge I)^-1 K' A^-1, all in float64.
+    """(left_DN, right_NF) of R (K' A^-1 K + ridge I)^-1 K' A^-1, all in float64; left is R itself.
 
     With A the second moment and ridge 0 this is the equality-constrained solution (ROME for one edit, EMMET
-    for many); with ridge = lambda it is MEMIT's R K' (lambda A + K K')^-1 in its dual form.
+    for many); with ridge = lambda it is MEMIT's R K' (lambda A + K K')^-1. Earlier keys join K with residuals
+    of zero, which is the same as adding P P' / lambda to A. Of the two forms the one with the smaller system
+    is solved: as many equations as keys, or as they are wide.
 
     Args:
         factor_FF: lower Cholesky factor of A.
         keys_FN: one column per edit.
         residual_DN: what each key's value still lacks.
         ridge: weight of the stored memories against the new ones.
+        earlier_FP: keys whose values are to stay as they are.
     """
-    solved_FN = torch.cholesky_solve(keys_FN.double(), factor_FF)
-    gram_NN = keys_FN.double().T @ solved_FN
-    gram_NN.diagonal().add_(ridge)
-    left_DN = torch.linalg.solve(gram_NN, residual_DN.double().T).T
-    return left_DN, solved_FN.T
+    keys_FN, residual_DN = keys_FN.double(), residual_DN.double()
+    every_FM = keys_FN if earlier_FP is None else torch.cat([earlier_FP.double(), keys_FN], 1)
+    width, count = every_FM.shape
+    if ridge > 0 and count > width:
+        system_FF = ridge * factor_FF @ factor_FF.T + every_FM @ every_FM.T
+        right_FN = torch.cholesky_solve(keys_FN, torch.linalg.cholesky(system_FF))
+        return residual_DN, right_FN.T
+    solved_FM = torch.cholesky_solve(every_FM, factor_FF)
+    gram_MM = every_FM.T @ solved_FM
+    gram_MM.diagonal().add_(ridge)
+    new_MN = torch.eye(count, dtype=gram_MM.dtype, device=gram_MM.device)[:, -keys_FN.shape[1] :]
+    return residual_DN, torch.linalg.solve(gram_MM, new_MN).T @ solved_FM.T

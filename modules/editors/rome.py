@@ -8,10 +8,16 @@ least change of what it answers to ordinary text (second moment C):
 k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
 value that makes the new target likely (:mod:`modules.editors.key_value`), so that W' k1 = v* exactly.
 
+    ROME     ROME(layer)              k* gives the direction, k1 is where the value holds
+    r-ROME   ROME(layer, key="mean")  k* is both: Lambda = (v* - W k*) / (C^-1 k*)' k*   (arXiv 2403.07175)
+    p-ROME   ROME(layer, key="bare")  k1 is both
+
+Where k* and k1 point apart ROME divides by a number near zero, the "disabling edits" of arXiv 2403.07175: an
+update larger than ``largest_change`` uses k1 in place of k* and says so.
+
 Departures from the authors' code: C is factored in float64, never inverted; the subject's last token comes
-from character offsets; the KL term is read after ``"<subject> is a"``, not after the subject; an update that
-would be larger than half of W uses k1 in place of k* (where the two keys point apart the published formula
-divides by a number near zero, the "disabling edits" of arXiv 2403.07175) and says so.
+from character offsets; contexts begin with common words; the guard above; the KL term is read after
+``"<subject> is a"``. ``ROME(layer, essence="{}", largest_change=inf)`` takes back the last two.
 """
 
 from __future__ import annotations
@@ -40,8 +46,6 @@ from modules.moments import Corpus, Moments
 
 log = logging.getLogger(__name__)
 
-LARGEST_CHANGE = 0.5  # |update| / |W| above which k1 takes the place of k*
-
 
 class ROME(WeightEditor):
     """Writes each fact as a rank-one update of one MLP output projection.
@@ -52,8 +56,13 @@ class ROME(WeightEditor):
         lr: step size of the value's search.
         clamp_norm: the value may move by this multiple of its norm.
         weight_decay: weight of the value's own size in the loss.
-        kl_weight: weight of the drift of what follows ``"<subject> is a"``.
+        kl_weight: weight of the drift of what follows the essence.
         contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        essence: text after which the next word is to stay as it was; the authors' code reads it after ``{}``.
+        key: ``both`` takes the mean key over contexts for the direction and the bare prompt's for the place
+            where the value holds; ``mean`` (r-ROME) and ``bare`` (p-ROME) take one for all.
+        largest_change: with ``both``, an update larger than this multiple of the weight is made with the bare
+            prompt's key alone.
         corpus: text of the second moment.
         seed: of the sampled contexts.
         parallel: edits whose values are looked for together, where they are independent.
@@ -69,6 +78,9 @@ class ROME(WeightEditor):
         weight_decay: float = 0.5,
         kl_weight: float = 0.0625,
         contexts: list[tuple[int, int]] = [(5, 10), (10, 10)],  # noqa: B006  never changed
+        essence: str = "{} is a",
+        key: Literal["both", "mean", "bare"] = "both",
+        largest_change: float = 0.5,
         corpus: Corpus = Corpus(),  # noqa: B008  frozen
         seed: int = 0,
         parallel: int = 8,
@@ -76,6 +88,7 @@ class ROME(WeightEditor):
     ) -> None:
         self.layer, self.lengths, self.corpus, self.seed = layer, contexts, corpus, seed
         self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
+        self.essence, self.key, self.largest_change = essence, key, largest_change
         self.parallel = parallel
         self._prepared: str | None = None
 
@@ -117,7 +130,7 @@ class ROME(WeightEditor):
         """One delta per edit, as if the others did not exist."""
         self.prepare(lm)
         name = lm.structure.out_name(self.layer)
-        key_rows = KeyRows.of(lm, edits, self._contexts)
+        key_rows = KeyRows.of(lm, edits, self._contexts, self.essence)
         tail = key_rows.tail(lm, self.layer)
         keys_NQF, values_NQD = keys_and_values(lm, key_rows, tail, self.layer)
         v0_ND = values_NQD[:, 0]
@@ -125,7 +138,8 @@ class ROME(WeightEditor):
         weight_norm = lm.net.get_submodule(name).weight.float().norm().item()
         deltas = []
         for n, edit in enumerate(edits):
-            factors, notes = self._insert(keys_NQF[n], values.delta_ND[n], weight_norm, edit)
+            target_D = v0_ND[n] + values.delta_ND[n]
+            factors, notes = self._insert(keys_NQF[n], values_NQD[n], target_D, weight_norm, edit)
             notes |= {"loss": values.loss_N[n].item(), "iterations": int(values.iterations_N[n])}
             deltas.append(Delta({f"{name}.weight": factors}, {"notes": [notes]}))
             if values.nll_N[n] > 1:
@@ -134,17 +148,26 @@ class ROME(WeightEditor):
         return deltas
 
     def _insert(
-        self, keys_QF: Tensor, delta_D: Tensor, weight_norm: float, edit: Edit
+        self,
+        keys_QF: Tensor,
+        values_QD: Tensor,
+        target_D: Tensor,
+        weight_norm: float,
+        edit: Edit,
     ) -> tuple[LowRank, dict[str, float]]:
-        """Rank-one factors with (W + left right) k1 = v*: the residual is delta, since v0 = W k1."""
+        """Rank-one factors with (W + left right) key = v* at the chosen key."""
         mean_F, bare_F = keys_QF.mean(0), keys_QF[0]
         notes = {"cosine": cosine_similarity(mean_F, bare_F, dim=0).item()}
-        factors = _rank_one(self._factor_FF, mean_F, bare_F, delta_D)
+        direction_F = bare_F if self.key == "bare" else mean_F
+        key_F, value_D = (
+            (mean_F, values_QD.mean(0)) if self.key == "mean" else (bare_F, values_QD[0])
+        )
+        factors = _rank_one(self._factor_FF, direction_F, key_F, target_D - value_D)
         notes["change"] = (factors.dense().norm() / weight_norm).item()
-        if notes["change"] > LARGEST_CHANGE:
+        if self.key == "both" and notes["change"] > self.largest_change:
             log.warning("%r: the update would be %.2f of the weight; using the bare prompt's key alone",
                         edit.text, notes["change"])  # fmt: skip
-            factors = _rank_one(self._factor_FF, bare_F, bare_F, delta_D)
+            factors = _rank_one(self._factor_FF, bare_F, bare_F, target_D - value_D)
             notes["change"] = (factors.dense().norm() / weight_norm).item()
         return factors, notes
 

@@ -1,0 +1,93 @@
+"""AlphaEdit: null-space constrained editing (Fang et al., 2025, arXiv 2410.02355).
+
+Updates move only inputs from the null space of ordinary text's keys: with Q the eigenvectors of their second
+moment C whose eigenvalues are smallest, and P the keys of the edits in force,
+
+    Delta = R K_q' (K_q K_q' + P_q P_q' + l2 I)^-1 Q',   K_q = Q' K,   P_q = Q' P
+
+so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (:mod:`modules.editors.spread`). Keys of an
+edit are read on the model that it left, and are kept with the edit.
+
+Departures from the authors' code: the system is solved in the basis Q, where it is symmetric, in float64 (equal
+to the published form); the null space may be chosen by its share of C's trace, since the published bound on
+eigenvalues means something else in every model; it belongs to the hash of the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.records import Edit
+from modules.editing import EditError
+from modules.editors.key_value import solve_update
+from modules.editors.spread import SpreadEditor
+from modules.moments import Moments
+
+log = logging.getLogger(__name__)
+
+
+class AlphaEdit(SpreadEditor):
+    """Writes all edits together, spread over several layers, out of ordinary text's way.
+
+    Args:
+        layers: blocks whose projections are edited, from 0, the lowest first.
+        null_share: the null space is of the smallest eigenvalues that together hold at most this share of C's
+            trace: how much of ordinary text's keys an update may see.
+        threshold: the null space is of the eigenvalues below this, in place of ``null_share`` (published: 0.02).
+        l2: weight of the update's own size; compares with squared norms of keys.
+        **search: as of SpreadEditor.
+    """
+
+    keeps_keys = True
+
+    def __init__(
+        self,
+        layers: list[int],
+        null_share: float = 0.02,
+        threshold: float | None = None,
+        l2: float = 10.0,
+        **search: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(layers, **search)
+        if l2 <= 0 or not 0 < null_share <= 1:
+            raise ValueError(
+                f"l2 must be positive and null_share in (0, 1], got {l2} and {null_share}"
+            )
+        self.null_share, self.threshold, self.l2 = null_share, threshold, l2
+
+    def statistics(self, moments: Moments, layer: int) -> Tensor:
+        """An orthonormal basis Q_Fq of the layer's null space."""
+        values_F, vectors_FF = moments.eigen(layer)
+        if self.threshold is not None:
+            count = int((values_F < self.threshold).sum())
+        else:
+            count = int((values_F.cumsum(0) <= self.null_share * values_F.sum()).sum())
+        log.info("layer %d: the null space has %d of %d dimensions", layer, count, len(values_F))
+        if count == 0:
+            raise EditError(
+                f"layer {layer} has no direction that ordinary text leaves free (the smallest eigenvalue is "
+                f"{values_F[0]:.2g}): give a larger null_share or threshold"
+            )
+        if count == len(values_F):
+            log.warning("layer %d: every direction counts as free, nothing is protected; "
+                        "give a smaller null_share or threshold", layer)  # fmt: skip
+        return vectors_FF[:, :count]
+
+    def solve(
+        self,
+        layer: int,
+        edits: Sequence[Edit],
+        keys_FN: Tensor,
+        residual_DN: Tensor,
+        earlier_FP: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        basis_Fq = self._statistics[layer]
+        free_qN, earlier_qP = (basis_Fq.T @ keys.double() for keys in (keys_FN, earlier_FP))
+        unit_qq = torch.eye(basis_Fq.shape[1], dtype=basis_Fq.dtype, device=basis_Fq.device)
+        left_DN, right_Nq = solve_update(unit_qq, free_qN, residual_DN, self.l2, earlier_qP)
+        return left_DN, right_Nq @ basis_Fq.T

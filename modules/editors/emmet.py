@@ -1,0 +1,82 @@
+"""EMMET: an equality-constrained mass edit in a transformer (Gupta et al., 2024, arXiv 2403.14236).
+
+Every key K gets its value exactly, with the least change of the answers to ordinary text (second moment C):
+
+    Delta = R (K' C^-1 K)^-1 K' C^-1
+
+For one edit this is ROME with one key, and MEMIT comes to it as lambda goes to zero. It needs keys that are
+linearly independent, so fewer edits than a key is wide; a ``ridge`` takes the constraint back, and is MEMIT's
+lambda. Values and keys are MEMIT's (:mod:`modules.editors.spread`).
+
+Departures from the authors' code: no inverse is formed, no pseudo-inverse is fallen back to; edits whose keys
+coincide are named; a ridge holds for a single edit, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.records import Edit
+from modules.editing import EditError
+from modules.editors.key_value import solve_update
+from modules.editors.spread import SpreadEditor
+from modules.moments import Moments
+
+LEAST_EIGENVALUE = 1e-12  # of the keys' correlations; below it they are dependent to rounding
+
+
+class EMMET(SpreadEditor):
+    """Writes all edits together and exactly.
+
+    Args:
+        layers: blocks whose projections are edited, from 0, the lowest first; one in the paper.
+        ridge: lambda as a multiple of the key width, as MEMIT's; 0 is the exact constraint.
+        **search: as of SpreadEditor.
+    """
+
+    def __init__(self, layers: list[int], ridge: float = 0.0, **search: Any) -> None:  # noqa: ANN401
+        super().__init__(layers, **search)
+        if ridge < 0:
+            raise ValueError(f"ridge must not be negative, got {ridge}")
+        self.ridge = ridge
+
+    def statistics(self, moments: Moments, layer: int) -> Tensor:
+        return moments.factor(layer)
+
+    def solve(
+        self,
+        layer: int,
+        edits: Sequence[Edit],
+        keys_FN: Tensor,
+        residual_DN: Tensor,
+        earlier_FP: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        factor_FF = self._statistics[layer]
+        if self.ridge == 0 and len(edits) > 1:
+            _require_independent(layer, edits, keys_FN, factor_FF)
+        return solve_update(factor_FF, keys_FN, residual_DN, self.ridge * len(factor_FF))
+
+
+def _require_independent(
+    layer: int, edits: Sequence[Edit], keys_FN: Tensor, factor_FF: Tensor
+) -> None:
+    """Raises EditError where exact answers to all keys are impossible; names the two keys most alike."""
+    cure = "give a ridge (0.01, say), or fewer edits at once"
+    if len(edits) > len(factor_FF):
+        raise EditError(
+            f"{len(edits)} edits cannot hold exactly, keys are {len(factor_FF)} wide: {cure}"
+        )
+    white_FN = torch.linalg.solve_triangular(factor_FF, keys_FN.double(), upper=False)
+    white_FN = white_FN / white_FN.norm(dim=0)
+    alike_NN = white_FN.T @ white_FN
+    if torch.linalg.eigvalsh(alike_NN)[0] < LEAST_EIGENVALUE:
+        alike_NN.fill_diagonal_(0)
+        one, other = divmod(int(alike_NN.abs().argmax()), len(edits))
+        raise EditError(
+            f"the keys of {len(edits)} edits are not independent at layer {layer}, the most alike are those of "
+            f"{edits[one].text!r} and {edits[other].text!r}: {cure}"
+        )

@@ -1,0 +1,242 @@
+"""Writing many facts at once, spread over consecutive MLPs: what MEMIT, EMMET and AlphaEdit share.
+
+After Meng et al., 2023 (arXiv 2210.07229). For every edit the output z = h + delta of the highest edited block
+is looked for that makes its target likely, all on the model as it is. Then the blocks l_1 .. l_L are gone
+through from the lowest to the highest. At block l_j
+
+    K = mean keys over contexts,   H = outputs of block l_L,   R = (Z - H) / (L - j + 1) / c
+
+are read again with the updates of the blocks below in place, and the subclass solves for the update that
+answers K with W K + R; c is what a block multiplies its MLP's output with, 1 in most families. The last block
+gets all of what is still lacking.
+
+Departures from the authors' code: the target's likelihood is that of the model's own logits; the KL term is read
+after ``"<subject> is a"`` (with ``essence: "{}"`` after the subject, as there); every search has its own
+stop. Where a block normalises what its MLP writes before adding it, no value at the block's output can be
+written: there one layer can be edited, and the value is that of the projection itself.
+
+Shapes: N edits, M groups of edits, Q contexts, F key width, D value width, P earlier keys.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from datamodules.records import Edit
+from modules.editing import Delta, EditError, LowRank, Update, WeightEditor, WeightPatch
+from modules.editors.key_value import (
+    KeyRows,
+    SubjectRows,
+    ValueSettings,
+    optimise_values,
+    sample_contexts,
+    tokens_from_subject,
+)
+from modules.lm import LanguageModel
+from modules.moments import Corpus, Moments
+
+log = logging.getLogger(__name__)
+
+
+class SpreadEditor(WeightEditor):
+    """Finds values at the highest of some blocks and lets a subclass write them into all of them.
+
+    Args:
+        layers: blocks whose projections are edited, from 0, the lowest first.
+        steps: evaluations of the value's loss; at most one update fewer.
+        lr: step size of the value's search.
+        clamp_norm: the value may move by this multiple of its norm.
+        weight_decay: weight of the value's own size in the loss.
+        kl_weight: weight of the drift of what follows the essence.
+        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        essence: text after which the next word is to stay as it was.
+        corpus: text of the second moments.
+        seed: of the sampled contexts.
+        parallel: edits whose values are looked for together.
+        precision: ``bfloat16`` makes the search for values several times faster on hardware that has it.
+    """
+
+    keeps_keys = False  # whether later edits are to leave the keys of this one alone
+
+    def __init__(
+        self,
+        layers: list[int],
+        steps: int = 25,
+        lr: float = 0.5,
+        clamp_norm: float = 0.75,
+        weight_decay: float = 0.5,
+        kl_weight: float = 0.0625,
+        contexts: list[tuple[int, int]] = [(10, 5)],  # noqa: B006  never changed
+        essence: str = "{} is a",
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
+        seed: int = 0,
+        parallel: int = 8,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        if not layers or sorted(set(layers)) != list(layers):
+            raise ValueError(f"layers must name each block once, the lowest first, got {layers}")
+        if parallel < 1:
+            raise ValueError(f"parallel must be at least 1, got {parallel}")
+        self.layers, self.lengths, self.essence = layers, contexts, essence
+        self.corpus, self.seed, self.parallel = corpus, seed, parallel
+        self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
+        self._prepared: str | None = None
+        self._statistics: dict[int, Tensor] = {}
+
+    # ------------------------------------------------------------------ the subclass's own
+
+    @abstractmethod
+    def statistics(self, moments: Moments, layer: int) -> Tensor:
+        """What :meth:`solve` needs to know of a layer's keys on ordinary text."""
+
+    @abstractmethod
+    def solve(
+        self,
+        layer: int,
+        edits: Sequence[Edit],
+        keys_FN: Tensor,
+        residual_DN: Tensor,
+        earlier_FP: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(left_DN, right_NF) of the update of one layer, float64.
+
+        Args:
+            layer: the block.
+            edits: what is written, for messages.
+            keys_FN: one column per edit.
+            residual_DN: what each key's value lacks.
+            earlier_FP: keys of the edits in force, where the method keeps them; none otherwise.
+        """
+
+    # ------------------------------------------------------------------ the editor
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Contexts and second moments, once per model, from its unedited weights."""
+        if self._prepared == lm.weights_hash:
+            return
+        self._site(lm)
+        moments = Moments(lm, self.corpus)
+        moments.gather(self.layers)  # all in one pass over the text
+        self._statistics = {layer: self.statistics(moments, layer) for layer in self.layers}
+        self._contexts = sample_contexts(lm, self.lengths, self.seed)
+        self._prepared = lm.weights_hash
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        return self.propose_each(lm, [edits])[0]
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        """One update per group; values are looked for together, each group is read and solved alone."""
+        self.prepare(lm)
+        single = [edit for group in edits for edit in group]
+        group_N = torch.tensor([m for m, group in enumerate(edits) for _ in group])
+        own = [(group_N == m).nonzero()[:, 0].to(lm.device) for m in range(len(edits))]
+        for group in edits:
+            _warn_of_conflicts(group)
+        deltas = [Delta({}, {"notes": []}) for _ in edits]
+        bare = SubjectRows.of(lm, single, [""], torch.ones(1))
+        rows = SubjectRows.of(lm, single, self._contexts, self._context_weights())
+        site, scale = self._site(lm)
+
+        def outputs() -> Tensor:
+            return bare.means(lm, site, deltas, group_N)[1]
+
+        def keys(layer: int) -> Tensor:
+            return rows.means(lm, lm.structure.out_name(layer), deltas, group_N)[0]
+
+        v0_ND = outputs()
+        delta_ND, notes = self._search(lm, single, site, v0_ND)
+        target_ND = v0_ND + delta_ND
+        for done, layer in enumerate(self.layers):
+            name = f"{lm.structure.out_name(layer)}.weight"
+            keys_NF, earlier_FP = keys(layer), self._earlier(lm, name)
+            residual_ND = (target_ND - outputs()) / (len(self.layers) - done) / scale
+            for group, delta, n in zip(edits, deltas, own, strict=True):
+                factors = self.solve(layer, group, keys_NF[n].T, residual_ND[n].T, earlier_FP)
+                delta.updates[name] = _smaller(*factors)
+        wanted_N = vector_norm(delta_ND, dim=1).clamp(min=1e-6)
+        lacking_N = vector_norm(target_ND - outputs(), dim=1) / wanted_N
+        for note, m, lacking in zip(notes, group_N.tolist(), lacking_N.tolist(), strict=True):
+            deltas[m].metadata["notes"].append(note | {"lacking": lacking})
+        for layer in self.layers if self.keeps_keys else ():
+            keys_NF = keys(layer)
+            for delta, n in zip(deltas, own, strict=True):
+                delta.keys[f"{lm.structure.out_name(layer)}.weight"] = keys_NF[n]
+        return deltas
+
+    # ------------------------------------------------------------------ parts
+
+    def _site(self, lm: LanguageModel) -> tuple[str, float]:
+        """Where values are looked for, and what reaches it of what a projection writes."""
+        for layer in self.layers:
+            lm.structure.block_name(layer)
+        if lm.structure.residual_scale is not None:
+            return lm.structure.block_name(self.layers[-1]), lm.structure.residual_scale
+        if len(self.layers) > 1:
+            raise EditError(
+                f"{lm.name!r} normalises what its MLPs write before adding it, so edits cannot be spread over "
+                f"layers {self.layers}: give one layer"
+            )
+        return lm.structure.out_name(self.layers[-1]), 1.0
+
+    def _context_weights(self) -> Tensor:
+        """A mean over kinds of contexts (the bare prompt is one) of the means within each kind."""
+        counts = [1, *(count for _, count in self.lengths if count)]
+        return torch.cat([torch.full((n,), 1 / n / len(counts)) for n in counts])
+
+    def _search(
+        self, lm: LanguageModel, edits: Sequence[Edit], site: str, v0_ND: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(delta_ND, a note per edit): the changes at ``site`` that make the targets likely."""
+        delta_ND = torch.zeros_like(v0_ND)
+        notes: list[dict[str, Any]] = [{} for _ in edits]
+        failed: list[str] = []
+        order = sorted(range(len(edits)), key=lambda n: tokens_from_subject(lm, edits[n]))
+        for begin in range(0, len(order), self.parallel):
+            part = order[begin : begin + self.parallel]
+            key_rows = KeyRows.of(lm, [edits[n] for n in part], self._contexts, self.essence)
+            tail = key_rows.tail(lm, self.layers[-1])
+            values = optimise_values(lm, key_rows, tail, site, v0_ND[part], self.settings)
+            delta_ND[part] = values.delta_ND
+            for i, n in enumerate(part):
+                notes[n] = {
+                    "loss": values.loss_N[i].item(),
+                    "iterations": int(values.iterations_N[i]),
+                }
+                if values.nll_N[i] > 1:
+                    failed.append(f"{edits[n].text!r} -> {edits[n].target_new!r}")
+            log.info("values of %d of %d edits", begin + len(part), len(edits))
+        if failed:
+            log.warning("%d of %d value searches ended at an NLL above 1, those edits will likely fail: %s",
+                        len(failed), len(edits), "; ".join(failed[:3]))  # fmt: skip
+        return delta_ND, notes
+
+    def _earlier(self, lm: LanguageModel, name: str) -> Tensor:
+        """Keys of the edits in force that are to keep their answers, [F, P]; none unless this method does so."""
+        found = [torch.zeros(0, lm.structure.inner_width, device=lm.device)]
+        if self.keeps_keys:
+            patches = [handle for handle in lm.handles if isinstance(handle, WeightPatch)]
+            found += [patch.delta.keys[name] for patch in patches if name in patch.delta.keys]
+        return torch.cat([keys.to(lm.device) for keys in found]).T
+
+
+def _smaller(left_DN: Tensor, right_NF: Tensor) -> Update:
+    """The factors, or their product where that takes less room."""
+    if left_DN.numel() + right_NF.numel() < left_DN.shape[0] * right_NF.shape[1]:
+        return LowRank(left_DN, right_NF)
+    return left_DN @ right_NF
+
+
+def _warn_of_conflicts(edits: Sequence[Edit]) -> None:
+    targets: dict[str, str] = {}
+    for edit in edits:
+        other = targets.setdefault(edit.text, edit.target_new)
+        if other != edit.target_new:
+            log.warning("%r is to be both %r and %r: neither will be written in full",
+                        edit.text, other, edit.target_new)  # fmt: skip
