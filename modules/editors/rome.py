@@ -37,6 +37,7 @@ from modules.editors.key_value import (
 )
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
+from modules.structure import read_weight
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class ROME(WeightEditor):
         keys_NQF, values_NQD = keys_and_values(lm, key_rows, tail, self.layer)
         v0_ND = values_NQD[:, 0]
         values = optimise_values(lm, key_rows, tail, name, v0_ND, self.settings)
-        weight_norm = lm.net.get_submodule(name).weight.float().norm().item()
+        weight_norm = read_weight(lm.net.get_submodule(name)).float().norm().item()
         deltas = []
         for n, edit in enumerate(edits):
             factors, notes = self._insert(keys_NQF[n], values.delta_ND[n], weight_norm, edit)
