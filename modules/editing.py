@@ -64,6 +64,30 @@ class LowRank:
 Update = LowRank | Tensor
 
 
+def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
+    """(left_Or, values_r, right_rI) in float64: singular vectors and values, the largest first.
+
+    r is the numerical rank: what is zero up to the update's own rounding is left out. Factors are never
+    multiplied out; a bias counts as a single column. Raises EditError for an update that is not finite.
+    """
+    parts = (update.left_Or, update.right_rI) if isinstance(update, LowRank) else (update,)
+    if not all(part.isfinite().all() for part in parts):
+        raise EditError("the update holds numbers that are not finite: make the edit again")
+    if isinstance(update, LowRank):
+        left_Oq, left_qr = torch.linalg.qr(update.left_Or.double())
+        right_Iq, right_qr = torch.linalg.qr(update.right_rI.double().T)
+        inner, dtype = left_qr @ right_qr.T, update.left_Or.dtype
+        left_qs, values_s, right_sq = torch.linalg.svd(inner, full_matrices=False)
+        left_Os, right_sI = left_Oq @ left_qs, right_sq @ right_Iq.T
+    else:
+        whole = update.double() if update.dim() == 2 else update.double()[:, None]
+        left_Os, values_s, right_sI = torch.linalg.svd(whole, full_matrices=False)
+        dtype = update.dtype
+    least = values_s[:1] * max(len(left_Os), right_sI.shape[1]) * torch.finfo(dtype).eps
+    rank = int((values_s > least).sum())
+    return left_Os[:, :rank], values_s[:rank], right_sI[:rank]
+
+
 @dataclass
 class Delta:
     """What an edit changes: parameter name to a low-rank or a dense update, always [out, in].
