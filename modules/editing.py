@@ -408,7 +408,8 @@ class WeightPatch(EditHandle):
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
         """The edit of :meth:`state`, on a model without it."""
-        patch = cls(lm, Delta.from_tensors(state["delta"], json.loads(state["metadata"])))
+        tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
+        patch = cls(lm, Delta.from_tensors(tensors, json.loads(state["metadata"])))
         for name, tensor in state["edited"].items():
             module = lm.net.get_submodule(name.rpartition(".")[0])
             if name.endswith(".weight") and is_quantised(module):
