@@ -7,6 +7,7 @@ side. Updates are always [out, in], whatever the module stores.
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.records import Edit
 from modules.hooks import Hook, hooked
-from modules.structure import is_quantised, to_storage
+from modules.structure import (
+    exchange,
+    is_quantised,
+    read_weight,
+    sizes,
+    to_storage,
+    with_weight,
+)
 
 if TYPE_CHECKING:
     from modules.lm import LanguageModel, TargetScores
+
+log = logging.getLogger(__name__)
 
 FORMAT = "corrigenda-delta-1"
 
@@ -52,6 +62,30 @@ class LowRank:
 
 
 Update = LowRank | Tensor
+
+
+def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
+    """(left_Or, values_r, right_rI) in float64: singular vectors and values, the largest first.
+
+    r is the numerical rank: what is zero up to the update's own rounding is left out. Factors are never
+    multiplied out; a bias counts as a single column. Raises EditError for an update that is not finite.
+    """
+    parts = (update.left_Or, update.right_rI) if isinstance(update, LowRank) else (update,)
+    if not all(part.isfinite().all() for part in parts):
+        raise EditError("the update holds numbers that are not finite: make the edit again")
+    if isinstance(update, LowRank):
+        left_Oq, left_qr = torch.linalg.qr(update.left_Or.double())
+        right_Iq, right_qr = torch.linalg.qr(update.right_rI.double().T)
+        inner, dtype = left_qr @ right_qr.T, update.left_Or.dtype
+        left_qs, values_s, right_sq = torch.linalg.svd(inner, full_matrices=False)
+        left_Os, right_sI = left_Oq @ left_qs, right_sq @ right_Iq.T
+    else:
+        whole = update.double() if update.dim() == 2 else update.double()[:, None]
+        left_Os, values_s, right_sI = torch.linalg.svd(whole, full_matrices=False)
+        dtype = update.dtype
+    least = values_s[:1] * max(len(left_Os), right_sI.shape[1]) * torch.finfo(dtype).eps
+    rank = int((values_s > least).sum())
+    return left_Os[:, :rank], values_s[:rank], right_sI[:rank]
 
 
 @dataclass
@@ -291,22 +325,32 @@ class EditHandle(ABC):
 
 
 class WeightPatch(EditHandle):
-    """A delta written into the weights; the original tensors are kept and exchanged, never recomputed."""
+    """A delta written into the weights; the original tensors are kept and exchanged, never recomputed.
+
+    A packed map is exchanged as a whole, for a plain one or, with ``lm.requantize``, for one packed
+    the same way. How far what is written then is from the update goes into the metadata, under
+    ``requantized``: |written - wanted| / |wanted| by parameter.
+    """
 
     def __init__(self, lm: LanguageModel, delta: Delta) -> None:
         base = delta.metadata.get("base")
         if base is not None and base != lm.weights_hash:
             raise EditError(
                 f"this delta belongs to a model with weights {base}, not to {lm.name!r} with weights "
-                f"{lm.weights_hash}: load the model it was made for"
+                f"{lm.weights_hash}: load the model it was made for, with its dtype and quantization"
             )
         self.delta = delta
         self.lowest_layer = min((lm.structure.layer_of(name) for name in delta.updates), default=0)
-        self._spare = {name: self._edited(lm, name) for name in delta.updates}
+        self._lost: dict[str, float] = {}
+        written = _named_once(lm, delta)
+        self._spare = {name: self._edited(lm, name, written) for name in written.updates}
+        if self._lost:
+            self.delta = Delta(delta.updates, delta.metadata | {"requantized": [self._lost]})
         super().__init__(lm)
         self.swap()
 
-    def _edited(self, lm: LanguageModel, name: str) -> Tensor:
+    def _edited(self, lm: LanguageModel, name: str, delta: Delta) -> Tensor | nn.Module:
+        """What takes the parameter's place: its data with the update added, or a whole module."""
         module_name, _, kind = name.rpartition(".")
         try:
             module = lm.net.get_submodule(module_name)
@@ -315,28 +359,43 @@ class WeightPatch(EditHandle):
             parameter = None
         if parameter is None:  # also a bias that the module goes without
             raise EditError(f"the model {lm.name!r} has no parameter {name}")
-        if is_quantised(module):
+        packed = kind == "weight" and is_quantised(module)
+        update = to_storage(module, delta.dense(name).to(parameter.device))
+        shape = sizes(module)[::-1] if packed else tuple(parameter.shape)
+        if tuple(update.shape) != shape:
             raise EditError(
-                f"{name} is stored in a packed format and cannot be written: load the model without "
-                "quantisation, or leave this module out of it"
+                f"the update of {name} has shape {tuple(update.shape)}, the parameter {shape}"
             )
-        update = to_storage(module, self.delta.dense(name).to(parameter.device))
-        if update.shape != parameter.shape:
-            raise EditError(
-                f"the update of {name} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}"
-            )
+        if packed:
+            return self._repacked(lm, name, module, update)
         return (parameter.data.double() + update).to(parameter.dtype)
+
+    def _repacked(
+        self, lm: LanguageModel, name: str, module: nn.Module, update_OI: Tensor
+    ) -> nn.Module:
+        """The edited map that takes a packed one's place."""
+        weight_OI = read_weight(module)
+        wanted_OI = weight_OI.double() + update_OI
+        if not lm.requantize:
+            return with_weight(module, wanted_OI.to(lm.net.dtype), pack=False)
+        edited = with_weight(module, wanted_OI.to(weight_OI.dtype), pack=True)
+        missing = (read_weight(edited).double() - wanted_OI).norm() / update_OI.norm()
+        self._lost[name] = missing.item()
+        log.info(
+            "%s: packed again, what is written is %.2f of the update away from it", name, missing
+        )
+        return edited
 
     @torch.no_grad()
     def swap(self) -> None:
         for name, spare in self._spare.items():
-            parameter = self.lm.net.get_parameter(name)
-            current = parameter.data
-            parameter.data = spare.to(current.device)
-            self._spare[name] = current
+            self._spare[name] = exchange(self.lm.net, name, spare)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit."""
+        """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit.
+
+        Of a map that is packed again these are the numbers that it stands for.
+        """
         edited = {name: self._written(name) for name in self._spare}
         return {
             "edited": edited,
@@ -348,7 +407,11 @@ class WeightPatch(EditHandle):
         """The parameter as this patch left it: in force, or kept by the next patch that changed it."""
         for later in self.lm.handles[self.lm.handles.index(self) + 1 :]:
             if isinstance(later, WeightPatch) and name in later._spare:
-                return later._spare[name]
+                kept = later._spare[name]
+                return read_weight(kept) if isinstance(kept, nn.Module) else kept
+        module = self.lm.net.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and is_quantised(module):
+            return read_weight(module)
         return self.lm.net.get_parameter(name).data
 
     @classmethod
@@ -357,7 +420,11 @@ class WeightPatch(EditHandle):
         tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
         patch = cls(lm, Delta.from_tensors(tensors, json.loads(state["metadata"])))
         for name, tensor in state["edited"].items():
-            lm.net.get_parameter(name).data = tensor.to(lm.device)
+            module = lm.net.get_submodule(name.rpartition(".")[0])
+            if name.endswith(".weight") and is_quantised(module):
+                exchange(lm.net, name, with_weight(module, tensor, pack=True))
+            else:
+                exchange(lm.net, name, tensor)
         return patch
 
     def absorb(self, newer: WeightPatch) -> None:
@@ -369,6 +436,18 @@ class WeightPatch(EditHandle):
         self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
         self.delta = add_deltas([self.delta, newer.delta])
         self.lm.handles.pop()
+
+
+def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
+    """The delta with tied parameters under the one name that the network lists them by."""
+    listed = {id(parameter): name for name, parameter in lm.net.named_parameters()}
+    every = {
+        name: listed[id(parameter)]
+        for name, parameter in lm.net.named_parameters(remove_duplicate=False)
+    }
+    return add_deltas(
+        [Delta({every.get(name, name): update}) for name, update in delta.updates.items()]
+    )
 
 
 class TextPatch(EditHandle):

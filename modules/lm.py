@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.records import Edit
 from modules.editing import Delta, EditHandle, TextPatch, side_branches
-from modules.structure import Structure, find_structure
+from modules.structure import Structure, find_structure, read_parameter, sizes
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ class LanguageModel(nn.Module):
         dtype: of the weights; editing is exact in float32.
         device: where to put the model now; Lightning moves it anyway when it runs.
         quantization: load the linear maps in 4 or 8 bit with bitsandbytes.
+        requantize: pack a map that is edited in a quantised model again, which loses part of the update
+            (how much, the edit's metadata say); otherwise it is kept in ``dtype``.
         revision: commit or branch of a hub model.
         reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
             plain way, for comparison.
@@ -129,9 +131,10 @@ class LanguageModel(nn.Module):
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         revision: str | None = None,
         reuse_prefix: bool = True,
+        requantize: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.reuse_prefix = name, reuse_prefix
+        self.name, self.reuse_prefix, self.requantize = name, reuse_prefix, requantize
         self.net, self.tokenizer = _load(name, getattr(torch, dtype), quantization, revision)
         if device is not None:
             self.net.to(device)
@@ -153,12 +156,8 @@ class LanguageModel(nn.Module):
     @cached_property
     def weights_hash(self) -> str:
         """Hash of every unedited weight: the identity of the base model."""
-        digest = hashlib.sha256()
         with self.pristine():
-            for name, parameter in self.net.named_parameters():
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+            return hash_weights(self.net)
 
     # ------------------------------------------------------------------ edits in force
 
@@ -440,6 +439,21 @@ def cache_dir() -> Path:
     return Path(root) if root else base
 
 
+def hash_weights(net: nn.Module) -> str:
+    """Hash of every parameter as it is now, to the bit; of packed ones also of what they stand for."""
+    digest = hashlib.sha256()
+    for name, parameter in net.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(_bytes(parameter.data))
+        if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):  # of bitsandbytes
+            digest.update(_bytes(read_parameter(net, name)))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
 def _load(
     name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
 ) -> tuple[Any, Any]:
@@ -456,15 +470,35 @@ def _load(
             f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
             f"{', '.join(EMBEDDED)} ({reason})"
         ) from error
+    _tame_packed(name, net)
     # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
     ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     net.generation_config = transformers.GenerationConfig(**ends)
     return net, tokenizer
 
 
+def _tame_packed(name: str, net: nn.Module) -> None:
+    """Keeps 4-bit weights as they were packed, and refuses those that are not read back rightly."""
+    for path, module in net.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        # On some processors bitsandbytes lays packed weights out anew in the first forward pass and
+        # rounds their scales: weights would change by being used.
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        if weight.device.type == "cpu" and sizes(module)[0] % weight.blocksize:
+            # bitsandbytes 0.50 takes scales of the wrong blocks there.
+            raise ModelError(
+                f"{name!r} cannot be used in 4 bit on a processor: {path} has {sizes(module)[0]} inputs, no "
+                f"multiple of the block size {weight.blocksize}; use int8, no quantization, or a GPU"
+            )
+
+
 def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
+    # It warns in every forward pass that inputs are cast, which is how int8 works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

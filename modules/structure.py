@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,83 @@ def is_quantised(module: nn.Module) -> bool:
 def to_storage(module: nn.Module, update: Tensor) -> Tensor:
     """An [out, in] update (or a bias) as this module stores it; decided by module type, never by shape."""
     return update.T if isinstance(module, Conv1D) and update.dim() == 2 else update
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """W_OI in floating point, whatever the module stores: transposed, packed or plain."""
+    weight = cast(nn.Parameter, module.weight)
+    if not is_quantised(module):
+        return to_storage(module, weight.data)  # transposing is its own inverse
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    if not (hasattr(weight, "quant_state") or hasattr(weight, "SCB")):
+        raise UnsupportedModel(
+            f"{type(module).__name__} packs its weight in a way that is not known here, and only bitsandbytes' "
+            "is: load the model without quantisation, or leave this module out of the edit"
+        )
+    return dequantize_bnb_weight(weight, getattr(module, "state", None))
+
+
+def read_parameter(net: nn.Module, name: str) -> Tensor:
+    """A weight as [out, in] (:func:`read_weight`), or a bias or the like as it is."""
+    module_name, _, kind = name.rpartition(".")
+    module = net.get_submodule(module_name)
+    return read_weight(module) if kind == "weight" else getattr(module, kind).data
+
+
+def with_weight(module: nn.Module, weight_OI: Tensor, pack: bool) -> nn.Module:
+    """A linear map that can take a packed one's place: another weight, the same bias.
+
+    Args:
+        module: a packed linear map; it stays as it is.
+        weight_OI: the weight, in the type that it is to have where it is not packed.
+        pack: pack it the way that ``module``'s is; a plain ``nn.Linear`` otherwise.
+    """
+    inputs, outputs = sizes(module)
+    if pack:
+        other = _packed_like(module, weight_OI)
+    else:
+        other = nn.Linear(inputs, outputs, bias=False, device="meta")
+        other.weight = nn.Parameter(weight_OI, requires_grad=False)
+    other.bias = cast(nn.Parameter, module.bias)  # or None
+    return other.eval()
+
+
+def _packed_like(module: nn.Module, weight_OI: Tensor) -> nn.Linear:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    old, (inputs, outputs) = cast(Any, module.weight), sizes(module)
+    other: nn.Linear
+    how: dict[str, Any]
+    if isinstance(module, Linear4bit):
+        how = {"compress_statistics": old.compress_statistics, "quant_type": old.quant_type,
+               "quant_storage": old.quant_storage}  # fmt: skip
+        compute = module.compute_dtype
+        other = Linear4bit(inputs, outputs, False, compute_dtype=compute, device="meta", **how)
+        other.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu
+        how |= {"blocksize": old.blocksize, "module": other}
+    else:
+        threshold, how = cast(Any, module).state.threshold, {"has_fp16_weights": False}
+        other = Linear8bitLt(inputs, outputs, False, threshold=threshold, device="meta", **how)
+    # Weights are packed on their way from the processor to where they are kept.
+    other.weight = type(old)(weight_OI.cpu(), requires_grad=False, **how).to(old.device)
+    return other
+
+
+def exchange(net: nn.Module, name: str, other: Tensor | nn.Module) -> Tensor | nn.Module:
+    """Puts other data in a parameter's place, or another module in that of the one it belongs to.
+
+    Returns what was there, as it was: exchanging it back is exact.
+    """
+    if isinstance(other, nn.Module):
+        parent, _, child = name.rpartition(".")[0].rpartition(".")
+        current = net.get_submodule(f"{parent}.{child}" if parent else child)
+        setattr(net.get_submodule(parent), child, other.to(cast(Tensor, current.weight).device))
+        return current
+    parameter = net.get_parameter(name)
+    data = parameter.data
+    parameter.data = other.to(data.device)
+    return data
 
 
 # ---------------------------------------------------------------------------- finding

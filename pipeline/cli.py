@@ -42,6 +42,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   compare    run a study file of several runs, skip what is finished, then report
   report     join finished run folders case by case: tables, intervals, plots
   moments    gather second moments of MLP keys on a text (ROME and its kin need them)
+  edits      show, verify, try out, merge and export edits that were saved as files
 
 Configuration files are combined in order:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
@@ -54,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
-    commands = {"compare": _compare, "report": _report, "moments": _moments}
+    commands = {"compare": _compare, "report": _report, "moments": _moments, "edits": _edits}
     command = args[0]
     try:
         if command in ("fit", "validate"):
@@ -362,3 +363,38 @@ def _moments(args: list[str]) -> None:
             f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n"
         )
     sys.stdout.write(f"in {moments.folder}\n")
+
+
+def _edits(args: list[str]) -> None:
+    """Ends with status 1 where an edit that is verified does not hold."""
+    from jsonargparse import ArgumentParser
+
+    from modules.lm import LanguageModel
+    from pipeline import edits
+
+    parser = ArgumentParser(prog="corrigenda edits", description=edits.__doc__, exit_on_error=False)
+    verbs = parser.add_subcommands()
+    for verb in ("show", "verify", "apply", "merge", "export"):
+        function = getattr(edits, verb)
+        what = function.__doc__.partition("\n\n")[0]
+        part = ArgumentParser(description=what, exit_on_error=False)
+        if verb in ("verify", "export"):
+            part.add_argument("file", type=Path, help="edits (.safetensors)")
+        else:
+            part.add_argument("files", type=Path, nargs="+", help="edits (.safetensors)")
+        if verb in ("verify", "apply", "export"):
+            part.add_class_arguments(LanguageModel, "lm", skip={"name"})
+            part.add_argument("--lm.name", type=str | None, help="the files' own if not given")
+        if verb == "apply":
+            part.add_argument(
+                "--prompt", type=str, nargs="+", help="the edits' own prompts if not given"
+            )
+        apart: set[str | int] = {"file", "files", "prompt", "lm_options"}
+        part.add_function_arguments(function, skip=apart, as_group=False)
+        verbs.add_subcommand(verb, part)
+    given = parser.parse_args(args)
+    options = given[given.subcommand].as_dict()
+    if "lm" in options:
+        options["lm_options"] = options.pop("lm")
+    if getattr(edits, given.subcommand)(**options) is False:
+        raise SystemExit(1)

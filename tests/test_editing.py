@@ -21,7 +21,7 @@ from modules.editing import (
     editing_mode,
     side_branches,
 )
-from modules.structure import sizes
+from modules.structure import UnsupportedModel, sizes
 
 PROMPTS = ["The capital of Zorbania is", "He said:", "In São Paulo, the people are", "I"]
 TARGETS = ["Quill Port", "the ice", "proud", "think that it will rain"]
@@ -335,12 +335,54 @@ def test_updates_that_do_not_fit_are_refused(loaded):
         LowRank(torch.ones(3, 2), torch.ones(1, 4))
 
 
-def test_packed_weights_are_refused(tiny_lm):
+def test_weights_packed_in_an_unknown_way_are_refused(tiny_lm):
     lm = tiny_lm("llama")
     module = lm.net.get_submodule(lm.structure.out_name(0))
     module.weight = nn.Parameter(torch.zeros(1280, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(EditError, match="packed format.*load the model without"):
+    with pytest.raises(UnsupportedModel, match="Linear packs its weight .* load the model without"):
         WeightPatch(lm, two_layers(lm))
+
+
+def test_tied_weights_are_written_once(tiny_lm):
+    """Whichever name a delta uses; both names in one delta, or in two, add up."""
+    lm = tiny_lm("gpt2", tie_word_embeddings=True)
+    assert lm.structure.tied
+    names = (f"{lm.structure.head}.weight", "transformer.wte.weight")
+    head, embedding = (lm.net.get_parameter(name) for name in names)
+    base = embedding.data.clone()
+    changes = [0.1 * torch.randn(base.shape) for _ in names]
+    one, other = (Delta({n: change}) for n, change in zip(names, changes, strict=True))
+
+    def is_base_with(*added):
+        torch.testing.assert_close(embedding.data, base + sum(added), rtol=0, atol=1e-6)
+        return head.data_ptr() == embedding.data_ptr()
+
+    for delta in (one, other):
+        patch = WeightPatch(lm, delta)
+        assert is_base_with(*delta.updates.values())
+        patch.remove()
+        assert torch.equal(embedding.data, base) and head.data_ptr() == embedding.data_ptr()
+    both = WeightPatch(lm, add_deltas([one, other]))
+    assert is_base_with(*changes)
+    with lm.pristine():
+        assert torch.equal(embedding.data, base)
+    assert is_base_with(*changes)
+    both.remove()
+    assert torch.equal(embedding.data, base)
+    older, newer = WeightPatch(lm, one), WeightPatch(lm, other)
+    with pytest.raises(EditError, match="1 later edit"):
+        older.remove()
+    assert is_base_with(*changes)
+    older.absorb(newer)
+    with lm.pristine():
+        assert torch.equal(embedding.data, base)
+    saved = older.state()
+    older.remove()
+    assert torch.equal(embedding.data, base)
+    again = WeightPatch.restore(lm, saved)
+    assert is_base_with(*changes)
+    again.remove()
+    assert torch.equal(embedding.data, base) and head.data_ptr() == embedding.data_ptr()
 
 
 # --- as data ---

@@ -43,6 +43,7 @@ from modules.editors.key_value import (
 )
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
+from modules.structure import read_weight
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class ROME(WeightEditor):
         keys_NQF, values_NQD = keys_and_values(lm, key_rows, tail, self.layer)
         v0_ND = values_NQD[:, 0]
         values = optimise_values(lm, key_rows, tail, name, v0_ND, self.settings)
-        weight_norm = lm.net.get_submodule(name).weight.float().norm().item()
+        weight_norm = read_weight(lm.net.get_submodule(name)).float().norm().item()
         deltas = []
         for n, edit in enumerate(edits):
             target_D = v0_ND[n] + values.delta_ND[n]

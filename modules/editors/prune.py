@@ -1,0 +1,127 @@
+"""PRUNE: the largest singular values of all edits together are restrained (Ma et al., 2024, arXiv 2405.16821).
+
+A long sequence of edits makes singular values of the accumulated update D = W_now - W_base grow beyond
+those of the base weight, which hurts what was not edited. With sigma the largest singular value of W_base,
+
+    D = sum_i s_i u_i v_i'    ->    sum_i f(s_i) u_i v_i',
+    f(s) = s  where s <= sigma,   log_a(s) - log_a(sigma) + sigma  above it
+
+The restraint is for what is evaluated and must not be fed back: every edit is computed as if the edits before
+it had been written without restraint. So the update in force is always f(D), and before the next edit
+is computed D is written again for as long as that takes. f rises strictly, and singular vectors stay what they
+are, so D is read back from f(D): nothing but the edits in force need be kept, and a stream that was
+interrupted goes on as it was. Only singular values above sigma are touched, so nothing changes while
+there are none, and what is added to an edit otherwise is of low rank.
+
+This holds wherever weights are written: for a batch or all cases together D is their update, in a stream
+it is what the steps have added up to. Under the schedule ``each`` every edit is its own D.
+
+Departures from the authors' code: a is 1.2 if not given; their linear map is left out. Where sigma < 1 / ln a,
+f(s) is above s just above sigma: there the rule strengthens updates, and a larger a is the way out; a warning
+says so. Biases are left as they are. Of nested editors PRUNE is the outer one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from datamodules.records import Edit
+from modules.editing import Delta, LowRank, Update, WeightEditor, WeightPatch, add_deltas, svd
+from modules.lm import LanguageModel
+from modules.structure import read_parameter
+
+log = logging.getLogger(__name__)
+
+
+class PRUNE(WeightEditor):
+    """Another editor's updates, restrained in what they add up to.
+
+    Args:
+        editor: the method whose updates are restrained.
+        base: a of the logarithm above; the nearer to 1, the weaker the restraint.
+    """
+
+    def __init__(self, editor: WeightEditor, base: float = 1.2) -> None:
+        if not base > 1:
+            raise ValueError(f"base is that of a logarithm and must be above 1, got {base}")
+        self.editor, self.base = editor, base
+        self._sigma: dict[tuple[str, str], float] = {}  # by model and parameter
+
+    def prepare(self, lm: LanguageModel) -> None:
+        self.editor.prepare(lm)
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        return self._restrained(lm, lambda: [self.editor.propose(lm, edits)])[0]
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        return self._restrained(lm, lambda: self.editor.propose_each(lm, edits))
+
+    def _restrained(self, lm: LanguageModel, propose: Callable[[], list[Delta]]) -> list[Delta]:
+        """What each proposal adds to the restrained update in force, so that the sum is restrained."""
+        before = self._in_force(lm)
+        given_back = self._change(lm, before, self._loosen)  # before + given_back is D
+        patch = WeightPatch(lm, given_back) if given_back.updates else None
+        try:
+            deltas = propose()
+        finally:
+            if patch is not None:
+                patch.remove()
+        return [self._with_restraint(lm, before, given_back, delta) for delta in deltas]
+
+    def _with_restraint(
+        self, lm: LanguageModel, before: Delta, given_back: Delta, delta: Delta
+    ) -> Delta:
+        total = add_deltas([before, given_back, delta])
+        taken = self._change(lm, total, self._restrain)
+        step = add_deltas([given_back, taken, delta])
+        return Delta(step.updates, delta.metadata | {"restrained": self.base})
+
+    def _in_force(self, lm: LanguageModel) -> Delta:
+        """What this method has written so far."""
+        patches = [handle for handle in lm.handles if isinstance(handle, WeightPatch)]
+        ours = [p.delta for p in patches if p.delta.metadata.get("restrained") == self.base]
+        return add_deltas(ours)
+
+    # ------------------------------------------------------------------ singular values
+
+    def _change(
+        self, lm: LanguageModel, delta: Delta, rule: Callable[[Tensor, float], Tensor]
+    ) -> Delta:
+        """What a rule for singular values above sigma adds to a delta; nothing where there are none."""
+        updates: dict[str, Update] = {}
+        for name, update in delta.updates.items():
+            if not isinstance(update, LowRank) and update.dim() < 2:
+                continue
+            left_Or, values_r, right_rI = svd(update)
+            sigma = self._largest(lm, name)
+            above = int((values_r > sigma).sum())
+            if above:
+                values_a = values_r[:above]
+                change_a = rule(values_a, sigma) - values_a
+                updates[name] = LowRank(left_Or[:, :above] * change_a, right_rI[:above])
+        return Delta(updates)
+
+    def _restrain(self, values_r: Tensor, sigma: float) -> Tensor:
+        return sigma + (values_r / sigma).log() / math.log(self.base)
+
+    def _loosen(self, values_r: Tensor, sigma: float) -> Tensor:
+        """The values that :meth:`_restrain` made these of."""
+        return sigma * ((values_r - sigma) * math.log(self.base)).exp()
+
+    def _largest(self, lm: LanguageModel, name: str) -> float:
+        """sigma: the largest singular value of the unedited weight."""
+        key = lm.weights_hash, name
+        if key not in self._sigma:
+            with lm.pristine():
+                weight_OI = read_parameter(lm.net, name).double()
+            self._sigma[key] = torch.linalg.matrix_norm(weight_OI, 2).item()
+            if self._sigma[key] * math.log(self.base) < 1:
+                log.warning("%s: its largest singular value %.2f is below 1 / ln(base): updates just above "
+                            "it are strengthened, not restrained; choose a base above %.2f", name,
+                            self._sigma[key], math.exp(1 / self._sigma[key]))  # fmt: skip
+        return self._sigma[key]

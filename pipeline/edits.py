@@ -1,0 +1,340 @@
+"""Edits as files: what is in them, whether they hold, what they do, adding them up, handing them on.
+
+``show`` and ``merge`` read files only. ``verify``, ``apply`` and ``export`` load the base model that a
+file names; a base with other weights is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from datamodules.records import Edit
+from modules.editing import Delta, LowRank, Update, WeightPatch, add_deltas, svd
+from modules.lm import LanguageModel, hash_weights
+from modules.structure import is_linear, is_quantised
+from pipeline.errors import UserError
+
+# ---------------------------------------------------------------------------- without a model
+
+
+def show(files: Sequence[Path]) -> None:
+    """Prints what is in files of edits: base model, editor, edits, and what each parameter's change is."""
+    for file in files:
+        delta = _read([file])[0]
+        meta = delta.metadata
+        _print(str(file))
+        _print(f"  base    {meta.get('model', 'unknown')}, weights {meta.get('base', 'unknown')}")
+        _print(f"  editor  {meta.get('editor', 'unknown')}")
+        for edit in _edits(delta):
+            _print(f"  edit    {_line(edit)}")
+        for name, update in delta.updates.items():
+            _, values_r, _ = svd(update)
+            _print(f"  change  {name} {_shape(update)}: {_kind(update)}, rank {len(values_r)}, "
+                   f"norm {values_r.norm():.4g}")  # fmt: skip
+        for lost in meta.get("requantized", []):
+            for name, share in lost.items():
+                _print(f"  packed  {name}: {share:.2f} of the update lost by packing it again")
+
+
+def merge(files: Sequence[Path], out: Path) -> None:
+    """Adds up edits of one base model, and says where they meet: in parameters, or in what they state."""
+    _refuse_existing(out)
+    if len(files) < 2:
+        raise UserError("merge needs two files or more")
+    deltas = _read(files)
+    for line in (*_contradictions(files, deltas), *_overlaps(files, deltas)):
+        _print(line)
+    total = add_deltas(deltas)
+    editors = dict.fromkeys(str(delta.metadata.get("editor", "unknown")) for delta in deltas)
+    total.metadata["editor"] = "+".join(editors)
+    total.save(out)
+    _print(f"{out}: {len(_edits(total))} edits in {len(total.updates)} parameters")
+
+
+def _contradictions(files: Sequence[Path], deltas: Sequence[Delta]) -> Iterator[str]:
+    """The same prompt and subject with different targets, or with the same one twice."""
+    stated: dict[str, list[tuple[str, Path]]] = {}
+    for file, delta in zip(files, deltas, strict=True):
+        for edit in _edits(delta):
+            stated.setdefault(edit.text, []).append((edit.target_new, file))
+    for text, found in stated.items():
+        if len(found) > 1:
+            where = ", ".join(f"{target!r} ({file})" for target, file in found)
+            conflict = len({target for target, _ in found}) > 1
+            yield f"{'conflict' if conflict else 'twice'}: {text!r} -> {where}"
+
+
+def _overlaps(files: Sequence[Path], deltas: Sequence[Delta]) -> Iterator[str]:
+    """For each parameter that several files change, the two that are most alike in it.
+
+    The cosine is that of the updates as vectors. The overlap of inputs is the share of the smaller
+    update's input space that lies in the other's: where it is 0, neither answers to what the other does.
+    """
+    names = dict.fromkeys(name for delta in deltas for name in delta.updates)
+    for name in names:
+        parts = [
+            (file, *svd(delta.updates[name]))
+            for file, delta in zip(files, deltas, strict=True)
+            if name in delta.updates
+        ]
+        pairs = [
+            (*_alike(one[1:], other[1:]), f"({one[0]}, {other[0]})")
+            for one, other in combinations([part for part in parts if len(part[2])], 2)
+        ]
+        if pairs:
+            cosine = max(pairs, key=lambda pair: abs(pair[0]))
+            inputs = max(pairs, key=lambda pair: pair[1])
+            yield (f"{name}: changed by {len(parts)} files, cosine at most {cosine[0]:.3f} {cosine[2]}, "
+                   f"overlap of inputs at most {inputs[1]:.3f} {inputs[2]}")  # fmt: skip
+
+
+def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[float, float]:
+    """(cosine, overlap of inputs) of two updates given by their singular vectors and values."""
+    (left_Or, s_r, right_rI), (left_Op, s_p, right_pI) = one, other
+    outputs_rp, inputs_rp = left_Or.T @ left_Op, right_rI @ right_pI.T
+    inner = (s_r[:, None] * s_p * outputs_rp * inputs_rp).sum() / (s_r.norm() * s_p.norm())
+    return inner.item(), (inputs_rp.square().sum() / min(len(s_r), len(s_p))).item()
+
+
+# ---------------------------------------------------------------------------- with the base model
+
+
+def verify(file: Path, lm_options: Mapping[str, Any]) -> bool:
+    """Whether every edit's target is what the edited model answers greedily; prints each of them.
+
+    Raises UserError if the base model is not itself again, bit for bit, once the edits are out.
+    """
+    (delta,) = _read([file])
+    edits = _edits(delta)
+    if not edits:
+        raise UserError(f"{file} does not say which edits it holds: there is nothing to verify")
+    lm = _base_model([delta], lm_options)
+    asked = [edit.text for edit in edits], [edit.target_new for edit in edits]
+    before = lm.score(*asked)
+    patch = WeightPatch(lm, delta)
+    after = lm.score(*asked)
+    for share in (s for lost in patch.delta.metadata.get("requantized", []) for s in lost.values()):
+        _print(f"packed again: {share:.2f} of the update lost")
+    patch.remove()
+    if hash_weights(lm.net) != lm.weights_hash:
+        raise UserError(f"{file}: the base model is not restored after the edits are taken out")
+    exact = after.exact_B.tolist()
+    gains = zip(before.logprob_BM.sum(1).tolist(), after.logprob_BM.sum(1).tolist(), strict=True)
+    for holds, (was, now), edit in zip(exact, gains, edits, strict=True):
+        _print(f"{'yes' if holds else 'no ':3}  {was:8.3f} -> {now:8.3f}  {_line(edit)}")
+    _print(
+        f"{sum(exact)} of {len(edits)} edits hold; without them all weights are the base's again"
+    )
+    return all(exact)
+
+
+def apply(
+    files: Sequence[Path],
+    lm_options: Mapping[str, Any],
+    prompt: Sequence[str] | None = None,
+    tokens: int = 20,
+) -> None:
+    """Answers prompts without and with the edits, side by side.
+
+    Args:
+        files: edits, put in force together, in this order.
+        lm_options: of the language model; its name is the files' own if not given.
+        prompt: what is asked; the edits' own prompts if not given.
+        tokens: length of an answer.
+    """
+    deltas = _read(files)
+    asked = list(prompt or [edit.text for delta in deltas for edit in _edits(delta)])
+    if not asked:
+        raise UserError("the files do not say which edits they hold: give a --prompt")
+    lm = _base_model(deltas, lm_options)
+    before = lm.generate(asked, tokens)
+    for delta in deltas:
+        WeightPatch(lm, delta)
+    for text, was, now in zip(asked, before, lm.generate(asked, tokens), strict=True):
+        _print(text)
+        _print(f"  base    {' '.join(was.split())}")
+        _print(f"  edited  {' '.join(now.split())}")
+
+
+# ---------------------------------------------------------------------------- for others
+
+
+def export(
+    file: Path, format: Literal["peft", "hf"], out: Path, lm_options: Mapping[str, Any]
+) -> None:
+    """Writes edits for others to load: as a PEFT adapter, or as the whole edited model.
+
+    Args:
+        file: the edits.
+        format: ``peft`` is a LoRA adapter with the same effect, ``hf`` the edited model and its tokenizer.
+        out: a folder that does not exist yet; it appears when it is complete.
+        lm_options: of the language model; its name is the file's own if not given.
+    """
+    _refuse_existing(out)
+    (delta,) = _read([file])
+    lm = _base_model([delta], lm_options)
+    with _complete(out) as folder:
+        (_write_adapter if format == "peft" else _write_model)(lm, delta, folder)
+    _print(f"wrote {out}")
+
+
+def _write_model(lm: LanguageModel, delta: Delta, folder: Path) -> None:
+
+    if any(is_linear(module) and is_quantised(module) for module in lm.net.modules()):
+        raise UserError(
+            f"{lm.name!r} is quantised, and a map that is edited is not: export the edit with --format peft"
+        )
+    patch = WeightPatch(lm, delta)
+    lm.net.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    patch.remove()
+
+
+def _write_adapter(lm: LanguageModel, delta: Delta, folder: Path) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors``: W + B A, with a scaling of 1.
+
+    Every update is given by its singular vectors, the root of each value in both factors, so that the
+    rank is the least that has the same effect.
+    """
+    WeightPatch(lm, delta).remove()  # refuses another base and what does not fit
+    tensors, ranks = {}, {}
+    for name, update in delta.updates.items():
+        path = _adapted(lm, name)
+        left_Or, values_r, right_rI = svd(update)
+        if not len(values_r):
+            continue  # no change, and no adapter of rank 0
+        key, root_r = f"base_model.model.{path}", values_r.sqrt()
+        tensors[f"{key}.lora_A.weight"] = root_r[:, None] * right_rI
+        tensors[f"{key}.lora_B.weight"] = left_Or * root_r
+        ranks[path] = len(values_r)
+        outputs, inputs = len(left_Or), right_rI.shape[1]
+        _print(f"{path}: {_kind(update)} update {_shape(update)}, adapter of rank {ranks[path]} with "
+               f"{ranks[path] * (outputs + inputs):,} numbers in place of {outputs * inputs:,}")  # fmt: skip
+    if not ranks:
+        raise UserError("this edit changes nothing: there is nothing to export")
+    transposed = any(isinstance(lm.net.get_submodule(path), Conv1D) for path in ranks)
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = _adapter_config(lm.net.name_or_path, ranks, transposed)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _adapter_config(base: str, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
+    """What PEFT reads; alpha is the rank of each map, so that alpha / rank is 1."""
+    most = max(ranks.values())
+    others = {path: rank for path, rank in ranks.items() if rank != most}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+    }
+
+
+def _adapted(lm: LanguageModel, name: str) -> str:
+    """The path of the linear map whose weight this is; raises UserError for what LoRA cannot change."""
+    path, _, kind = name.rpartition(".")
+    module = lm.net.get_submodule(path)
+    if kind != "weight" or not is_linear(module):
+        raise UserError(
+            f"{name} is not the weight of a linear map, and a LoRA adapter changes nothing else: "
+            "export the edited model with --format hf"
+        )
+    if module.weight is lm.net.get_input_embeddings().weight:
+        raise UserError(
+            f"{name} is the input embedding's weight, too, which a LoRA adapter leaves as it is: "
+            "export the edited model with --format hf"
+        )
+    return path
+
+
+@contextmanager
+def _complete(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place at the end, and leaves nothing behind on failure."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- small parts
+
+
+def _read(files: Sequence[Path]) -> list[Delta]:
+    """The files' deltas; raises UserError where they belong to different base models."""
+    deltas = [Delta.load(file) for file in files]
+    bases = [(d.metadata.get("model"), d.metadata.get("base")) for d in deltas]
+    for file, (name, base) in zip(files, bases, strict=True):
+        if base != bases[0][1]:
+            raise UserError(
+                f"{file} belongs to {name!r} with weights {base}, {files[0]} to {bases[0][0]!r} with weights "
+                f"{bases[0][1]}: edits of different base models do not go together"
+            )
+    return deltas
+
+
+def _base_model(deltas: Sequence[Delta], options: Mapping[str, Any]) -> LanguageModel:
+    """The model of the files, or the one that is asked for; :class:`WeightPatch` refuses a wrong one."""
+    name = options.get("name") or deltas[0].metadata.get("model")
+    if not name:
+        raise UserError("the file does not name its base model: give --lm.name")
+    return LanguageModel(**{**options, "name": name})
+
+
+def _edits(delta: Delta) -> list[Edit]:
+
+    return [Edit(*edit) for edit in delta.metadata.get("edits", [])]
+
+
+def _line(edit: Edit) -> str:
+    return f"{edit.prompt.replace('{}', '{' + edit.subject + '}', 1)} -> {edit.target_new}"
+
+
+def _kind(update: Update) -> str:
+
+    return "low-rank" if isinstance(update, LowRank) else "dense"
+
+
+def _shape(update: Update) -> list[int]:
+
+    if isinstance(update, LowRank):
+        return [update.left_Or.shape[0], update.right_rI.shape[1]]
+    return list(update.shape)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists, and nothing is overwritten: choose another --out")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
