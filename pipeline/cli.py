@@ -340,7 +340,7 @@ def _moments(args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from modules.lm import LanguageModel
-    from modules.moments import Corpus, Moments
+    from modules.moments import IMPORTED, Corpus, Moments
 
     parser = ArgumentParser(
         prog="corrigenda moments",
@@ -350,15 +350,27 @@ def _moments(args: list[str]) -> None:
     parser.add_class_arguments(LanguageModel, "lm")
     parser.add_class_arguments(Corpus, "corpus")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
+    parser.add_argument(
+        "--import",
+        type=Path,
+        help="a statistics file (.npz) of the ROME or MEMIT authors, for one layer of the same model; "
+        "edit with corpus.source imported",
+    )
     given = parser.parse_args(args)
+    file = given["import"]
+    if file is not None and len(given.layers) != 1:
+        raise UserError(f"{file} is of one layer: give one with --layers, not {len(given.layers)}")
     lm = LanguageModel(**given.lm)
     for layer in given.layers:
         lm.structure.block_name(layer)  # refuses an unknown one before minutes of sampling
-    moments = Moments(lm, Corpus(**given.corpus))
-    found = moments.gather(given.layers)
-    for layer, moment_FF in found.items():
+    moments = Moments(lm, Corpus(IMPORTED) if file is not None else Corpus(**given.corpus))
+    if file is not None:
+        moments.take_over(file, given.layers[0])
+    for layer, moment_FF in moments.gather(given.layers).items():
         moments.factor(layer)
+        share = moments.first_token_share(layer)
+        of_first = "" if share is None else f", {100 * share:.1f} % of it from first tokens"
         sys.stdout.write(
-            f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n"
+            f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}{of_first}\n"
         )
     sys.stdout.write(f"in {moments.folder}\n")
