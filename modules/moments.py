@@ -28,11 +28,11 @@ import torch
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.corpus import texts as corpus_texts
-from modules.hooks import capture
-from modules.lm import LanguageModel, cache_dir
+from modules.hooks import Hook, capture, hooked
+from modules.lm import LanguageModel, Rows, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -269,18 +269,10 @@ class Moments:
 
     @torch.no_grad()
     def _add(self, ids: list[list[int]], layers: list[int], state: dict[str, Tensor]) -> None:
-        """Adds one buffer's keys. Sorted by length and padded on the right, so causal attention needs no mask."""
+        """Adds one buffer's keys."""
         names = {self.lm.structure.out_name(layer): layer for layer in layers}
         modules = {name: self.lm.net.get_submodule(name) for name in names}
-        ids = sorted((row for row in ids if row), key=len)
-        begin = 0
-        while begin < len(ids):
-            count = 1
-            while (
-                begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS
-            ):
-                count += 1
-            rows = self.lm._pad(ids[begin : begin + count], [1] * count)
+        for rows in _padded(self.lm, ids):
             with capture(modules, stop=True) as seen:
                 self.lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
             real = rows.mask_BT.bool().flatten()
@@ -291,7 +283,6 @@ class Moments:
                 keys_nF = keys_NF[real]
                 state[str(layer)] += (keys_nF.T @ keys_nF).double()
             state["tokens"] += int(real.sum())
-            begin += count
 
     # ------------------------------------------------------------------ files
 
@@ -328,6 +319,33 @@ class Moments:
             "source": self.corpus.source,
             "tokens": str(self.corpus.tokens),
         }
+
+
+@torch.no_grad()
+def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
+    """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
+    first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
+    every_L = first_L.clone()
+    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.encode(texts)]
+    real: list[Tensor] = []
+
+    def measure(layer: int) -> Hook:
+        def hook(_module: nn.Module, args: tuple, _output: Tensor) -> None:
+            mask_BT = real[0]
+            keys_BTF = args[0].reshape(*mask_BT.shape, -1)
+            squares_BT = keys_BTF.float().square().sum(-1).double() * mask_BT
+            first_L[layer] += float(squares_BT[:, 0].sum())
+            every_L[layer] += float(squares_BT.sum())
+
+        return hook
+
+    names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
+    pairs = [(lm.net.get_submodule(name), measure(layer)) for layer, name in enumerate(names)]
+    with lm.pristine(), hooked(pairs):
+        for rows in _padded(lm, ids):
+            real[:] = [rows.mask_BT]
+            lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
+    return (first_L / every_L).tolist()
 
 
 def read_npz(path: str | Path) -> tuple[Tensor, int]:
@@ -378,6 +396,18 @@ def cholesky(moment_FF: Tensor) -> Tensor:
     raise ValueError(
         "the second moment cannot be factored: it is not finite, or of too little text"
     )
+
+
+def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
+    """Batches of texts sorted by length and padded on the right, so that causal attention needs no mask."""
+    ids = sorted((row for row in ids if row), key=len)
+    begin = 0
+    while begin < len(ids):
+        count = 1
+        while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
+            count += 1
+        yield lm._pad(ids[begin : begin + count], [1] * count)
+        begin += count
 
 
 def _world() -> tuple[int, int]:

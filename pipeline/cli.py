@@ -42,6 +42,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   compare    run a study file of several runs, skip what is finished, then report
   report     join finished run folders case by case: tables, intervals, plots
   moments    gather second moments of MLP keys on a text (ROME and its kin need them)
+  doctor     look a model over: what was found, where to edit it, one edit in and out
 
 Configuration files are combined in order:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
@@ -54,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
-    commands = {"compare": _compare, "report": _report, "moments": _moments}
+    commands = {"compare": _compare, "report": _report, "moments": _moments, "doctor": _doctor}
     command = args[0]
     try:
         if command in ("fit", "validate"):
@@ -374,3 +375,22 @@ def _moments(args: list[str]) -> None:
             f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}{of_first}\n"
         )
     sys.stdout.write(f"in {moments.folder}\n")
+
+
+def _doctor(args: list[str]) -> None:
+    import transformers
+    from jsonargparse import ArgumentParser
+
+    from modules.lm import LanguageModel
+    from pipeline.doctor import doctor
+
+    transformers.logging.disable_progress_bar()
+    parser = ArgumentParser(
+        prog="corrigenda doctor", description=doctor.__doc__, exit_on_error=False
+    )
+    parser.add_argument("model", type=str, help="a hub id, a folder, or smollm2")
+    parser.add_class_arguments(LanguageModel, "lm", skip={"name"})
+    parser.add_function_arguments(doctor, skip={"lm"}, as_group=False)
+    given = parser.parse_args(args)
+    lm = LanguageModel(given.model, **given.lm)
+    doctor(lm, given.out, given.facts, given.samples, given.tokens)

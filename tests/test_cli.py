@@ -158,17 +158,22 @@ def test_help_names_the_commands(corrigenda, capsys, args):
     assert corrigenda(*args) == 0
     text = capsys.readouterr().out
     assert all(
-        f"\n  {name} " in text for name in ("fit", "validate", "compare", "report", "moments")
+        f"\n  {name} " in text
+        for name in ("fit", "validate", "compare", "report", "moments", "doctor")
     )
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments"])
+@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments", "doctor"])
 def test_every_command_explains_itself(corrigenda, capsys, command):
     assert corrigenda(command, "--help") == 0
     text = capsys.readouterr().out
-    option = {"compare": "--only", "report": "--baseline", "moments": "--layers"}.get(
-        command, "--edit.schedule"
-    )
+    options = {
+        "compare": "--only",
+        "report": "--baseline",
+        "moments": "--layers",
+        "doctor": "--facts",
+    }
+    option = options.get(command, "--edit.schedule")
     assert option in text and "usage" in text.lower()
 
 

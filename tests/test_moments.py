@@ -15,7 +15,15 @@ import torch
 from modules import moments as moments_module
 from modules.editing import Delta, LowRank, WeightPatch
 from modules.hooks import capture
-from modules.moments import IMPORTED, Corpus, Moments, cholesky, read_npz, sampled_texts
+from modules.moments import (
+    IMPORTED,
+    Corpus,
+    Moments,
+    cholesky,
+    first_token_shares,
+    read_npz,
+    sampled_texts,
+)
 
 TEXTS = [
     f"{start} {middle} {end}"
@@ -343,6 +351,17 @@ def test_the_share_of_first_tokens_is_kept(gather):
             first, every = first + squares[0], every + squares.sum()
     assert moments.first_token_share(1) == pytest.approx(float(first / every), rel=1e-4)
     assert gather().first_token_share(1) == moments.first_token_share(1)  # off the file
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_the_shares_of_all_blocks_need_no_moments(kind, gather, monkeypatch):
+    lm = gather(kind).lm
+    shares = first_token_shares(lm, TEXTS)
+    for layer in (0, 1):
+        moments = gather(kind, tokens=100_000)
+        assert shares[layer] == pytest.approx(moments.first_token_share(layer), rel=1e-5)
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 30)
+    assert first_token_shares(lm, TEXTS) == pytest.approx(shares, rel=1e-5)
 
 
 # --- stopping early ---
