@@ -304,10 +304,13 @@ def _shares(shares: Sequence[float]) -> list[str]:
 
 def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) -> list[str]:
     path = out / "rome.yaml"
+    model = {"name": lm.name}
+    if lm.net.dtype != torch.float32:
+        model["dtype"] = str(lm.net.dtype).removeprefix("torch.")
     config = {
         "model": {
             "class_path": "modules.evaluation.EditingModule",
-            "init_args": {"lm": {"name": lm.name}},
+            "init_args": {"lm": model},
         },
         "edit": {
             "editor": {

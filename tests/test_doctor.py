@@ -244,6 +244,14 @@ def test_without_a_trace_a_low_block_is_proposed():
     assert propose_layers(None, [0.1]).layers == [0]
 
 
+def test_the_configuration_keeps_the_precision(tiny_folder, tmp_path):
+    lm = LanguageModel(str(tiny_folder("gemma2")), dtype="bfloat16")
+    lines = module._proposed(lm, propose_layers(None, [0.1, 0.1]), Corpus("facts", 900), tmp_path)
+    config = yaml.safe_load((tmp_path / "rome.yaml").read_text())
+    assert config["model"]["init_args"]["lm"] == {"name": lm.name, "dtype": "bfloat16"}
+    assert any("MEMIT  not here: this model normalises MLP outputs" in line for line in lines)
+
+
 def test_memory_is_that_of_the_tensors(tiny_lm):
     """The editor's size is counted on the editor itself, which is not built for it."""
     lm = tiny_lm("llama")

@@ -1,5 +1,7 @@
 """KN: exact attributions, the neurons they select, and what becomes of their values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -180,6 +182,11 @@ def wired(tiny_lm):
 
     def make(family):
         lm = tiny_lm(family, seed=3)
+        for name, parameter in lm.net.get_submodule(lm.structure.final_norm).named_parameters():
+            parameter.data.fill_(float(name == "weight"))
+        rows_V = lm.net.get_output_embeddings().weight.data
+        rows_V -= rows_V.mean(1, keepdim=True)  # what a norm takes off
+        rows_V /= rows_V.norm(dim=1, keepdim=True)
         prompts = [EDITS[0].text]
         answer = lm.rows(prompts, [EDITS[0].target_true])
         first = int(answer.ids_BT[0, int(answer.start_B[0])])
@@ -225,6 +232,22 @@ def test_the_neurons_that_do_it_are_found(wired, kind):
 # --- the edit ---
 
 
+def key_signs(lm, edit, layer):
+    """Signs of a block's mean activations where the true answer is predicted, in the editor's own contexts."""
+    editor = short()
+    editor.prepare(lm)
+    found = []
+    with lm.pristine(), torch.no_grad():
+        for context in editor._contexts:
+            rows = lm.rows([context + edit.text], [edit.target_true])
+            module = lm.net.get_submodule(lm.structure.out_name(layer))
+            with capture({"out": module}, stop=True) as seen:
+                lm.net(rows.ids_BT)
+            keys = seen["out"][0].reshape(-1, module_width(lm))
+            found.append(keys[int(rows.start_B[0]) - 1 : -1])
+    return torch.cat(found).mean(0).sign()
+
+
 @pytest.mark.parametrize("action", ["update", "suppress", "enhance", "erase"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_values_become_what_they_should(loaded, kind, action):
@@ -245,7 +268,8 @@ def test_the_values_become_what_they_should(loaded, kind, action):
         at = (j,) if kind == "gpt2" else (slice(None), j)
         old = kept[name][at].double()
         old_e, new_e = ((old.norm() / e.norm()) * e for e in answers)
-        expected = {"update": old - 0.5 * old_e + 3 * new_e, "enhance": 2 * old}
+        sign = key_signs(lm, EDITS[0], layer)[j]
+        expected = {"update": old + sign * (3 * new_e - 0.5 * old_e), "enhance": 2 * old}
         torch.testing.assert_close(
             lm.net.get_parameter(name)[at].double(),
             expected.get(action, 0 * old),
@@ -285,19 +309,27 @@ def test_a_silenced_neuron_is_missing_from_the_output(lm):
     assert missing.abs().max() > 0
 
 
-def test_the_new_answer_becomes_likelier(wired):
-    lm = wired("llama")
-    edit = EDITS[0]
-    settings = {"contexts": [], "threshold": 0.05}
-    before = {t: probability(lm, edit.text, t) for t in (edit.target_new, edit.target_true)}
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_answers_become_likelier_and_less_likely(wired, kind):
+    lm = wired(kind)
+    edit = replace(EDITS[0], target_new="e")
+    new, true = edit.target_new, edit.target_true
+    before = {t: probability(lm, edit.text, t) for t in (new, true)}
     after = {}
     for action in ("update", "suppress", "enhance"):
-        handle = short(action=action, **settings).edit(lm, [edit])
+        handle = short(action=action, contexts=[], threshold=0.05).edit(lm, [edit])
         after[action] = {t: probability(lm, edit.text, t) for t in before}
         handle.remove()
-    new, true = edit.target_new, edit.target_true
-    assert after["update"][new] > before[new]
+    assert after["update"][new] > 2 * before[new]
     assert after["suppress"][true] < before[true] < after["enhance"][true]
+
+
+def test_some_activations_of_a_gated_mlp_are_negative(loaded):
+    """So the sign in the formula above is not one for show."""
+    lm = loaded("llama")
+    (notes,) = short().propose(lm, EDITS[:1]).metadata["notes"]
+    signs = {float(key_signs(lm, EDITS[0], layer)[j]) for layer, j, _ in notes["neurons"]}
+    assert signs == {-1.0, 1.0}
 
 
 def test_the_update_is_a_few_columns(lm):

@@ -9,18 +9,21 @@ the positions that predict y, all of them scaled together,
 and P the probability of the whole answer. The neurons of a fact are those whose attribution reaches a share of
 the largest one, over all layers, in enough of the prompts that state the fact. Their values are then changed:
 
-    update    v - |v| / |e_old| * erase * e_old + |v| / |e_new| * write * e_new
+    update    v - s |v| / |e_old| * erase * e_old + s |v| / |e_new| * write * e_new
     suppress  0
     enhance   2 v
     erase     0, for the neurons that the given facts, their prompts taken together, share (a relation's)
 
-Setting a value to zero or doubling it is the same as doing so to the neuron's activation, everywhere.
+with s the sign of the neuron's activation, and e the rows of the answers in the output embedding. Setting a
+value to zero or doubling it is the same as doing so to the neuron's activation, everywhere.
 
 Departures from the authors' code: midpoints instead of left ends in the integral, whose error then falls with
 the square of the number of points; a causal model, so prompts are the edit's own behind sampled texts instead
-of paraphrases with a mask; the activation is the projection's input, gate included; e is the row of the output
-embedding, which for tied embeddings is the word embedding, averaged over an answer's tokens; there is no
-filter for neurons that other facts of the relation have, as an edit names no other facts.
+of paraphrases with a mask; the activation is the projection's input, gate included, and as that can be
+negative, what is added to its value has its sign (theirs always add, which in a gated MLP can make the new
+answer less likely); e is the row of the output embedding, which for tied embeddings is the word embedding,
+averaged over an answer's tokens; there is no filter for neurons that other facts of the relation have, as an
+edit names no other facts.
 
 Shapes: R rows, N positions that predict answer tokens, L layers, F key width, D residual width, P points.
 """
@@ -38,7 +41,7 @@ from torch.linalg import vector_norm
 from datamodules.records import Edit
 from modules.editing import Delta, EditError, LowRank, Update, WeightEditor
 from modules.editors.key_value import sample_contexts
-from modules.hooks import hooked
+from modules.hooks import capture, hooked
 from modules.lm import LanguageModel, Rows
 from modules.structure import is_quantised, to_storage
 from modules.tail import Tail
@@ -127,11 +130,13 @@ class KN(WeightEditor):
             mean_LF = attr_RLF.mean(0)
             notes.append({"neurons": [[n, j, mean_LF[n, j].item()] for n, j in neurons]})
             towards_D = self._towards(lm, part, edit) if self.action == "update" else None
+            keys_LF = _mean_keys(lm, part)
             for layer, j in neurons:
                 value_D = _values(lm, layer)[:, j].double()
                 of_layer = changes.setdefault(layer, {})
                 if towards_D is not None:  # facts that share a neuron each add their answer to it
-                    change_D = vector_norm(value_D) * towards_D
+                    sign = -1.0 if keys_LF[layer, j] < 0 else 1.0
+                    change_D = sign * vector_norm(value_D) * towards_D
                     of_layer[j] = of_layer[j] + change_D if j in of_layer else change_D
                 else:
                     of_layer[j] = value_D if self.action == "enhance" else -value_D
@@ -227,6 +232,17 @@ def _part(lm: LanguageModel, tail: Tail, rows: Rows, layer: int, alpha_B: Tensor
         (gradient_NF,) = torch.autograd.grad(probability_B.sum(), seen[1])
     part_NF = seen[0].float() * gradient_NF.float()
     return part_NF.new_zeros(batch, part_NF.shape[-1]).index_add(0, row_N, part_NF)
+
+
+@torch.no_grad()
+def _mean_keys(lm: LanguageModel, rows: Rows) -> Tensor:
+    """Activations of all neurons, [L, F], averaged over the positions that predict the targets."""
+    row_N, position_N = rows.answer_positions()
+    names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
+    with capture({name: lm.net.get_submodule(name) for name in names}, stop=True) as seen:
+        lm.tail(rows, 0).run()
+    keys = [seen[name][0].reshape(len(rows.ids_BT), -1, lm.structure.inner_width) for name in names]
+    return torch.stack([keys_BTF[row_N, position_N].float().mean(0) for keys_BTF in keys])
 
 
 def _values(lm: LanguageModel, layer: int) -> Tensor:
