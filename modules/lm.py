@@ -153,6 +153,14 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.net.get_input_embeddings().weight.device
 
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens a text may have, None where the model sets no limit."""
+        config = self.net.config.get_text_config(decoder=True)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        found = [getattr(config, name, None) for name in names]
+        return min((n for n in found if isinstance(n, int) and n > 0), default=None)
+
     @cached_property
     def weights_hash(self) -> str:
         """Hash of every unedited weight: the identity of the base model."""

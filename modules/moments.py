@@ -1,7 +1,14 @@
 """Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
 
 Cached in safetensors files named by weight hash, corpus, token count and dtype, so that no statistics of
-another model, text or precision are ever used. Gathering can be killed and goes on where it was.
+another model, text or precision are ever used. Gathering can be killed and goes on where it was. Where
+torch.distributed is initialised, every process takes every n-th buffer of texts and the sums are added up.
+
+The first token of a text has keys many times longer than any other in some layers (attention sinks: Sun et
+al., 2024, arXiv 2402.17762). They stay in C, as in the published statistics, but their share of trace(C) is
+kept beside it: where it is large, C says little about the other tokens.
+
+Statistics of the ROME and MEMIT authors (.npz, one file per layer; arXiv 2202.05262) can be taken over.
 
 Shapes: n tokens, F key width, L layers.
 """
@@ -10,25 +17,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.corpus import texts as corpus_texts
-from modules.hooks import capture
-from modules.lm import LanguageModel, cache_dir
+from modules.hooks import Hook, capture, hooked
+from modules.lm import LanguageModel, Rows, cache_dir
 
 log = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens of one text
 BATCH_TOKENS = 4096
 BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
+IMPORTED = "imported"  # the source of statistics that were not gathered here
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,25 @@ class Corpus:
 
     Args:
         source: ``facts`` (sentences of the Facts training split), ``model`` (text sampled from the model
-            itself), a text or JSONL file, or a ``datasets`` hub id.
+            itself), a text or JSONL file, a ``datasets`` hub id, or ``imported`` (what
+            ``corrigenda moments --import`` took over).
         tokens: how many tokens; at least ten times the key width is advisable.
         seed: of the sampling.
+        tolerance: stop earlier, once twice the text changed no layer's C by more than this share of its
+            norm; 0 reads all the tokens.
     """
 
     source: str = "facts"
     tokens: int = 50_000
     seed: int = 0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"a corpus needs at least one token and a tolerance of at least 0 and below 1, got "
+                f"tokens {self.tokens} and tolerance {self.tolerance}"
+            )
 
     def texts(self, lm: LanguageModel) -> Iterator[str]:
         if self.source == "model":
@@ -54,34 +76,27 @@ class Corpus:
     @property
     def key(self) -> str:
         """A name that tells this corpus from every other."""
+        if self.source == IMPORTED:
+            return IMPORTED
         path = Path(self.source)
         content = f"-{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.is_file() else ""
         if self.source == "facts":
             content = "\n".join(corpus_texts("facts"))
         digest = hashlib.sha256(f"{self.source}{content}-{self.seed}".encode()).hexdigest()[:8]
-        return f"{path.stem[:24]}-{digest}-{self.tokens}"
+        stop = f"-{self.tolerance:g}" if self.tolerance else ""
+        return f"{path.stem[:24]}-{digest}-{self.tokens}{stop}"
 
 
 def sampled_texts(
     lm: LanguageModel, seed: int, length: int = 128, batch: int = 64
 ) -> Iterator[str]:
-    """Endless text sampled from the unedited model, from the most likely first words of a text."""
-    starts = [
-        "The",
-        "In",
-        "A",
-        "It",
-        "This",
-        "He",
-        "She",
-        "I",
-        "When",
-        "For",
-        "As",
-        "On",
-        "There",
-        "At",
-    ]
+    """Endless text sampled from the unedited model, from the most likely first words of a text.
+
+    ``length`` tokens follow the first word, fewer where the model cannot take in as many.
+    """
+    starts = "The In A It This He She I When For As On There At".split()  # noqa: SIM905  shorter so
+    if lm.max_length is not None:
+        length = min(length, lm.max_length - max(map(len, lm.encode(starts))))
     round_ = 0
     while True:
         prompts = [starts[i % len(starts)] for i in range(batch)]
@@ -113,7 +128,7 @@ class Moments:
 
     def factor(self, layer: int) -> Tensor:
         """Lower Cholesky factor of C, float64; computed once and kept beside C."""
-        path = self.folder / f"layer{layer}.cholesky.safetensors"
+        path = self._factor_path(layer)
         stored = self._read(path)
         if stored is None:
             stored = {"factor": cholesky(self.moment(layer))}
@@ -130,97 +145,162 @@ class Moments:
             self._write(path, stored)
         return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
 
+    def first_token_share(self, layer: int) -> float | None:
+        """Part of trace(C) that comes from the first tokens of texts; None for imported statistics."""
+        self.gather([layer])
+        share = (self._read(self._path(layer)) or {}).get("first_share")
+        return None if share is None else float(share)
+
     def gather(self, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
-        """The moments of several layers, missing ones in one pass over the text."""
+        """The moments of several layers, missing ones in one pass over the text.
+
+        Where torch.distributed is initialised, all processes must call it, with the same layers.
+        """
         stored = {layer: self._read(self._path(layer)) for layer in layers}
         found = {layer: tensors for layer, tensors in stored.items() if tensors is not None}
-        missing = sorted(stored.keys() - found)
+        missing = [layer for layer in sorted(stored) if _largest(int(layer not in found))]
         if missing:
             found |= self._gather(missing, progress)
         return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}
 
+    def take_over(self, path: str | Path, layer: int) -> Tensor:
+        """C of ``layer`` from a statistics file of the ROME or MEMIT authors, kept as source ``imported``.
+
+        Such a file names no weights: whose it is, is the caller's word. Raises ValueError where it cannot be
+        of this model.
+        """
+        moment, tokens = read_npz(path)
+        width = self.lm.structure.inner_width
+        self.lm.structure.block_name(layer)
+        if moment.shape != (width, width):
+            raise ValueError(
+                f"{path}: the second moment is {tuple(moment.shape)}, the keys of {self.lm.name!r} have width "
+                f"{width}: these are statistics of another model"
+            )
+        found = {"moment": moment, "tokens": torch.tensor(tokens)}
+        self._factor_path(layer).unlink(missing_ok=True)
+        self._write(self._path(layer), found)
+        return moment.to(self.lm.device)
+
     # ------------------------------------------------------------------ gathering
 
     def _gather(self, layers: list[int], progress: bool) -> dict[int, dict[str, Tensor]]:
-        """One pass; each layer's sum is written after every buffer of texts, so that it can resume."""
-        partial = self.folder / f"layers{'-'.join(map(str, layers))}.partial.safetensors"
-        width = self.lm.structure.inner_width
-        state = self._read(partial) or {
-            "tokens": torch.zeros((), dtype=torch.int64),
-            "buffers": torch.zeros((), dtype=torch.int64),
-            **{str(layer): torch.zeros(width, width, dtype=torch.float64) for layer in layers},
-        }
-        state = {name: tensor.to(self.lm.device) for name, tensor in state.items()}
-        for ids in self._buffers(state, progress):
-            with self.lm.pristine():
-                self._add(ids, layers, state)
-            state["buffers"] += 1
-            self._write(partial, state)
-        if state["tokens"] < width:
+        """One pass; the sums are written after every buffer of texts, so that it can resume."""
+        if self.corpus.source == IMPORTED:
             raise ValueError(
-                f"the corpus {self.corpus.source!r} has {int(state['tokens'])} tokens, fewer than the key "
+                f"no statistics of layer {layers[0]} of {self.lm.name!r} have been imported: run "
+                f"corrigenda moments --lm.name {self.lm.name} --import FILE --layers {layers[0]}"
+            )
+        rank, world = _world()
+        number = f".rank{rank}of{world}" if world > 1 else ""
+        partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
+        state = self._begin(partial, layers)
+        for index, ids in enumerate(self._buffers(progress and rank == 0)):
+            if index < state["buffers"]:
+                continue
+            if index % world == rank:
+                with self.lm.pristine():
+                    self._add(ids, layers, state)
+            state["buffers"] += 1
+            if (index + 1) % world:
+                continue
+            settled = self._settled(layers, state, (index + 1) // world)
+            self._write(partial, state)
+            if settled:
+                break
+        width = self.lm.structure.inner_width
+        tokens = _total(state["tokens"])
+        if tokens < width:
+            raise ValueError(
+                f"the corpus {self.corpus.source!r} has {int(tokens)} tokens, fewer than the key "
                 f"width {width}: the second moment would be singular; use more text"
             )
         found = {}
         for layer in layers:
-            found[layer] = {
-                "moment": state[str(layer)] / state["tokens"],
-                "tokens": state["tokens"],
-            }
+            moment_FF = _total(state[str(layer)]) / tokens
+            share = _total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
+            found[layer] = {"moment": moment_FF, "tokens": tokens, "first_share": share}
+            log.info("layer %d: %.1f %% of trace(C) is of first tokens", layer, 100 * share)
             self._write(self._path(layer), found[layer])
         partial.unlink(missing_ok=True)
         return found
 
-    def _buffers(self, state: dict[str, Tensor], progress: bool) -> Iterator[list[list[int]]]:
-        """Buffers of encoded texts that have not been counted yet, up to the token budget."""
-        done, seen = int(state["buffers"]), 0
-        steps: Iterable[int] = range(self.corpus.tokens)
-        bar = iter(track(steps, "second moments", disable=not progress))
-        shown = 0
-        for index, buffer in enumerate(_batched(self.corpus.texts(self.lm), BUFFER_TEXTS)):
-            ids = []
-            for row in self.lm.encode([text for text in buffer if text.strip()]):
-                row = row[: min(MAX_LENGTH, self.corpus.tokens - seen)]
-                seen += len(row)
-                ids.append(row)
+    def _begin(self, partial: Path, layers: list[int]) -> dict[str, Tensor]:
+        """The sums a killed run left, or zeros; several processes go on only from the same buffer."""
+        width = self.lm.structure.inner_width
+        zero, sums = torch.zeros((), dtype=torch.int64), torch.zeros(width, width).double()
+        state = {"tokens": zero, "buffers": zero.clone()}
+        for layer in layers:
+            state |= {str(layer): sums.clone(), f"{layer}.first": sums[0, 0].clone()}
+            if self.corpus.tolerance:
+                state[f"{layer}.before"] = sums.clone()
+        stored = self._read(partial)
+        if stored is not None and stored.keys() == state.keys():
+            begun = int(stored["buffers"])
+        else:
+            stored, begun = state, 0
+        if _largest(begun) != -_largest(-begun):
+            stored = state
+        return {name: tensor.to(self.lm.device) for name, tensor in stored.items()}
+
+    def _settled(self, layers: list[int], state: dict[str, Tensor], rounds: int) -> bool:
+        """Whether C has changed little since half as much text; looked at after 1, 2, 4, ... rounds."""
+        change = 1.0
+        if self.corpus.tolerance and not rounds & (rounds - 1):
+            change, tokens = 0.0, _total(state["tokens"])
+            for layer in layers:
+                moment_FF = _total(state[str(layer)]) / tokens
+                moved = (moment_FF - state[f"{layer}.before"]).norm() / moment_FF.norm()
+                change = max(change, float(moved))
+                state[f"{layer}.before"] = moment_FF
+            if tokens < self.lm.structure.inner_width:
+                change = 1.0
+        # Asked in every round: processes that stay in step are killed at the same buffer.
+        return bool(_largest(int(change <= self.corpus.tolerance)))
+
+    def _buffers(self, progress: bool) -> Iterator[list[list[int]]]:
+        """Buffers of encoded texts up to the token budget, the same in every process."""
+        limit = min(MAX_LENGTH, self.lm.max_length or MAX_LENGTH)
+        seen = 0
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task("second moments", total=self.corpus.tokens)
+            for buffer in _batched(self.corpus.texts(self.lm), BUFFER_TEXTS):
+                ids = []
+                for row in self.lm.encode([text for text in buffer if text.strip()]):
+                    row = row[: min(limit, self.corpus.tokens - seen)]
+                    seen += len(row)
+                    ids.append(row)
+                    if seen >= self.corpus.tokens:
+                        break
+                yield ids
+                bar.update(task, completed=seen)
                 if seen >= self.corpus.tokens:
                     break
-            if index >= done and ids:
-                yield ids
-            while shown < seen and next(bar, None) is not None:
-                shown += 1
-            if seen >= self.corpus.tokens:
-                break
-        for _ in bar:
-            break
 
     @torch.no_grad()
     def _add(self, ids: list[list[int]], layers: list[int], state: dict[str, Tensor]) -> None:
-        """Adds one buffer's keys. Sorted by length and padded on the right, so causal attention needs no mask."""
+        """Adds one buffer's keys."""
         names = {self.lm.structure.out_name(layer): layer for layer in layers}
         modules = {name: self.lm.net.get_submodule(name) for name in names}
-        ids = sorted((row for row in ids if row), key=len)
-        begin = 0
-        while begin < len(ids):
-            count = 1
-            while (
-                begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS
-            ):
-                count += 1
-            rows = self.lm._pad(ids[begin : begin + count], [1] * count)
+        for rows in _padded(self.lm, ids):
             with capture(modules, stop=True) as seen:
                 self.lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
             real = rows.mask_BT.bool().flatten()
             for name, layer in names.items():
-                keys_nF = seen[name][0].reshape(len(real), -1)[real].float()
+                keys_NF = seen[name][0].reshape(len(real), -1).float()
+                first_BF = keys_NF[:: rows.ids_BT.shape[1]]
+                state[f"{layer}.first"] += first_BF.double().square().sum()
+                keys_nF = keys_NF[real]
                 state[str(layer)] += (keys_nF.T @ keys_nF).double()
             state["tokens"] += int(real.sum())
-            begin += count
 
     # ------------------------------------------------------------------ files
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer{layer}.safetensors"
+
+    def _factor_path(self, layer: int) -> Path:
+        return self.folder / f"layer{layer}.cholesky.safetensors"
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
         """What a file holds; None if there is none. A damaged file is named, put aside and made again."""
@@ -238,7 +318,7 @@ class Moments:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, self._header())
         part.replace(path)
 
@@ -249,6 +329,59 @@ class Moments:
             "source": self.corpus.source,
             "tokens": str(self.corpus.tokens),
         }
+
+
+@torch.no_grad()
+def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
+    """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
+    first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
+    every_L = first_L.clone()
+    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.encode(texts)]
+    real: list[Tensor] = []
+
+    def measure(layer: int) -> Hook:
+        def hook(_module: nn.Module, args: tuple, _output: Tensor) -> None:
+            mask_BT = real[0]
+            keys_BTF = args[0].reshape(*mask_BT.shape, -1)
+            squares_BT = keys_BTF.float().square().sum(-1).double() * mask_BT
+            first_L[layer] += float(squares_BT[:, 0].sum())
+            every_L[layer] += float(squares_BT.sum())
+
+        return hook
+
+    names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
+    pairs = [(lm.net.get_submodule(name), measure(layer)) for layer, name in enumerate(names)]
+    with lm.pristine(), hooked(pairs):
+        for rows in _padded(lm, ids):
+            real[:] = [rows.mask_BT]
+            lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
+    return (first_L / every_L).tolist()
+
+
+def read_npz(path: str | Path) -> tuple[Tensor, int]:
+    """(C_FF in float64, tokens) of a statistics file of the ROME or MEMIT authors.
+
+    It holds the sum over tokens (``mom2.mom2``) and their number (``mom2.count``); files of other programs
+    that hold the same two are read as well. Raises ValueError for anything else, FileNotFoundError for none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such statistics file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = sorted(file.files)
+            if not {"mom2.mom2", "mom2.count"} <= set(names):
+                raise ValueError(f"it holds {', '.join(names)}, not mom2.mom2 and mom2.count")
+            total, count = np.asarray(file["mom2.mom2"], np.float64), int(file["mom2.count"])
+    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of second moments ({error})") from None
+    if total.ndim != 2 or total.shape[0] != total.shape[1] or count < total.shape[0]:
+        raise ValueError(
+            f"{path}: not a usable second moment: {total.shape} from {count} tokens; it must be square and "
+            "come from at least as many tokens"
+        )
+    if not np.abs(total - total.T).max() <= 1e-3 * np.abs(total).max():  # NaN is not, either
+        raise ValueError(f"{path}: the second moment is damaged: not finite, or not symmetric")
+    return torch.from_numpy(total / count), count
 
 
 def cholesky(moment_FF: Tensor) -> Tensor:
@@ -273,6 +406,43 @@ def cholesky(moment_FF: Tensor) -> Tensor:
     raise ValueError(
         "the second moment cannot be factored: it is not finite, or of too little text"
     )
+
+
+def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
+    """Batches of texts sorted by length and padded on the right, so that causal attention needs no mask."""
+    ids = sorted((row for row in ids if row), key=len)
+    begin = 0
+    while begin < len(ids):
+        count = 1
+        while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
+            count += 1
+        yield lm._pad(ids[begin : begin + count], [1] * count)
+        begin += count
+
+
+def _world() -> tuple[int, int]:
+    """(rank, number) of the processes that gather together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _total(part: Tensor) -> Tensor:
+    """The sum of all processes' tensors; the tensor itself is left as it is."""
+    total = part.clone()
+    if _world()[1] > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    rank, world = _world()
+    if world == 1:
+        return number
+    every: list[int] = [0] * world
+    torch.distributed.all_gather_object(every, number)
+    return max(every)
 
 
 def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -43,6 +43,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   report     join finished run folders case by case: tables, intervals, plots
   moments    gather second moments of MLP keys on a text (ROME and its kin need them)
   edits      show, verify, try out, merge and export edits that were saved as files
+  doctor     look a model over: what was found, where to edit it, one edit in and out
 
 Configuration files are combined in order:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
@@ -55,7 +56,13 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
-    commands = {"compare": _compare, "report": _report, "moments": _moments, "edits": _edits}
+    commands = {
+        "compare": _compare,
+        "report": _report,
+        "moments": _moments,
+        "edits": _edits,
+        "doctor": _doctor,
+    }
     command = args[0]
     try:
         if command in ("fit", "validate"):
@@ -341,7 +348,7 @@ def _moments(args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from modules.lm import LanguageModel
-    from modules.moments import Corpus, Moments
+    from modules.moments import IMPORTED, Corpus, Moments
 
     parser = ArgumentParser(
         prog="corrigenda moments",
@@ -351,16 +358,28 @@ def _moments(args: list[str]) -> None:
     parser.add_class_arguments(LanguageModel, "lm")
     parser.add_class_arguments(Corpus, "corpus")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
+    parser.add_argument(
+        "--import",
+        type=Path,
+        help="a statistics file (.npz) of the ROME or MEMIT authors, for one layer of the same model; "
+        "edit with corpus.source imported",
+    )
     given = parser.parse_args(args)
+    file = given["import"]
+    if file is not None and len(given.layers) != 1:
+        raise UserError(f"{file} is of one layer: give one with --layers, not {len(given.layers)}")
     lm = LanguageModel(**given.lm)
     for layer in given.layers:
         lm.structure.block_name(layer)  # refuses an unknown one before minutes of sampling
-    moments = Moments(lm, Corpus(**given.corpus))
-    found = moments.gather(given.layers)
-    for layer, moment_FF in found.items():
+    moments = Moments(lm, Corpus(IMPORTED) if file is not None else Corpus(**given.corpus))
+    if file is not None:
+        moments.take_over(file, given.layers[0])
+    for layer, moment_FF in moments.gather(given.layers).items():
         moments.factor(layer)
+        share = moments.first_token_share(layer)
+        of_first = "" if share is None else f", {100 * share:.1f} % of it from first tokens"
         sys.stdout.write(
-            f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}\n"
+            f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}{of_first}\n"
         )
     sys.stdout.write(f"in {moments.folder}\n")
 
@@ -398,3 +417,22 @@ def _edits(args: list[str]) -> None:
         options["lm_options"] = options.pop("lm")
     if getattr(edits, given.subcommand)(**options) is False:
         raise SystemExit(1)
+
+
+def _doctor(args: list[str]) -> None:
+    import transformers
+    from jsonargparse import ArgumentParser
+
+    from modules.lm import LanguageModel
+    from pipeline.doctor import doctor
+
+    transformers.logging.disable_progress_bar()
+    parser = ArgumentParser(
+        prog="corrigenda doctor", description=doctor.__doc__, exit_on_error=False
+    )
+    parser.add_argument("model", type=str, help="a hub id, a folder, or smollm2")
+    parser.add_class_arguments(LanguageModel, "lm", skip={"name"})
+    parser.add_function_arguments(doctor, skip={"lm"}, as_group=False)
+    given = parser.parse_args(args)
+    lm = LanguageModel(given.model, **given.lm)
+    doctor(lm, given.out, given.facts, given.samples, given.tokens)

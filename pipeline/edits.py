@@ -190,7 +190,6 @@ def export(
 
 
 def _write_model(lm: LanguageModel, delta: Delta, folder: Path) -> None:
-
     if any(is_linear(module) and is_quantised(module) for module in lm.net.modules()):
         raise UserError(
             f"{lm.name!r} is quantised, and a map that is edited is not: export the edit with --format peft"
@@ -311,7 +310,6 @@ def _base_model(deltas: Sequence[Delta], options: Mapping[str, Any]) -> Language
 
 
 def _edits(delta: Delta) -> list[Edit]:
-
     return [Edit(*edit) for edit in delta.metadata.get("edits", [])]
 
 
@@ -320,12 +318,10 @@ def _line(edit: Edit) -> str:
 
 
 def _kind(update: Update) -> str:
-
     return "low-rank" if isinstance(update, LowRank) else "dense"
 
 
 def _shape(update: Update) -> list[int]:
-
     if isinstance(update, LowRank):
         return [update.left_Or.shape[0], update.right_rI.shape[1]]
     return list(update.shape)

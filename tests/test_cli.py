@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -157,17 +158,22 @@ def test_help_names_the_commands(corrigenda, capsys, args):
     assert corrigenda(*args) == 0
     text = capsys.readouterr().out
     assert all(
-        f"\n  {name} " in text for name in ("fit", "validate", "compare", "report", "moments")
+        f"\n  {name} " in text
+        for name in ("fit", "validate", "compare", "report", "moments", "doctor")
     )
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments"])
+@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments", "doctor"])
 def test_every_command_explains_itself(corrigenda, capsys, command):
     assert corrigenda(command, "--help") == 0
     text = capsys.readouterr().out
-    option = {"compare": "--only", "report": "--baseline", "moments": "--layers"}.get(
-        command, "--edit.schedule"
-    )
+    options = {
+        "compare": "--only",
+        "report": "--baseline",
+        "moments": "--layers",
+        "doctor": "--facts",
+    }
+    option = options.get(command, "--edit.schedule")
     assert option in text and "usage" in text.lower()
 
 
@@ -288,12 +294,29 @@ def test_moments(corrigenda, tiny_folder, data_files, capsys):
     assert corrigenda(*args, "--layers", "0", "1") == 0
     first = capsys.readouterr().out
     assert "layer 0: (128, 128)" in first and "layer 1: (128, 128)" in first
+    assert first.count("% of it from first tokens") == 2
     folder = Path(first.splitlines()[-1].removeprefix("in "))
     assert len(list(folder.glob("layer?.safetensors"))) == len(list(folder.glob("*cholesky*"))) == 2
     assert corrigenda(*args, "--layers", "1") == 0
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
     assert corrigenda(*args, "--layers", "0", "7") == 2
     assert "layer 7 does not exist" in capsys.readouterr().err
+
+
+def test_moments_of_others(corrigenda, tiny_folder, tmp_path, capsys):
+    keys = torch.randn(400, 128)
+    np.savez(tmp_path / "a.npz", **{"mom2.mom2": (keys.T @ keys).numpy(), "mom2.count": 400})
+    args = ["moments", "--lm.name", tiny_folder("gpt2"), "--import", "a.npz"]
+    assert corrigenda(*args, "--layers", "0", "1") == 2
+    assert "a.npz is of one layer" in one_line(capsys)
+    assert corrigenda(*args, "--layers", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    trace = float(keys.square().sum() / 400)
+    assert lines[0] == f"layer 1: (128, 128), trace {trace:.4g}"
+    assert Path(lines[-1].removeprefix("in ")).name.startswith("imported")
+    args[-1] = "b.npz"
+    assert corrigenda(*args, "--layers", "1") == 2
+    assert "b.npz: no such statistics file" in one_line(capsys)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from modules.editing import Delta, EditError, WeightPatch, editing_mode
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.emmet import EMMET
 from modules.editors.finetune import FT
+from modules.editors.kn import KN
 from modules.editors.lora import LoRA
 from modules.editors.memit import MEMIT
 from modules.editors.mend import MEND
@@ -49,6 +50,7 @@ EDITORS = {
     "FT": lambda *_: FT([1], loss="prompt_last", **QUICK),
     "FT-L": lambda *_: FT([1], norm_constraint=2e-2, loss="prompt_last", **QUICK),
     "FT-M": lambda *_: FT([0, 1], "mlp", **QUICK),
+    "KN": lambda *_: KN(points=4, contexts=[(3, 2)]),
     "LoRA": lambda *_: LoRA(rank=2, **QUICK),
     "MEND": mend,
 }

@@ -1,15 +1,29 @@
 """Second moments: the right number, of the right model, gathered once, whatever happens in between."""
 
 import logging
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from modules import moments as moments_module
 from modules.editing import Delta, LowRank, WeightPatch
 from modules.hooks import capture
-from modules.moments import Corpus, Moments, cholesky, sampled_texts
+from modules.moments import (
+    IMPORTED,
+    Corpus,
+    Moments,
+    cholesky,
+    first_token_shares,
+    read_npz,
+    sampled_texts,
+)
 
 TEXTS = [
     f"{start} {middle} {end}"
@@ -291,6 +305,244 @@ def test_the_models_own_text_is_enough(loaded, tmp_path, monkeypatch):
         Moments(loaded("llama"), Corpus("model", tokens=300), tmp_path / f).moment(0) for f in "ab"
     ]
     assert torch.linalg.matrix_rank(found[0]) == 80 and torch.equal(*found)
+
+
+def test_no_text_is_longer_than_the_model_takes(tiny_lm, source, tmp_path):
+    """Learned positions end: neither sampling nor gathering may run past them."""
+    lm = tiny_lm("gpt2", max_position_embeddings=24)
+    assert lm.max_length == 24
+    texts = sampled_texts(lm, seed=0)
+    sampled = lm.encode([next(texts) for _ in range(70)])
+    assert max(map(len, sampled)) > 20
+    own = Moments(lm, Corpus("model", tokens=300), tmp_path).moment(0)
+    assert torch.isfinite(own).all()
+    source.write_text("\n".join([" ".join(TEXTS)] * 20), encoding="utf-8")
+    moments = Moments(lm, Corpus(str(source), tokens=400), tmp_path)
+    ids = lm.encode([" ".join(TEXTS)])[0][:24]
+    module = {"out": lm.net.get_submodule(lm.structure.out_name(1))}
+    with torch.no_grad(), capture(module, stop=True) as seen:
+        lm.net(torch.tensor([ids]))
+    x = seen["out"][0][0].double()
+    near(moments.moment(1), (16 * x.T @ x + x[:16].T @ x[:16]) / 400)  # 400 = 16 * 24 + 16
+
+
+def test_a_model_without_positions_has_no_limit(tiny_lm):
+    lm = tiny_lm("bloom")
+    lm.net.config.max_position_embeddings = None
+    assert lm.max_length is None
+
+
+# --- the first token ---
+
+
+def test_the_share_of_first_tokens_is_kept(gather):
+    moments = gather()
+    lm = moments.lm
+    module = {"out": lm.net.get_submodule(lm.structure.out_name(1))}
+    first = every = 0.0
+    left = TOKENS
+    for text in TEXTS:
+        ids = lm.encode([text])[0][:left]
+        left -= len(ids)
+        if ids:
+            with torch.no_grad(), capture(module, stop=True) as seen:
+                lm.net(torch.tensor([ids]))
+            squares = seen["out"][0][0].double().square().sum(1)
+            first, every = first + squares[0], every + squares.sum()
+    assert moments.first_token_share(1) == pytest.approx(float(first / every), rel=1e-4)
+    assert gather().first_token_share(1) == moments.first_token_share(1)  # off the file
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_the_shares_of_all_blocks_need_no_moments(kind, gather, monkeypatch):
+    lm = gather(kind).lm
+    shares = first_token_shares(lm, TEXTS)
+    for layer in (0, 1):
+        moments = gather(kind, tokens=100_000)
+        assert shares[layer] == pytest.approx(moments.first_token_share(layer), rel=1e-5)
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 30)
+    assert first_token_shares(lm, TEXTS) == pytest.approx(shares, rel=1e-5)
+
+
+# --- stopping early ---
+
+
+def test_it_stops_when_more_text_changes_little(gather, small_buffers, counted, source):
+    """Looked at after 1, 2, 4, ... buffers: the change since half as much text."""
+    source.write_text("\n".join(TEXTS * 8), encoding="utf-8")
+    every = {"tokens": 4000}
+    moments = gather(**every)
+    moments.moment(0)
+    buffers = list(counted)
+    sums = [torch.zeros(80, 80).double()]
+    counts = [0]
+    for ids in buffers:
+        state = {"0": sums[-1].clone(), "0.first": torch.zeros(()).double(), "tokens": counts[-1]}
+        moments._add([list(row) for row in ids], [0], state)
+        sums.append(state["0"])
+        counts.append(state["tokens"])
+    change = {}
+    for n in (2, 4, 8, 16):
+        now, then = sums[n] / counts[n], sums[n // 2] / counts[n // 2]
+        change[n] = float((now - then).norm() / now.norm())
+    assert change[16] < change[4]
+    stops = set()
+    for tolerance in (1.01 * change[4], 1.01 * change[8], 1.01 * change[16]):
+        counted.clear()
+        stopped = gather(**every, tolerance=tolerance)
+        found = stopped.moment(0)
+        n = min(m for m in change if change[m] <= tolerance and counts[m] >= 80)
+        near(found, sums[n] / counts[n])
+        assert len(counted) == n and int(stopped._read(stopped._path(0))["tokens"]) == counts[n]
+        assert stopped.folder != moments.folder
+        stops.add(n)
+    assert len(stops) > 1
+
+
+def test_a_killed_run_stops_at_the_same_place(gather, small_buffers, counted, source):
+    source.write_text("\n".join(TEXTS * 8), encoding="utf-8")
+    settings = {"tokens": 4000, "tolerance": 0.2}
+    whole = gather(folder="whole", **settings).moment(0)
+    number = len(counted)
+    assert 2 < number < 30
+    counted.clear()
+    counted.fail_at = number - 1
+    with pytest.raises(KeyboardInterrupt):
+        gather(**settings).moment(0)
+    counted.clear()
+    counted.fail_at = None
+    assert torch.equal(gather(**settings).moment(0), whole) and len(counted) == 1
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 0}, {"tolerance": -0.1}, {"tolerance": 1.0}])
+def test_a_corpus_without_sense_is_refused(changes):
+    with pytest.raises(ValueError, match="at least one token and a tolerance of at least 0"):
+        Corpus(**changes)
+
+
+# --- several processes ---
+
+PROCESS = """
+import sys
+import torch
+from pathlib import Path
+from modules import moments
+from modules.lm import LanguageModel
+torch.set_num_threads(1)
+moments.BUFFER_TEXTS = 5
+added = []
+add = moments.Moments._add
+def counted(self, ids, *rest):
+    added.append(len(ids))
+    add(self, ids, *rest)
+moments.Moments._add = counted
+torch.distributed.init_process_group("gloo")
+lm = LanguageModel(sys.argv[1])
+for tokens, tolerance in ((TOKENS, 0.0), (4000, 0.2)):
+    added.clear()
+    corpus = moments.Corpus(sys.argv[2], tokens, tolerance=tolerance)
+    moments.Moments(lm, corpus, Path(sys.argv[3])).gather([0, 1], progress=False)
+    print(len(added))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_text(gather, small_buffers, counted, tiny_folder, source, tmp_path):
+    """Each takes every second buffer; both end with what one process finds, in a cache of its own."""
+    source.write_text("\n".join(TEXTS * 8), encoding="utf-8")
+    alone = gather().gather([0, 1])
+    number = len(counted)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    root = Path(__file__).parents[1]
+    script = PROCESS.replace("TOKENS", str(TOKENS))
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tiny_folder("llama"), source, tmp_path / f"rank{rank}"],
+            env=os.environ | rendezvous | {"RANK": str(rank), "PYTHONPATH": str(root)},
+            cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in running]
+    assert all(process.returncode == 0 for process in running), ended
+    plain, stopped = zip(*(map(int, out.split()) for out, _ in ended), strict=True)
+    assert sorted(plain) == [number // 2, (number + 1) // 2]
+    assert stopped[0] == stopped[1] and stopped[0] in (2, 4, 8)
+    counted.clear()
+    early = []
+    for rank in range(2):
+        moments = gather(folder=f"rank{rank}")
+        names = {path.name for path in moments.folder.iterdir()}
+        assert names == {"layer0.safetensors", "layer1.safetensors"}
+        for layer, found in moments.gather([0, 1]).items():
+            torch.testing.assert_close(found, alone[layer], rtol=1e-12, atol=1e-15)
+            share = gather().first_token_share(layer)
+            assert moments.first_token_share(layer) == pytest.approx(share, rel=1e-12)
+        early.append(gather(folder=f"rank{rank}", tokens=4000, tolerance=0.2).moment(1))
+    assert torch.equal(*early)
+    assert not counted  # all of it read, nothing gathered
+
+
+# --- statistics of others ---
+
+
+def npz(path, **changes):
+    """A file as the authors' code writes it: the sum over tokens, their number, and how it was made."""
+    keys = torch.randn(300, 80, dtype=torch.float64)
+    content = {
+        "mom2.constructor": "util.runningstats.SecondMoment()", "mom2.count": 300,
+        "mom2.mom2": (keys.T @ keys).float().numpy(), "sample_size": 100,
+    }  # fmt: skip
+    content |= changes
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
+    return keys.T @ keys / 300
+
+
+def test_statistics_of_the_authors_are_taken_over(gather, tmp_path):
+    lm = gather().lm
+    expected = npz(tmp_path / "a.npz")
+    moments = Moments(lm, Corpus(IMPORTED), tmp_path / "cache")
+    near(moments.take_over(tmp_path / "a.npz", 1), expected)
+    again = Moments(lm, Corpus(IMPORTED, tokens=7, seed=3), tmp_path / "cache")
+    near(again.moment(1), expected)
+    near(again.factor(1) @ again.factor(1).T, expected)
+    assert again.first_token_share(1) is None
+    newer = npz(tmp_path / "b.npz")
+    again.take_over(tmp_path / "b.npz", 1)
+    near(again.factor(1) @ again.factor(1).T, newer)
+    with pytest.raises(ValueError, match=r"no statistics of layer 0 .*--import FILE --layers 0"):
+        again.moment(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mom2.mom2": None}, "it holds mom2.constructor, mom2.count, sample_size"),
+        ({"mom2.mom2": np.eye(3)}, r"\(3, 3\), the keys of .* have width 80"),
+        ({"mom2.mom2": np.ones((80, 2))}, "must be square"),
+        ({"mom2.count": 9}, "from 9 tokens"),
+        ({"mom2.mom2": np.full((80, 80), np.nan)}, "not finite, or not symmetric"),
+        ({"mom2.mom2": np.triu(np.ones((80, 80)))}, "not finite, or not symmetric"),
+        ({"mom2.mom2": np.array([[None]])}, "not a file of second moments"),  # would need pickle
+    ],
+)
+def test_what_cannot_be_statistics_of_this_model_is_refused(gather, tmp_path, changes, words):
+    npz(tmp_path / "a.npz", **changes)
+    moments = Moments(gather().lm, Corpus(IMPORTED), tmp_path / "cache")
+    with pytest.raises(ValueError, match=words):
+        moments.take_over(tmp_path / "a.npz", 0)
+    assert not moments.folder.exists()
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 not an archive")
+    with pytest.raises(ValueError, match=r"a\.npz: not a file of second moments"):
+        read_npz(tmp_path / "a.npz")
+    with pytest.raises(FileNotFoundError, match="no such statistics file"):
+        read_npz(tmp_path / "b.npz")
 
 
 # --- the factor ---
