@@ -146,15 +146,6 @@ def test_an_edit_that_does_not_take_fails(corrigenda, tiny_folder, capsys, monke
     assert "lm_head, apart from the embedding" in text and "(gated)" in text
 
 
-def test_packed_weights_are_not_edited(taught, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "is_quantised", lambda module: True)
-    monkeypatch.setattr(module, "self_test", lambda *_: pytest.fail("edited"))
-    module.doctor(LanguageModel(str(taught)), tmp_path, facts=1, samples=1)
-    text = capsys.readouterr().out
-    assert "quantised              9 maps, such as transformer.h.0.attn.c_attn" in text
-    assert "left out: packed weights cannot be written" in section(text, "Self-test")
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import EditError
 from modules.editors.kn import KN, attributions
 from modules.hooks import capture, hooked
 
@@ -416,12 +415,3 @@ def test_proposing_leaves_no_trace(lm):
 def test_settings_without_sense_are_refused(changes):
     with pytest.raises(ValueError, match="must be|are between"):
         KN(**changes)
-
-
-def test_packed_weights_are_refused(tiny_lm):
-    lm = tiny_lm("llama")
-    module = lm.net.get_submodule(lm.structure.out_name(0))
-    packed = module.weight.data.to(torch.uint8)
-    module.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(EditError, match="packed format.*without quantisation"):
-        KN().prepare(lm)

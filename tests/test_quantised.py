@@ -6,6 +6,7 @@ import torch
 from datamodules.records import Edit
 from modules.editing import Delta, EditError, LowRank, WeightPatch
 from modules.editors.finetune import FT
+from modules.editors.kn import KN
 from modules.editors.rome import ROME
 from modules.hooks import capture
 from modules.lm import LanguageModel, ModelError, hash_weights
@@ -270,3 +271,14 @@ def test_fine_tuning_learns_beside_packed_weights(packed, kind):
     assert lm.score([EDITS[0].text], [EDITS[0].target_new]).exact_B.all()
     patch.remove()
     assert hash_weights(lm.net) == before
+
+
+def test_knowledge_neurons_of_a_packed_base_are_turned_off(packed):
+    lm = packed("nf4")
+    before = logprobs(lm)
+    patch = KN(action="suppress", points=4).edit(lm, EDITS[:1])
+    for layer, j, _ in patch.delta.metadata["notes"][0]["neurons"]:
+        assert not read_weight(lm.net.get_submodule(lm.structure.out_name(layer)))[:, j].any()
+    assert not torch.equal(logprobs(lm), before)
+    patch.remove()
+    assert torch.equal(logprobs(lm), before)

@@ -43,7 +43,7 @@ from modules.editing import Delta, EditError, LowRank, Update, WeightEditor
 from modules.editors.key_value import sample_contexts
 from modules.hooks import capture, hooked
 from modules.lm import LanguageModel, Rows
-from modules.structure import is_quantised, to_storage
+from modules.structure import read_weight
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)
@@ -107,12 +107,6 @@ class KN(WeightEditor):
         """Contexts, once per model, from its unedited weights."""
         if self._prepared == lm.weights_hash:
             return
-        name = lm.structure.out_name(0)
-        if is_quantised(lm.net.get_submodule(name)):
-            raise EditError(
-                f"{name} is stored in a packed format: its values cannot be changed; load the model without "
-                "quantisation"
-            )
         self._contexts = sample_contexts(lm, self.lengths, self.seed)
         self._prepared = lm.weights_hash
 
@@ -248,7 +242,7 @@ def _mean_keys(lm: LanguageModel, rows: Rows) -> Tensor:
 def _values(lm: LanguageModel, layer: int) -> Tensor:
     """The values of a block's neurons, [D, F]: the columns of its output projection."""
     module = lm.net.get_submodule(lm.structure.out_name(layer))
-    return to_storage(module, cast(Tensor, module.weight).detach())
+    return read_weight(module).detach()
 
 
 def _answer_direction(lm: LanguageModel, rows: Rows) -> Tensor:
