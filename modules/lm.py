@@ -153,12 +153,13 @@ class LanguageModel(nn.Module):
     @cached_property
     def weights_hash(self) -> str:
         """Hash of every unedited weight: the identity of the base model."""
-        digest = hashlib.sha256()
         with self.pristine():
-            for name, parameter in self.net.named_parameters():
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+            return hash_weights(self.net)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the model reads at once; None where it sets no limit."""
+        return getattr(self.net.config.get_text_config(), "max_position_embeddings", None)
 
     # ------------------------------------------------------------------ edits in force
 
@@ -359,8 +360,12 @@ class LanguageModel(nn.Module):
         owners: Sequence[int] | None = None,
         top_k: int | None = None,
         batch_size: int = 32,
+        stop: Sequence[str] = (),
     ) -> list[str]:
-        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens."""
+        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens.
+
+        A continuation ends before the first of the texts in ``stop``.
+        """
         if patch := self._text_patch():
             with patch.set_aside():
                 return patch.generate(
@@ -370,6 +375,7 @@ class LanguageModel(nn.Module):
                     owners=owners,
                     top_k=top_k,
                     batch_size=batch_size,
+                    stop=stop,
                 )
         ids = self.encode([prompt.rstrip() for prompt in prompts])
         owner_B = _owners(deltas, owners, len(ids))
@@ -378,13 +384,13 @@ class LanguageModel(nn.Module):
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
             with self.side_by_side(deltas, owner_B[chunk]):
-                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k)
+                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k, stop)
             for i, row in zip(chunk, new, strict=True):
-                texts[i] = self.decode(row)
+                texts[i] = _before(stop, self.decode(row))
         return texts
 
     def _generate_chunk(
-        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None
+        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None, stop: Sequence[str]
     ) -> Tensor:
         flipped = pad_sequence([torch.tensor(row[::-1]) for row in ids], batch_first=True)
         width = flipped.shape[1]
@@ -395,6 +401,13 @@ class LanguageModel(nn.Module):
             if top_k
             else {"do_sample": False}
         )
+
+        def stopped(ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
+            texts = [self.decode(row) for row in ids_BT[:, width:]]
+            return torch.tensor(
+                [any(end in t for end in stop) for t in texts], device=ids_BT.device
+            )
+
         out = self.net.generate(
             flipped.flip(1).to(self.device),
             attention_mask=mask_BT.to(self.device),
@@ -404,6 +417,7 @@ class LanguageModel(nn.Module):
                 pad_token_id=self.tokenizer.eos_token_id,
                 **sampling,
             ),
+            stopping_criteria=[stopped] if stop else None,
         )
         return out[:, width:].cpu()
 
@@ -412,6 +426,20 @@ class LanguageModel(nn.Module):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def hash_weights(net: nn.Module) -> str:
+    """Hash of the names, types and values of all parameters, as they are now."""
+    digest = hashlib.sha256()
+    for name, parameter in net.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _before(stop: Sequence[str], text: str) -> str:
+    """The text up to the first of the strings to stop at."""
+    return text[: min((text.find(end) for end in stop if end in text), default=None)]
 
 
 def _owners(deltas: Sequence[Delta] | None, owners: Sequence[int] | None, count: int) -> Tensor:

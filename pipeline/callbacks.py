@@ -102,6 +102,7 @@ class EditCallback(Callback):
             for delta, case in zip(deltas, batch, strict=True)
         ]
         for delta, case in zip(module.case_deltas, batch, strict=True):
+            self.touched = max(self.touched, delta.num_parameters)
             self._save(trainer, delta, case.case_id)
 
     @contextmanager
@@ -121,7 +122,8 @@ class EditCallback(Callback):
         with self._timed(len(cases)), editing_mode():
             handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
         if isinstance(handle, WeightPatch):
-            self._save(trainer, handle.delta, name)
+            self.touched = max(self.touched, handle.delta.num_parameters)
+        self._save(trainer, handle, name)
         return handle
 
     @contextmanager
@@ -135,13 +137,12 @@ class EditCallback(Callback):
         self.seconds += time.perf_counter() - start
         self.made += count
 
-    def _save(self, trainer: Trainer, delta: Delta, name: str) -> None:
-        self.touched = max(self.touched, delta.num_parameters)
+    def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
         # Several processes edit different cases under these two schedules, else all the same.
         own = self.schedule in ("each", "batch")
         if self.save_edits and (own or trainer.is_global_zero):
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
+            edit.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
 
     # ------------------------------------------------------------------ validation
 
@@ -403,6 +404,7 @@ class RunWriter(Callback):
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": time.perf_counter() - self._started,
             },
+            "numbers": edit.editor.numbers() if edit.editor else {},
         }
 
 

@@ -437,3 +437,26 @@ def test_the_embedded_model_is_an_ordinary_one(smollm2):
     assert scores.exact_B.tolist() == [True, False]
     assert smollm2.generate(["The Eiffel Tower is in the city of"], 1) == [" Paris"]
     assert transformers.AutoConfig.from_pretrained(smollm2.net.name_or_path).model_type == "llama"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_ends_before_the_text_it_is_to_stop_at(tiny_lm, kind):
+    lm = tiny_lm(kind)
+    prompts = ["The capital", "Ada Quill was born in"]
+    whole = lm.generate(prompts, 12)
+    stop = [whole[0][3:5], "never written"]
+    cut = lm.generate(prompts, 12, stop=stop)
+    assert cut[0] == whole[0][: whole[0].index(stop[0])]
+    assert cut[1] == whole[1].split(stop[0])[0]
+    runs = []
+    lm.net.register_forward_hook(lambda *_: runs.append(1))
+    lm.generate(prompts[:1], 12, stop=stop)
+    assert len(runs) < 12, "it went on after it had written the text"
+
+
+def test_the_context_length_is_the_networks_own(tiny_lm):
+    assert tiny_lm("gpt2", max_position_embeddings=64).context_length == 64
+    assert tiny_lm("llama").context_length == 128
+    lm = tiny_lm("bloom")
+    del lm.net.config.max_position_embeddings  # as in the published models, which set no limit
+    assert lm.context_length is None
