@@ -196,7 +196,8 @@ class Retriever:
         end = len(self) + len(new_ND)
         if end > len(self._room_ND):
             room_ND = new_ND.new_zeros(max(end, 2 * len(self._room_ND)), new_ND.shape[1])
-            room_ND[: len(self)] = self.vectors_ND
+            if len(self):
+                room_ND[: len(self)] = self.vectors_ND
             self._room_ND = room_ND
         self._room_ND[len(self) : end] = new_ND
 
