@@ -76,6 +76,11 @@ class Rows:
         width = int(self.mask_BT[row_R].sum(1).max())
         return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
 
+    def common_start(self) -> int:
+        """How many tokens all rows begin with alike, the one before the first target token left out."""
+        alike_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
+        return min(int(alike_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
+
     def answer_positions(self) -> tuple[Tensor, Tensor]:
         """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
@@ -141,6 +146,7 @@ class LanguageModel(nn.Module):
         self.handles: list[EditHandle] = []
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
+        self._shares_start = False
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""
@@ -196,6 +202,19 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self._memo = outer
+
+    @contextmanager
+    def common_start(self) -> Iterator[None]:
+        """Inside, what all scored rows begin with is computed once: for prompts after the same long text.
+
+        Only for edits in weights and texts: what hooks a module sees the beginning apart from the rest, and
+        a single row of it.
+        """
+        self._shares_start, outer = self.reuse_prefix, self._shares_start
+        try:
+            yield
+        finally:
+            self._shares_start = outer
 
     # ------------------------------------------------------------------ tokens
 
@@ -299,17 +318,20 @@ class LanguageModel(nn.Module):
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
         width = int((rows.length_B - rows.start_B).max())
+        start = rows.common_start() if self._shares_start and not deltas else 0
         pieces = []
-        for chunk_B in self._chunks(rows):
+        for chunk_B in self._chunks(rows, start):
             with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
-                pieces.append((chunk_B, self._score_chunk(rows.select(chunk_B), width, full)))
+                part = rows.select(chunk_B)
+                pieces.append((chunk_B, self._score_chunk(part, width, full, start)))
         order = torch.cat([chunk for chunk, _ in pieces]).argsort()
         fields = [torch.cat(column)[order] for column in zip(*(p for _, p in pieces), strict=True)]
         return TargetScores(*fields)
 
-    def _score_chunk(self, rows: Rows, width: int, full: bool) -> list[Tensor]:
+    def _score_chunk(self, rows: Rows, width: int, full: bool, start: int) -> list[Tensor]:
         row_N, position_N = rows.answer_positions()
-        logits_NV = self._remembered(rows).logits(row_N, position_N)
+        tail = self._after(start, rows) if start else self._remembered(rows)
+        logits_NV = tail.logits(row_N, position_N)
         logprob_NV = logits_NV.float().log_softmax(-1)
         target_N = rows.ids_BT[row_N, position_N + 1]
         column_N = position_N + 1 - rows.start_B[row_N]
@@ -328,6 +350,10 @@ class LanguageModel(nn.Module):
             fields.append(full_BMV.index_put(cell, logprob_NV))
         return fields
 
+    def _after(self, start: int, rows: Rows) -> Tail:
+        """The tail of these rows from token ``start`` on, all rows being alike before."""
+        return self.tail(rows, layer=0, start_B=torch.full_like(rows.start_B, start))
+
     def _remembered(self, rows: Rows) -> Tail:
         """The tail of these rows; kept while a :meth:`shared_prefix` is open."""
         if self._memo is None:
@@ -339,13 +365,15 @@ class LanguageModel(nn.Module):
             tails[key] = self.tail(rows, layer)
         return tails[key]
 
-    def _chunks(self, rows: Rows) -> Iterator[Tensor]:
-        """Row indices in batches of similar length, at most CHUNK_TOKENS padded tokens each."""
+    def _chunks(self, rows: Rows, start: int = 0) -> Iterator[Tensor]:
+        """Row indices in batches of similar length: at most CHUNK_TOKENS padded tokens from ``start`` on, and
+        twice as many with what is kept of those before it."""
         order = rows.length_B.argsort(descending=True, stable=True)
         lengths = rows.length_B[order].tolist()
         begin = 0
         while begin < len(order):
-            count = max(1, CHUNK_TOKENS // lengths[begin])
+            length = lengths[begin]
+            count = max(1, min(CHUNK_TOKENS // (length - start), 2 * CHUNK_TOKENS // length))
             yield order[begin : begin + count]
             begin += count
 

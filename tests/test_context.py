@@ -164,7 +164,8 @@ def test_the_newest_handle_answers_for_all_and_no_prompt_is_rewritten_twice(lm, 
     asked, said = lm.score(prompts, targets).logprob_BM, lm.generate(prompts, 3)
     rewritten = newest.rewrite(prompts)
     with lm.pristine():
-        assert torch.equal(asked, lm.score(rewritten, targets).logprob_BM)
+        plain = lm.score(rewritten, targets).logprob_BM
+        torch.testing.assert_close(asked, plain, rtol=0, atol=1e-4)
         assert said == lm.generate(rewritten, 3)
 
 

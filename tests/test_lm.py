@@ -460,3 +460,34 @@ def test_the_context_length_is_the_networks_own(tiny_lm):
     lm = tiny_lm("bloom")
     del lm.net.config.max_position_embeddings  # as in the published models, which set no limit
     assert lm.context_length is None
+
+
+def test_a_common_start_changes_no_score_and_runs_once(tiny_lm, family):
+    lm = tiny_lm(family)
+    text = "Ada Quill was the first to see Lake Onna. "
+    prompts = [text + end for end in ("She was born in", "Her house is", "It is", "It")] + [text]
+    targets = ["Paris", "a red house", "seven", "Iris Vane", "Zembla"]
+    plain = lm.score(prompts, targets, full=True)
+    widths = []
+    block = lm.net.get_submodule(lm.structure.block_name(0))
+    block.register_forward_hook(lambda _m, args, _o: widths.append(tuple(args[0].shape[:2])))
+    with lm.common_start():
+        shared = lm.score(prompts, targets, full=True)
+    start = lm.rows(prompts, targets).common_start()
+    assert start > 20 and torch.equal(plain.greedy_BM, shared.greedy_BM)
+    torch.testing.assert_close(shared.logprob_BM, plain.logprob_BM, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shared.full_BMV, plain.full_BMV, rtol=0, atol=1e-3)
+    if family != "qwen3_5_text":  # its running state cannot be cut
+        assert widths[0] == (1, start) and max(rows * width for rows, width in widths[1:]) < 5 * 40
+    one = lm.score(prompts[:1], targets[:1]).logprob_BM
+    with lm.common_start():
+        torch.testing.assert_close(
+            lm.score(prompts[:1], targets[:1]).logprob_BM, one, rtol=0, atol=1e-4
+        )
+
+
+def test_the_common_start_leaves_what_predicts_the_first_target(tiny_lm):
+    lm = tiny_lm()
+    same = lm.rows(["The capital is"] * 2, ["Paris", "Paris"])
+    assert same.common_start() == int(same.start_B[0]) - 1
+    assert lm.rows(["Ada", "Quill"], ["Paris", "Paris"]).common_start() == 0

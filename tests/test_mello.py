@@ -135,7 +135,7 @@ def test_scores_are_taken_where_the_final_answer_belongs(lm, monkeypatch):
     )
     with lm.pristine():
         plain = lm.score([text, text], ["Zembla", "Rome"])
-    assert torch.equal(found.logprob_BM, plain.logprob_BM)
+    torch.testing.assert_close(found.logprob_BM, plain.logprob_BM, rtol=0, atol=1e-4)
     before = len(script.asked)
     lm.score([QUESTION], ["Paris"])
     assert len(script.asked) == before, "a question is worked out once"

@@ -60,7 +60,8 @@ class Demonstrated(MemoryPatch):
         full: bool,
     ) -> TargetScores:
         reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
-        return self.lm.score(self._rewrite(prompts, reserves), targets, deltas, owners, full)
+        with self.lm.common_start():
+            return self.lm.score(self._rewrite(prompts, reserves), targets, deltas, owners, full)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
         asked = self._rewrite(prompts, [max_new_tokens] * len(prompts))

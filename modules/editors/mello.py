@@ -167,7 +167,8 @@ class SelfChecked(MemoryPatch):
                 self._reason(prompts, deltas, owners), reserves, strict=True
             )
         ]
-        return self.lm.score(asked, targets, deltas, owners, full)
+        with self.lm.common_start():
+            return self.lm.score(asked, targets, deltas, owners, full)
 
     def generate(
         self,

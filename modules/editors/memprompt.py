@@ -9,10 +9,11 @@ is, so that the model's answer to it is the unedited one to the bit. Likeness is
 
 For an edit the key is its prompt and the clarification states the new fact.
 
-Departures from the authors' code: they train their encoder on pairs of questions, here it is taken as it
-is, so the threshold has to be chosen for it (facts about another subject in the same words come very near);
-correcting a question again replaces the correction; in a short text five letters are most of it, so two
-texts that differ in half of their letters or more are never alike.
+Departures from the authors' code: they train their encoder on pairs of questions and ask for a cosine above
+0.9; here it is taken as it is, and the threshold 0.7 is chosen for MiniLM (of our own facts' val split it
+finds 94 % of the paraphrases and 0.3 % of the same statements about other subjects); correcting a question
+again replaces the correction; in a short text five letters are most of it, so two texts that differ in half
+of their letters or more are never alike.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class MemPrompt(MemoryEditor):
 
     Args:
         lookup: ``semantic``: by the encoder's cosine. ``distance``: by edit distance of the letters.
-        threshold: a cosine above this is a hit.
+        threshold: a cosine above this is a hit; another encoder needs another.
         max_distance: an edit distance up to this is a hit.
         clarification: put before the prompt, with ``{}`` where the new fact goes.
         encoder: of ``semantic``: ``minilm``, another sentence encoder's hub id or folder, or ``lm`` for the
@@ -71,7 +72,7 @@ class MemPrompt(MemoryEditor):
     def __init__(
         self,
         lookup: Literal["semantic", "distance"] = "semantic",
-        threshold: float = 0.9,
+        threshold: float = 0.7,
         max_distance: int = 5,
         clarification: str = "Clarification: {}.\n",
         encoder: str | Encoder = "minilm",
