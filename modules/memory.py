@@ -138,6 +138,10 @@ class MemoryPatch(TextPatch):
         super().remove()
         self.memory.drop(len(self.edits))
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: the editor remembers the same edits again."""
+        return self.record()
+
     def record(self) -> dict[str, Any]:
         """The edits of this handle alone."""
         return {

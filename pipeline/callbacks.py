@@ -18,9 +18,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.records import EditCase
+from datamodules.records import Edit, EditCase
 from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
+from modules.memory import MemoryPatch
 from modules.metrics import FactsForgotten
 
 log = logging.getLogger(__name__)
@@ -243,7 +244,7 @@ class EditCallback(Callback):
         """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
         if self.schedule != "stream" or not self._handles:
             return {}
-        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch)]
+        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch | MemoryPatch)]
         return {
             "patches": patches,
             "done": list(self._done),
@@ -260,12 +261,18 @@ class EditCallback(Callback):
         state, self._restored = self._restored, None
         if state is None or self.schedule != "stream":
             return
-        self._handles = [WeightPatch.restore(pl_module.lm, patch) for patch in state["patches"]]
+        self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
         self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
+
+    def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
+        if "edited" in state:
+            return WeightPatch.restore(pl_module.lm, state)
+        edits = [Edit(**fields) for fields in state["edits"]]
+        return self._prepare(pl_module).edit(pl_module.lm, edits)
 
     def on_exception(
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException

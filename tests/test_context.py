@@ -12,9 +12,11 @@ from modules.editing import Delta, EditError, WeightPatch
 from modules.editors.ike import IKE
 from modules.editors.mello import MeLLo
 from modules.editors.memprompt import MemPrompt, edit_distance, normalise
+from modules.evaluation import EditingModule
 from modules.lm import hash_weights
 from modules.memory import fit
 from modules.retrieval import Encoder
+from pipeline.callbacks import EditCallback
 
 NAMES = [
     "Quill",
@@ -219,6 +221,22 @@ def test_a_handle_saves_its_own_edits(lm, tmp_path, name):
     assert found["editor"] == type(editor).__name__ and found["model"] == lm.name
     with pytest.raises(EditError, match="no edit to remember"):
         editor.edit(lm, [])
+
+
+def test_a_resumed_stream_remembers(lm, tmp_path):
+    callback = EditCallback(memprompt(), "stream")
+    callback._handles = [callback.editor.edit(lm, [edit]) for edit in (PARIS, OWL)]
+    before = lm.handles[-1].rewrite([PARIS.text, OWL.text, "The sea is"])
+    torch.save(callback.state_dict(), tmp_path / "state.ckpt")
+    for handle in reversed(list(lm.handles)):
+        handle.remove()
+    again = EditCallback(memprompt(), "stream")
+    again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+    again._restore(EditingModule(lm))
+    assert len(lm.handles) == 2 and again._handles == lm.handles
+    assert lm.handles[-1].rewrite([PARIS.text, OWL.text, "The sea is"]) == before
+    lm.handles[-1].remove()
+    assert lm.handles[-1].rewrite([OWL.text]) == [OWL.text]
 
 
 # ---------------------------------------------------------------------------- what fits
