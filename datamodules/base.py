@@ -207,6 +207,27 @@ class Row:
         fields = self._get(name, dict, "a record")
         return Row(self.where, self.index, fields, f"{self.prefix}{name}.")
 
+    def records(self, name: str) -> list[Row]:
+        """A list of nested records, possibly of none."""
+        values = self._get(name, list, "a list of records")
+        for number, value in enumerate(values, start=1):
+            if not isinstance(value, dict):
+                raise self.error(
+                    name, f"expected a list of records, got {_kind(value)} at {number}"
+                )
+        prefixes = [f"{self.prefix}{name}[{i}]." for i in range(len(values))]
+        return [Row(self.where, self.index, v, p) for v, p in zip(values, prefixes, strict=True)]
+
+    def rewrite(self) -> Edit:
+        """The edit of a record in the form of CounterFact's ``requested_rewrite``."""
+        new, true = (self.record(n).text("str").strip() for n in ("target_new", "target_true"))
+        relation = self.text("relation_id") if self.has("relation_id") else None
+        prompt, subject = self.text("prompt"), self.text("subject").strip()
+        try:
+            return Edit(prompt, subject, new, true, relation)
+        except ValueError as error:
+            raise self.error("prompt", str(error)) from None
+
     @property
     def case_id(self) -> str:
         """The record's own ``case_id``, else its index."""

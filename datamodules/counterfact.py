@@ -26,21 +26,11 @@ class CounterFact(EditDataModule):
     left_out = "the new target is the true one"
 
     def parse(self, row: Row) -> EditCase | None:
-        edit = _rewrite(row) if row.has("requested_rewrite") else _flat_edit(row)
+        full = row.has("requested_rewrite")
+        edit = row.record("requested_rewrite").rewrite() if full else _flat_edit(row)
         if edit.target_new == edit.target_true:
             return None
-        return _original(row, edit) if row.has("requested_rewrite") else _flat(row, edit)
-
-
-def _rewrite(row: Row) -> Edit:
-    rewrite = row.record("requested_rewrite")
-    new, true = (rewrite.record(name).text("str").strip() for name in ("target_new", "target_true"))
-    relation = rewrite.text("relation_id") if rewrite.has("relation_id") else None
-    prompt, subject = rewrite.text("prompt"), rewrite.text("subject").strip()
-    try:
-        return Edit(prompt, subject, new, true, relation)
-    except ValueError as error:
-        raise rewrite.error("prompt", str(error)) from None
+        return _original(row, edit) if full else _flat(row, edit)
 
 
 def _original(row: Row, edit: Edit) -> EditCase:

@@ -311,6 +311,9 @@ class EditHandle(ABC):
     def swap(self) -> None:
         """Exchanges edited and original; twice is a no-op."""
 
+    def save(self, path: Path) -> None:  # noqa: B027  optional
+        """Writes what the edit consists of, a safetensors file unless the class says otherwise."""
+
     def remove(self) -> None:
         """Takes the edit out for good, bit-exactly; raises EditError while later edits stand on it."""
         if self not in self.lm.handles:
@@ -391,6 +394,9 @@ class WeightPatch(EditHandle):
         for name, spare in self._spare.items():
             self._spare[name] = exchange(self.lm.net, name, spare)
 
+    def save(self, path: Path) -> None:
+        self.delta.save(path)
+
     def state(self) -> dict[str, Any]:
         """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit.
 
@@ -459,21 +465,38 @@ class TextPatch(EditHandle):
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        self.active = True
+        self._in_force, self._aside = True, 0
         self.lowest_layer = lm.structure.num_layers - 1
         super().__init__(lm)
 
+    @property
+    def active(self) -> bool:
+        """Whether the next question goes through this patch."""
+        return self._in_force and not self._aside
+
     def swap(self) -> None:
-        self.active = not self.active
+        self._in_force = not self._in_force
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, the model answers as if this patch were not there."""
-        self.active = False
+        self._aside += 1
         try:
             yield
         finally:
-            self.active = True
+            self._aside -= 1
+
+    def record(self) -> dict[str, Any]:
+        """What the edit consists of, as JSON values."""
+        return {}
+
+    def save(self, path: Path) -> None:
+        """Writes :meth:`record` as JSON, atomically; the path's ending becomes ``.json``."""
+        path = Path(path).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False), encoding="utf-8")
+        part.replace(path)
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """What is asked in place of each prompt; the prompts themselves by default."""
@@ -507,6 +530,10 @@ class Editor(ABC):
     @abstractmethod
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
         """Puts the edits in force."""
+
+    def numbers(self) -> dict[str, float]:
+        """What the method has counted of itself, for the run's summary."""
+        return {}
 
 
 class WeightEditor(Editor):

@@ -3,14 +3,15 @@
 What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
 ``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
 ``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely
-(``wild_*``).
+(``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
+the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -48,6 +49,14 @@ PROTOCOLS = {
     "wild_f1": "wild",
     "wild_same": "wild",
 }
+
+# Criteria whose probes make one verdict per case, and the yes-or-no measures that it is made of.
+VERDICTS: dict[str, tuple[str, type[metrics.CaseMetric], Callable[..., Tensor]]] = {
+    "multihop": ("any", metrics.MultiHopAccuracy, metrics.any_right),
+    "hops": ("all", metrics.HopAccuracy, metrics.all_right),
+}
+JUDGED = ("exact", "wild_exact", "wild_contains", "wild_prefix")
+PROTOCOLS |= {f"{verdict}_{m}": PROTOCOLS[m] for verdict, *_ in VERDICTS.values() for m in JUDGED}
 
 # Harmonic means of dataset means: the field's Score, and what learned editors are selected by.
 SCORES = {
@@ -293,12 +302,14 @@ class EditingModule(LightningModule):
                     continue
                 values_B = torch.tensor([value_of[b] for b in rows])
                 case_B = torch.tensor([asked.case_B[b] for b in rows])
-                name = f"{criterion}/{measure}"
-                metric = self._metrics.setdefault(name, metrics.CaseMean(PROTOCOLS[measure]))
-                metric.update(values_B, case_B)
-                means_C = metrics.case_means(values_B, case_B, len(results))
-                for case in case_B.unique().tolist():
-                    results[case].metrics[name] = means_C[case].item()
+                for name, metric, reduce in _reductions(criterion, measure):
+                    running = self._metrics.setdefault(
+                        f"{criterion}/{name}", metric(PROTOCOLS[name])
+                    )
+                    running.update(values_B, case_B)
+                    values_C = reduce(values_B, case_B, len(results))
+                    for case in case_B.unique().tolist():
+                        results[case].metrics[f"{criterion}/{name}"] = values_C[case].item()
                 for b, value in zip(rows, values_B.tolist(), strict=True):
                     if entries is not None:
                         entries[b][measure] = value if math.isfinite(value) else None
@@ -332,6 +343,16 @@ class EditingModule(LightningModule):
                 b: float(after[b] == t) for b, t in zip(local, before, strict=True)
             }
         self._count(asked, results, table)
+
+
+def _reductions(
+    criterion: str, measure: str
+) -> Iterator[tuple[str, type[metrics.CaseMetric], Callable[..., Tensor]]]:
+    """Names of what a case's values become, the metric over cases, and the value of one case."""
+    yield measure, metrics.CaseMean, metrics.case_means
+    if criterion in VERDICTS and measure in JUDGED:
+        verdict, metric, reduce = VERDICTS[criterion]
+        yield f"{verdict}_{measure}", metric, reduce
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -76,6 +76,11 @@ class Rows:
         width = int(self.mask_BT[row_R].sum(1).max())
         return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
 
+    def common_start(self) -> int:
+        """How many tokens all rows begin with alike, the one before the first target token left out."""
+        alike_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
+        return min(int(alike_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
+
     def answer_positions(self) -> tuple[Tensor, Tensor]:
         """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
@@ -144,6 +149,7 @@ class LanguageModel(nn.Module):
         self.handles: list[EditHandle] = []
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
+        self._shares_start = False
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""
@@ -202,6 +208,19 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self._memo = outer
+
+    @contextmanager
+    def common_start(self) -> Iterator[None]:
+        """Inside, what all scored rows begin with is computed once: for prompts after the same long text.
+
+        Only for edits in weights and texts: what hooks a module sees the beginning apart from the rest, and
+        a single row of it.
+        """
+        self._shares_start, outer = self.reuse_prefix, self._shares_start
+        try:
+            yield
+        finally:
+            self._shares_start = outer
 
     # ------------------------------------------------------------------ tokens
 
@@ -305,17 +324,20 @@ class LanguageModel(nn.Module):
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
         width = int((rows.length_B - rows.start_B).max())
+        start = rows.common_start() if self._shares_start and not deltas else 0
         pieces = []
-        for chunk_B in self._chunks(rows):
+        for chunk_B in self._chunks(rows, start):
             with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
-                pieces.append((chunk_B, self._score_chunk(rows.select(chunk_B), width, full)))
+                part = rows.select(chunk_B)
+                pieces.append((chunk_B, self._score_chunk(part, width, full, start)))
         order = torch.cat([chunk for chunk, _ in pieces]).argsort()
         fields = [torch.cat(column)[order] for column in zip(*(p for _, p in pieces), strict=True)]
         return TargetScores(*fields)
 
-    def _score_chunk(self, rows: Rows, width: int, full: bool) -> list[Tensor]:
+    def _score_chunk(self, rows: Rows, width: int, full: bool, start: int) -> list[Tensor]:
         row_N, position_N = rows.answer_positions()
-        logits_NV = self._remembered(rows).logits(row_N, position_N)
+        tail = self._after(start, rows) if start else self._remembered(rows)
+        logits_NV = tail.logits(row_N, position_N)
         logprob_NV = logits_NV.float().log_softmax(-1)
         target_N = rows.ids_BT[row_N, position_N + 1]
         column_N = position_N + 1 - rows.start_B[row_N]
@@ -334,6 +356,10 @@ class LanguageModel(nn.Module):
             fields.append(full_BMV.index_put(cell, logprob_NV))
         return fields
 
+    def _after(self, start: int, rows: Rows) -> Tail:
+        """The tail of these rows from token ``start`` on, all rows being alike before."""
+        return self.tail(rows, layer=0, start_B=torch.full_like(rows.start_B, start))
+
     def _remembered(self, rows: Rows) -> Tail:
         """The tail of these rows; kept while a :meth:`shared_prefix` is open."""
         if self._memo is None:
@@ -345,13 +371,15 @@ class LanguageModel(nn.Module):
             tails[key] = self.tail(rows, layer)
         return tails[key]
 
-    def _chunks(self, rows: Rows) -> Iterator[Tensor]:
-        """Row indices in batches of similar length, at most CHUNK_TOKENS padded tokens each."""
+    def _chunks(self, rows: Rows, start: int = 0) -> Iterator[Tensor]:
+        """Row indices in batches of similar length: at most CHUNK_TOKENS padded tokens from ``start`` on, and
+        twice as many with what is kept of those before it."""
         order = rows.length_B.argsort(descending=True, stable=True)
         lengths = rows.length_B[order].tolist()
         begin = 0
         while begin < len(order):
-            count = max(1, CHUNK_TOKENS // lengths[begin])
+            length = lengths[begin]
+            count = max(1, min(CHUNK_TOKENS // (length - start), 2 * CHUNK_TOKENS // length))
             yield order[begin : begin + count]
             begin += count
 
@@ -366,8 +394,12 @@ class LanguageModel(nn.Module):
         owners: Sequence[int] | None = None,
         top_k: int | None = None,
         batch_size: int = 32,
+        stop: Sequence[str] = (),
     ) -> list[str]:
-        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens."""
+        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens.
+
+        A continuation ends before the first of the texts in ``stop``.
+        """
         if patch := self._text_patch():
             with patch.set_aside():
                 return patch.generate(
@@ -377,6 +409,7 @@ class LanguageModel(nn.Module):
                     owners=owners,
                     top_k=top_k,
                     batch_size=batch_size,
+                    stop=stop,
                 )
         ids = self.encode([prompt.rstrip() for prompt in prompts])
         owner_B = _owners(deltas, owners, len(ids))
@@ -385,13 +418,13 @@ class LanguageModel(nn.Module):
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
             with self.side_by_side(deltas, owner_B[chunk]):
-                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k)
+                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k, stop)
             for i, row in zip(chunk, new, strict=True):
-                texts[i] = self.decode(row)
+                texts[i] = _before(stop, self.decode(row))
         return texts
 
     def _generate_chunk(
-        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None
+        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None, stop: Sequence[str]
     ) -> Tensor:
         flipped = pad_sequence([torch.tensor(row[::-1]) for row in ids], batch_first=True)
         width = flipped.shape[1]
@@ -402,6 +435,13 @@ class LanguageModel(nn.Module):
             if top_k
             else {"do_sample": False}
         )
+
+        def stopped(ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
+            texts = [self.decode(row) for row in ids_BT[:, width:]]
+            return torch.tensor(
+                [any(end in t for end in stop) for t in texts], device=ids_BT.device
+            )
+
         out = self.net.generate(
             flipped.flip(1).to(self.device),
             attention_mask=mask_BT.to(self.device),
@@ -411,6 +451,7 @@ class LanguageModel(nn.Module):
                 pad_token_id=self.tokenizer.eos_token_id,
                 **sampling,
             ),
+            stopping_criteria=[stopped] if stop else None,
         )
         return out[:, width:].cpu()
 
@@ -419,6 +460,20 @@ class LanguageModel(nn.Module):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def hash_weights(net: nn.Module) -> str:
+    """Hash of the names, types and values of all parameters, as they are now."""
+    digest = hashlib.sha256()
+    for name, parameter in net.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _before(stop: Sequence[str], text: str) -> str:
+    """The text up to the first of the strings to stop at."""
+    return text[: min((text.find(end) for end in stop if end in text), default=None)]
 
 
 def _owners(deltas: Sequence[Delta] | None, owners: Sequence[int] | None, count: int) -> Tensor:

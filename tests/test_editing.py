@@ -612,3 +612,30 @@ def test_the_newest_text_patch_rewrites_first(tiny_lm):
     asked = lm.score(["is"], ["proud"]).logprob_BM
     with lm.pristine():
         assert torch.equal(asked, lm.score(["The capital is"], ["proud"]).logprob_BM)
+
+
+def test_a_text_patch_set_aside_stays_so_under_pristine(tiny_lm):
+    lm = tiny_lm()
+    patch = Prefixed(lm, "The ")
+    with patch.set_aside():
+        assert not patch.active
+        with lm.pristine():
+            assert not patch.active
+        assert not patch.active
+    assert patch.active
+    with lm.pristine(), patch.set_aside():
+        assert not patch.active
+    assert patch.active
+
+
+def test_handles_save_what_they_consist_of(tiny_lm, tmp_path):
+    lm = tiny_lm()
+    delta = two_layers(lm)
+    written = WeightPatch(lm, delta)
+    written.save(tmp_path / "edits" / "St. Louis.safetensors")
+    again = Delta.load(tmp_path / "edits" / "St. Louis.safetensors")
+    assert {n: t.tolist() for n, t in again.tensors().items()} == {
+        n: t.tolist() for n, t in delta.tensors().items()
+    }
+    Prefixed(lm, "The ").save(tmp_path / "edits" / "St. Louis.safetensors")
+    assert json.loads((tmp_path / "edits" / "St. Louis.json").read_text()) == {}

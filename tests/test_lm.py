@@ -437,3 +437,56 @@ def test_the_embedded_model_is_an_ordinary_one(smollm2):
     assert scores.exact_B.tolist() == [True, False]
     assert smollm2.generate(["The Eiffel Tower is in the city of"], 1) == [" Paris"]
     assert transformers.AutoConfig.from_pretrained(smollm2.net.name_or_path).model_type == "llama"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_ends_before_the_text_it_is_to_stop_at(tiny_lm, kind):
+    lm = tiny_lm(kind)
+    prompts = ["The capital", "Ada Quill was born in"]
+    whole = lm.generate(prompts, 12)
+    stop = [whole[0][3:5], "never written"]
+    cut = lm.generate(prompts, 12, stop=stop)
+    assert cut[0] == whole[0][: whole[0].index(stop[0])]
+    assert cut[1] == whole[1].split(stop[0])[0]
+    runs = []
+    lm.net.register_forward_hook(lambda *_: runs.append(1))
+    lm.generate(prompts[:1], 12, stop=stop)
+    assert len(runs) < 12, "it went on after it had written the text"
+
+
+    assert tiny_lm("gpt2", max_position_embeddings=64).max_length == 64
+    assert tiny_lm("llama").max_length == 128
+    lm = tiny_lm("bloom")
+    del lm.net.config.max_position_embeddings  # as in the published models, which set no limit
+    assert lm.max_length is None
+
+
+def test_a_common_start_changes_no_score_and_runs_once(tiny_lm, family):
+    lm = tiny_lm(family)
+    text = "Ada Quill was the first to see Lake Onna. "
+    prompts = [text + end for end in ("She was born in", "Her house is", "It is", "It")] + [text]
+    targets = ["Paris", "a red house", "seven", "Iris Vane", "Zembla"]
+    plain = lm.score(prompts, targets, full=True)
+    widths = []
+    block = lm.net.get_submodule(lm.structure.block_name(0))
+    block.register_forward_hook(lambda _m, args, _o: widths.append(tuple(args[0].shape[:2])))
+    with lm.common_start():
+        shared = lm.score(prompts, targets, full=True)
+    start = lm.rows(prompts, targets).common_start()
+    assert start > 20 and torch.equal(plain.greedy_BM, shared.greedy_BM)
+    torch.testing.assert_close(shared.logprob_BM, plain.logprob_BM, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shared.full_BMV, plain.full_BMV, rtol=0, atol=1e-3)
+    if family != "qwen3_5_text":  # its running state cannot be cut
+        assert widths[0] == (1, start) and max(rows * width for rows, width in widths[1:]) < 5 * 40
+    one = lm.score(prompts[:1], targets[:1]).logprob_BM
+    with lm.common_start():
+        torch.testing.assert_close(
+            lm.score(prompts[:1], targets[:1]).logprob_BM, one, rtol=0, atol=1e-4
+        )
+
+
+def test_the_common_start_leaves_what_predicts_the_first_target(tiny_lm):
+    lm = tiny_lm()
+    same = lm.rows(["The capital is"] * 2, ["Paris", "Paris"])
+    assert same.common_start() == int(same.start_B[0]) - 1
+    assert lm.rows(["Ada", "Quill"], ["Paris", "Paris"]).common_start() == 0

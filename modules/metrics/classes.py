@@ -295,6 +295,35 @@ class Portability(CaseMetric):
         self._add_means(probes.two_level_means(values_B, kinds_B, index_B, len(cases)))
 
 
+class _Verdict(CaseMetric):
+    """Share of cases that are right as a whole, of probe values that have been worked out already.
+
+    Args:
+        protocol: how they were measured.
+    """
+
+    protocol = "wild"
+    judge: Callable[[Tensor, Tensor, int], Tensor]
+
+    def update(self, values_B: Tensor, case_B: Tensor) -> None:
+        """Add whole cases."""
+        values_B = values_B.to(self.device)
+        cases, index_B = case_B.to(self.device).unique(return_inverse=True)
+        self._add_means(self.judge(values_B, index_B, len(cases)))
+
+
+class MultiHopAccuracy(_Verdict):
+    """Share of cases with any wording of their multi-hop question right (arXiv 2305.14795); see `any_right`."""
+
+    judge = staticmethod(probes.any_right)
+
+
+class HopAccuracy(_Verdict):
+    """Share of cases with every single hop right (instance-wise, arXiv 2305.14795); see `all_right`."""
+
+    judge = staticmethod(probes.all_right)
+
+
 class HarmonicScore(EditMetric):
     """Harmonic mean of the dataset means of several criteria; NaN while one of them is empty.
 

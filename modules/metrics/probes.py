@@ -156,6 +156,23 @@ def case_means(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
     return totals_C / torch.bincount(case_B, minlength=num_cases)
 
 
+def any_right(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
+    """1 where at least one of the case's probes is right (has the value 1), else 0, [C]; NaN where absent.
+
+    Arguments of `case_means`.
+    """
+    means_C = case_means((values_B >= 1).float(), case_B, num_cases)
+    return torch.where(means_C.isnan(), means_C, (means_C > 0).float())
+
+
+def all_right(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
+    """1 where every one of the case's probes is right (has the value 1), else 0, [C]; NaN where absent.
+
+    Arguments of `case_means`.
+    """
+    return 1 - any_right((~(values_B >= 1)).float(), case_B, num_cases)
+
+
 def two_level_means(
     values_B: Tensor, kinds_B: Sequence[str], case_B: Tensor, num_cases: int
 ) -> Tensor:

@@ -1,0 +1,65 @@
+"""MQuAKE: questions of several steps whose answer changes with the facts (Zhong et al. 2023, arXiv 2305.14795)."""
+
+from __future__ import annotations
+
+from datamodules.base import EditDataModule, Row
+from datamodules.records import EditCase, Probe
+
+
+class MQuAKE(EditDataModule):
+    """MQuAKE in its original fields: several edits per case and a question that needs all of them.
+
+    The probes of a case: ``efficacy``, the edits as statements (edit-wise accuracy); ``multihop``, the question in
+    its three wordings; ``hops``, the question of every step on the way to the new answer, edited or not
+    (their ``all_*`` measures are the instance-wise accuracy). The last two have the published aliases,
+    which count in free-running answers (``wild_*``).
+
+    Questions come bare. Edits of different cases may contradict each other in the first release of the full set:
+    edit such cases one at a time, not all together.
+
+    Args:
+        path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
+            (owner/name:split).
+        train_path: cases a learned editor is trained on; those about an evaluated subject are left
+            out.
+        batch_size: cases per batch.
+        limit: evaluate only the first so many cases (counted after known_only).
+        val_fraction: share of the training subjects held out to validate during fit.
+        seed: of the held-out share and of the order of training cases.
+        known_only: evaluate only cases of which the model knows every fact to be edited.
+        val_limit: validate during fit on only the first so many held-out cases.
+    """
+
+    source = "https://github.com/princeton-nlp/MQuAKE"
+
+    def parse(self, row: Row) -> EditCase:
+        edits = tuple(rewrite.rewrite() for rewrite in row.records("requested_rewrite"))
+        if not edits:
+            raise row.error("requested_rewrite", "a case needs at least one edit")
+        new = row.text("new_answer").strip()
+        rival = _rival(new, row.text("answer").strip())
+        aliases = row.texts("new_answer_alias")
+        questions = row.texts("questions")
+        probes = {
+            "efficacy": tuple(
+                Probe(e.text, e.target_new, _rival(e.target_new, e.target_true)) for e in edits
+            ),
+            "multihop": tuple(Probe(question, new, rival, aliases) for question in questions),
+            "hops": tuple(
+                Probe(
+                    hop.text("question"),
+                    hop.text("answer").strip(),
+                    None,
+                    hop.texts("answer_alias"),
+                )
+                for hop in row.records("new_single_hops")
+            ),
+        }
+        return EditCase(
+            row.case_id, edits, {name: asked for name, asked in probes.items() if asked}
+        )
+
+
+def _rival(new: str, true: str | None) -> str | None:
+    """The other answer, where there is one: some steps keep theirs."""
+    return true if true != new else None

@@ -1,0 +1,192 @@
+"""IKE: in-context knowledge editing (Zheng et al., 2023, arXiv 2305.12740).
+
+The new fact stands in the prompt, after demonstrations of how a new fact is used:
+
+    New Fact: <fact>      New Fact: <fact>                  New Fact: <fact>
+    Prompt: <the same>    Prompt: <the same, reworded>      Prompt: <about something else>
+    (copy)                (update: the new answer)          (retain: the old answer stays)
+
+in the ratio 1 : 3 : 4, made of the records of a pool whose facts are most like the new one, the most similar
+last, and after them a copy of the new fact itself. No weight changes.
+
+The authors know which fact a question is about. With one edit in force that is so here, too; with several
+the fact most like the question is looked up, always one, also for questions about something else.
+
+Departures from the authors' code: records of the pool that are about the edited subject are left out; a
+record that cannot play each of the three parts is not used; the order of the parts is drawn for every edit,
+so that it does not depend on which edits came before; what does not fit into the context is left out from
+the least similar on. How well an edit does on its own prompt says little, the answer stands in the context:
+look at generality and locality.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from datamodules.records import Edit, EditCase, Probe
+from modules.editing import Delta, EditError
+from modules.lm import LanguageModel, TargetScores
+from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
+from modules.retrieval import Encoder, Retriever
+
+ROLES = {"copy": 1, "update": 3, "retain": 4}
+
+
+class Pool(Protocol):
+    """Where demonstrations come from: every data set of edits is one."""
+
+    def cases(self, split: Literal["train", "val", "test"]) -> list[EditCase]:
+        """The cases of a split."""
+        ...
+
+
+class Demonstrated(MemoryPatch):
+    """Puts demonstrations and the fact before every prompt."""
+
+    editor: IKE
+
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        return self._rewrite(prompts, [0] * len(prompts))
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+        full: bool,
+    ) -> TargetScores:
+        reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
+        with self.lm.common_start():
+            return self.lm.score(self._rewrite(prompts, reserves), targets, deltas, owners, full)
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
+        asked = self._rewrite(prompts, [max_new_tokens] * len(prompts))
+        return self.lm.generate(asked, max_new_tokens, **options)
+
+    def _rewrite(self, prompts: Sequence[str], reserves: Sequence[int]) -> list[str]:
+        newest = list(self.memory.newest(self.end).values())
+        edits = newest * len(prompts)
+        if len(newest) > 1:
+            edits = [edit for edit, _ in self.nearest(prompts)]
+        texts = []
+        for edit, prompt, reserve in zip(edits, prompts, reserves, strict=True):
+            demonstrations = self.editor.demonstrations(self.lm, edit)
+            question = f"New Fact: {sentence(edit)}\nPrompt: {prompt}"
+            text, dropped = fit(self.lm, demonstrations, question, reserve)
+            self.editor.counts += Counter(questions=1, demonstrations_left_out=dropped)
+            texts.append(text)
+        return texts
+
+
+class IKE(MemoryEditor):
+    """Shows each new fact to the model in the prompt, after demonstrations.
+
+    Args:
+        pool: its training cases become demonstrations; a data module with no case that is evaluated.
+        num_demonstrations: before the copy of the new fact itself; an eighth of them copy, three eighths
+            update, the rest retain.
+        encoder: finds the most similar records: ``minilm``, another sentence encoder's hub id or folder, or
+            ``lm`` for the language model's own hidden states.
+        seed: of the choice among a record's wordings, and of the order of the three parts.
+    """
+
+    patch = Demonstrated
+
+    def __init__(
+        self,
+        pool: Pool,
+        num_demonstrations: int = 32,
+        encoder: str | Encoder = "minilm",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder)
+        if num_demonstrations < 0:
+            raise ValueError(f"num_demonstrations must be at least 0, got {num_demonstrations}")
+        self.pool, self.num_demonstrations, self.seed = pool, num_demonstrations, seed
+        self._cases: list[EditCase] = []
+        self._indices: dict[str, Retriever] = {}  # of the pool's facts, by the encoder's hash
+        self._chosen: dict[tuple[str, Edit], list[str]] = {}
+
+    def key(self, edit: Edit) -> str:
+        return sentence(edit)
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Encodes the pool, once per encoder; kept in the cache folder."""
+        super().prepare(lm)
+        encoder = self.encoder(lm)
+        if encoder.hash in self._indices:
+            return
+        self._cases = self._cases or [c for c in self.pool.cases("train") if _has_all_parts(c)]
+        facts = [sentence(case.edits[0]) for case in self._cases]
+        self._indices[encoder.hash] = Retriever.cached(facts, encoder)
+
+    def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
+        self.prepare(lm)
+        for edit in edits:
+            self.demonstrations(lm, edit)
+        return super().edit(lm, edits)
+
+    def demonstrations(self, lm: LanguageModel, edit: Edit) -> list[str]:
+        """What is shown before questions about this edit, the most similar last, then the edit's own copy."""
+        place = self.encoder(lm).hash, edit
+        if place not in self._chosen:
+            cases = self._similar(self._indices[place[0]], edit)
+            roles = _roles(len(cases))
+            random.Random(f"{self.seed} {edit.text}").shuffle(roles)
+            shown = [self._show(case, role) for case, role in zip(cases, roles, strict=True)]
+            self._chosen[place] = [
+                *reversed(shown),
+                _demonstration(edit, edit.text, edit.target_new),
+            ]
+        return self._chosen[place]
+
+    def _similar(self, index: Retriever, edit: Edit) -> list[EditCase]:
+        """The most similar records about other subjects, nearest first."""
+        if not self.num_demonstrations:
+            return []
+        same = {n for n, c in enumerate(self._cases) if _subject(c.edits[0]) == _subject(edit)}
+        wanted = self.num_demonstrations + len(same)
+        if wanted > len(index):
+            raise EditError(
+                f"{self.num_demonstrations} demonstrations were asked for, and the pool has only "
+                f"{len(index) - len(same)} training cases with one edit, a paraphrase (generality) and a "
+                "neighbour (locality) about other subjects: lower num_demonstrations or give a larger pool"
+            )
+        _, index_BK = index.search([sentence(edit)], wanted)
+        found = [n for n in index_BK[0].tolist() if n not in same]
+        return [self._cases[n] for n in found[: self.num_demonstrations]]
+
+    def _show(self, case: EditCase, role: str) -> str:
+        (edit,) = case.edits
+        rng = random.Random(f"{self.seed} {case.case_id}")
+        if role == "copy":
+            return _demonstration(edit, edit.text, edit.target_new)
+        probe = rng.choice(_part(case, "generality" if role == "update" else "locality"))
+        return _demonstration(edit, probe.prompt, str(probe.target))
+
+
+def _roles(count: int) -> list[str]:
+    """So many parts in the ratio 1 : 3 : 4; what is left over retains."""
+    share = count / sum(ROLES.values())
+    roles = [role for role in ("copy", "update") for _ in range(int(share * ROLES[role]))]
+    return roles + ["retain"] * (count - len(roles))
+
+
+def _demonstration(edit: Edit, prompt: str, answer: str) -> str:
+    return f"New Fact: {sentence(edit)}\nPrompt: {prompt} {answer}\n\n"
+
+
+def _part(case: EditCase, criterion: str) -> list[Probe]:
+    return [probe for probe in case.probes.get(criterion, ()) if probe.target]
+
+
+def _has_all_parts(case: EditCase) -> bool:
+    return len(case.edits) == 1 and all(_part(case, name) for name in ("generality", "locality"))
+
+
+def _subject(edit: Edit) -> str:
+    return edit.subject.strip().casefold()

@@ -1,0 +1,264 @@
+"""MeLLo: multi-hop questions against a memory of edited facts (Zhong et al., 2023, arXiv 2305.14795).
+
+The model takes a question apart and checks itself: it writes a sub-question and a tentative answer, the most
+similar edited fact is put after them, and it says whether that contradicts the answer and which answer it
+goes on with; then comes the next sub-question or the final answer. Four worked questions show how:
+
+    Question: <the question>
+    Subquestion: <its first step>                                                   the model writes
+    Generated answer: <what the model believes>                                     the model writes
+    Retrieved fact: <the edited fact most like the sub-question>                    looked up
+    The retrieved fact contradicts ..., so the intermediate answer is: <an answer>  the model writes
+    ...
+    Final answer: <the answer>                                                      the model writes
+
+One round is what the model writes between two look-ups; a question of h steps needs h + 1 rounds. A question
+that is still open after the last round, or whose lines are not of this form, has no answer and is counted. The
+look-up always finds something: whether it bears on the question is for the model to say.
+
+Teacher-forced scores have no place in the published protocol. Here they are taken where the final answer
+belongs, also of a question that was left open.
+
+Departures from the authors' code: demonstrations of our own; look-up by cosine with the encoder of the other
+methods (theirs is ``facebook/contriever-msmarco``, unnormalised); demonstrations are left out from the first
+on where the context is too short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.records import Edit
+from modules.editing import Delta, EditHandle
+from modules.lm import LanguageModel, TargetScores
+from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
+from modules.retrieval import Encoder
+
+QUESTION, STEP, BELIEF = "Question:", "Subquestion:", "Generated answer:"
+FACT, ANSWER = "Retrieved fact:", "Final answer:"
+AGREES = (
+    "The retrieved fact does not contradict the generated answer, so the intermediate answer is:"
+)
+DISAGREES = "The retrieved fact contradicts the generated answer, so the intermediate answer is:"
+
+DEMONSTRATIONS = [
+    f"""{QUESTION} In which city was the author of "War and Peace" born?
+{STEP} Who is the author of "War and Peace"?
+{BELIEF} The author of "War and Peace" is Leo Tolstoy.
+{FACT} The author of "War and Peace" is Victor Hugo.
+{DISAGREES} Victor Hugo
+{STEP} In which city was Victor Hugo born?
+{BELIEF} Victor Hugo was born in Besancon.
+{FACT} Victor Horta worked in the city of Dublin.
+{AGREES} Besancon
+{ANSWER} Besancon
+
+""",
+    f"""{QUESTION} Which currency is used in the country where Mount Fuji stands?
+{STEP} In which country does Mount Fuji stand?
+{BELIEF} Mount Fuji stands in Japan.
+{FACT} Mount Kenya is located in Norway.
+{AGREES} Japan
+{STEP} Which currency is used in Japan?
+{BELIEF} The currency of Japan is the yen.
+{FACT} The currency of Japan is the Swiss franc.
+{DISAGREES} Swiss franc
+{ANSWER} Swiss franc
+
+""",
+    f"""{QUESTION} Who is the head of government of the country where curling was invented?
+{STEP} In which country was curling invented?
+{BELIEF} Curling was invented in Scotland.
+{FACT} Curling was invented in New Zealand.
+{DISAGREES} New Zealand
+{STEP} Who is the head of government of New Zealand?
+{BELIEF} The head of government of New Zealand is Jacinda Ardern.
+{FACT} The head of government of New Zealand is Angela Merkel.
+{DISAGREES} Angela Merkel
+{ANSWER} Angela Merkel
+
+""",
+    f"""{QUESTION} On which continent lies the country whose citizen founded the company that makes the iPhone?
+{STEP} Which company makes the iPhone?
+{BELIEF} The company that makes the iPhone is Apple.
+{FACT} The company that makes the Walkman is Nestle.
+{AGREES} Apple
+{STEP} Who founded Apple?
+{BELIEF} Apple was founded by Steve Jobs.
+{FACT} Apple was founded by Wangari Maathai.
+{DISAGREES} Wangari Maathai
+{STEP} Of which country is Wangari Maathai a citizen?
+{BELIEF} Wangari Maathai is a citizen of Kenya.
+{FACT} Kenya shares a border with Portugal.
+{AGREES} Kenya
+{STEP} On which continent does Kenya lie?
+{BELIEF} Kenya lies in Africa.
+{FACT} Kenya shares a border with Portugal.
+{AGREES} Africa
+{ANSWER} Africa
+
+""",
+]
+
+
+@dataclass
+class Reasoning:
+    """One question on its way.
+
+    Attributes:
+        question: as it was asked.
+        lines: what has been written about it so far.
+        answer: the final answer, once there is one.
+        failed: the lines were not of the form they should be.
+    """
+
+    question: str
+    lines: str = ""
+    answer: str | None = None
+    failed: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        return self.answer is None and not self.failed
+
+    @property
+    def text(self) -> str:
+        """Question and lines, as they stand in the prompt."""
+        return f"{QUESTION} {self.question}\n{self.lines}"
+
+    def read(self, written: str) -> str | None:
+        """Takes in what the model wrote in a round; gives back the sub-question to look up, if there is one."""
+        lines = [line.strip() for line in written.strip().splitlines() if line.strip()]
+        for number, line in enumerate(lines):
+            if line.startswith(ANSWER):
+                self.answer = line.removeprefix(ANSWER).strip()
+                lines = lines[:number]
+                break
+        self.lines += "".join(f"{line}\n" for line in lines)
+        asks = len(lines) > 1 and lines[-2].startswith(STEP) and lines[-1].startswith(BELIEF)
+        self.failed = self.answer is None and not asks
+        return lines[-2].removeprefix(STEP).strip() if asks and self.answer is None else None
+
+
+class SelfChecked(MemoryPatch):
+    """Answers through sub-questions, each checked against the memory."""
+
+    editor: MeLLo
+
+    def __init__(self, editor: MemoryEditor, lm: LanguageModel, edits: Sequence[Edit]) -> None:
+        super().__init__(editor, lm, edits)
+        self._done: dict[str, Reasoning] = {}
+        self._beside: list[EditHandle] = []
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+        full: bool,
+    ) -> TargetScores:
+        reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
+        asked = [
+            fit(self.lm, DEMONSTRATIONS, f"{reasoning.text}{ANSWER}", reserve)[0]
+            for reasoning, reserve in zip(
+                self._reason(prompts, deltas, owners), reserves, strict=True
+            )
+        ]
+        with self.lm.common_start():
+            return self.lm.score(asked, targets, deltas, owners, full)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        deltas: Sequence[Delta] | None = None,
+        owners: Sequence[int] | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> list[str]:
+        """The final answers, whole; an empty one where there is none. The lengths of rounds are the editor's."""
+        return [reasoning.answer or "" for reasoning in self._reason(prompts, deltas, owners)]
+
+    def _reason(
+        self,
+        prompts: Sequence[str],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+    ) -> list[Reasoning]:
+        """What became of each question; worked out once, as it is the same whatever is read off it."""
+        if deltas:
+            return self._work_out(prompts, deltas, owners)
+        if self._beside != self.lm.handles:  # another edit may change what the model writes
+            self._beside, self._done = list(self.lm.handles), {}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._done]
+        self._done |= zip(new, self._work_out(new, None, None), strict=True)
+        return [self._done[prompt] for prompt in prompts]
+
+    def _work_out(
+        self,
+        prompts: Sequence[str],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+    ) -> list[Reasoning]:
+        reasonings = [Reasoning(prompt.strip()) for prompt in prompts]
+        for _ in range(self.editor.rounds):
+            still = [n for n, reasoning in enumerate(reasonings) if reasoning.is_open]
+            if not still:
+                break
+            own = None if owners is None else [owners[n] for n in still]
+            self._round([reasonings[n] for n in still], deltas, own)
+        self.editor.counts["questions"] += len(reasonings)
+        self.editor.counts["format_failures"] += sum(reasoning.failed for reasoning in reasonings)
+        self.editor.counts["out_of_rounds"] += sum(reasoning.is_open for reasoning in reasonings)
+        return reasonings
+
+    def _round(
+        self,
+        reasonings: Sequence[Reasoning],
+        deltas: Sequence[Delta] | None,
+        owners: Sequence[int] | None,
+    ) -> None:
+        room = self.editor.round_tokens
+        asked = [fit(self.lm, DEMONSTRATIONS, reasoning.text, room)[0] for reasoning in reasonings]
+        stop = (FACT, f"\n{QUESTION}")
+        written = self.lm.generate(asked, room, deltas, owners, stop=stop)
+        steps = [
+            (reasoning, step)
+            for reasoning, text in zip(reasonings, written, strict=True)
+            if (step := reasoning.read(text)) is not None
+        ]
+        if steps:
+            found = self.nearest([step for _, step in steps])
+            for (reasoning, _), (edit, _) in zip(steps, found, strict=True):
+                reasoning.lines += f"{FACT} {sentence(edit)}.\n"
+
+
+class MeLLo(MemoryEditor):
+    """Remembers edits and lets the model check each step of its reasoning against them.
+
+    Made for questions; give ``--model.generate_tokens`` for the published protocol, in which the final answers
+    are read (``wild_*``).
+
+    Args:
+        rounds: at most so many times the model writes on; one more than a question has steps.
+        round_tokens: at most so many tokens each time.
+        encoder: finds the facts: ``minilm``, another sentence encoder's hub id or folder, or ``lm`` for the
+            language model's own hidden states.
+    """
+
+    patch = SelfChecked
+
+    def __init__(
+        self, rounds: int = 4, round_tokens: int = 96, encoder: str | Encoder = "minilm"
+    ) -> None:
+        super().__init__(encoder)
+        if rounds < 1 or round_tokens < 1:
+            raise ValueError(
+                f"rounds and round_tokens must be at least 1, got {rounds} and {round_tokens}"
+            )
+        self.rounds, self.round_tokens = rounds, round_tokens
+
+    def key(self, edit: Edit) -> str:
+        return sentence(edit)
