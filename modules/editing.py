@@ -370,21 +370,26 @@ class TextPatch(EditHandle):
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        self.active = True
+        self._in_force, self._asking = True, False
         self.lowest_layer = lm.structure.num_layers - 1
         super().__init__(lm)
 
+    @property
+    def active(self) -> bool:
+        """Whether the model is asked through this patch now."""
+        return self._in_force and not self._asking
+
     def swap(self) -> None:
-        self.active = not self.active
+        self._in_force = not self._in_force
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, the model answers as if this patch were not there."""
-        self.active = False
+        self._asking = True
         try:
             yield
         finally:
-            self.active = True
+            self._asking = False
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """What is asked in place of each prompt; the prompts themselves by default."""
@@ -418,6 +423,10 @@ class Editor(ABC):
     @abstractmethod
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
         """Puts the edits in force."""
+
+    def costs(self) -> dict[str, float]:
+        """What keeping the edits has cost so far, by name and unit (``memory_mib``); nothing by default."""
+        return {}
 
 
 class WeightEditor(Editor):

@@ -192,6 +192,8 @@ class EditCallback(Callback):
         pl_module.log("edit/num_edits", float(self.num_edits))
         pl_module.log("edit/seconds", self.seconds / max(self.made, 1))
         pl_module.log("edit/peak_gib", peak_gib())
+        for name, value in self.editor.costs().items():
+            pl_module.log(f"edit/{name}", value)
         if self.schedule == "stream":
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
@@ -386,8 +388,8 @@ class RunWriter(Callback):
             "verb": self.verb,
             "finished": True,
             "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
-            "model": module.lm.name,
-            "model_hash": module.lm.weights_hash,
+            "model": module.base_model["name"],
+            "model_hash": module.base_model["hash"],
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
             "protocols": {
@@ -402,7 +404,8 @@ class RunWriter(Callback):
                 "parameters_touched": edit.touched or None,
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": time.perf_counter() - self._started,
-            },
+            }
+            | (edit.editor.costs() if edit.editor else {}),
         }
 
 
