@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from modules.editors.ke import KE
+from modules.editors.malmen import MALMEN
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -15,6 +16,18 @@ pytestmark = [
 
 EDITORS = {
     "KE": (KE, {"layers": [1], "hidden": 4, "condition": 6, "lr": 1e-2, "warm_up": 2}),
+    "MALMEN": (
+        MALMEN,
+        {
+            "layers": [1],
+            "rank": 4,
+            "lr": 1e-2,
+            "eta": 1e-2,
+            "warm_up": 2,
+            "num_normalising": 4,
+            "micro_batch": 3,
+        },
+    ),
 }
 
 
