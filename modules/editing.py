@@ -268,6 +268,9 @@ class EditHandle(ABC):
     def swap(self) -> None:
         """Exchanges edited and original; twice is a no-op."""
 
+    def save(self, path: Path) -> None:  # noqa: B027  optional
+        """Writes what the edit consists of, a safetensors file unless the class says otherwise."""
+
     def remove(self) -> None:
         """Takes the edit out for good, bit-exactly; raises EditError while later edits stand on it."""
         if self not in self.lm.handles:
@@ -326,6 +329,9 @@ class WeightPatch(EditHandle):
             parameter.data = spare.to(current.device)
             self._spare[name] = current
 
+    def save(self, path: Path) -> None:
+        self.delta.save(path)
+
     def state(self) -> dict[str, Any]:
         """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit."""
         edited = {name: self._written(name) for name in self._spare}
@@ -370,14 +376,14 @@ class TextPatch(EditHandle):
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        self._in_force, self._asking = True, False
+        self._in_force, self._aside = True, 0
         self.lowest_layer = lm.structure.num_layers - 1
         super().__init__(lm)
 
     @property
     def active(self) -> bool:
-        """Whether the model is asked through this patch now."""
-        return self._in_force and not self._asking
+        """Whether the next question goes through this patch."""
+        return self._in_force and not self._aside
 
     def swap(self) -> None:
         self._in_force = not self._in_force
@@ -385,11 +391,11 @@ class TextPatch(EditHandle):
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, the model answers as if this patch were not there."""
-        self._asking = True
+        self._aside += 1
         try:
             yield
         finally:
-            self._asking = False
+            self._aside -= 1
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """What is asked in place of each prompt; the prompts themselves by default."""
@@ -424,8 +430,8 @@ class Editor(ABC):
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
         """Puts the edits in force."""
 
-    def costs(self) -> dict[str, float]:
-        """What keeping the edits has cost so far, by name and unit (``memory_mib``); nothing by default."""
+    def numbers(self) -> dict[str, float]:
+        """What the method has counted of itself, for the run's summary."""
         return {}
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.records import EditCase
+from datamodules.records import Edit, EditCase
 from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.metrics import FactsForgotten
@@ -102,6 +102,7 @@ class EditCallback(Callback):
             for delta, case in zip(deltas, batch, strict=True)
         ]
         for delta, case in zip(module.case_deltas, batch, strict=True):
+            self.touched = max(self.touched, delta.num_parameters)
             self._save(trainer, delta, case.case_id)
 
     @contextmanager
@@ -121,7 +122,8 @@ class EditCallback(Callback):
         with self._timed(len(cases)), editing_mode():
             handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
         if isinstance(handle, WeightPatch):
-            self._save(trainer, handle.delta, name)
+            self.touched = max(self.touched, handle.delta.num_parameters)
+        self._save(trainer, handle, name)
         return handle
 
     @contextmanager
@@ -135,13 +137,12 @@ class EditCallback(Callback):
         self.seconds += time.perf_counter() - start
         self.made += count
 
-    def _save(self, trainer: Trainer, delta: Delta, name: str) -> None:
-        self.touched = max(self.touched, delta.num_parameters)
+    def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
         # Several processes edit different cases under these two schedules, else all the same.
         own = self.schedule in ("each", "batch")
         if self.save_edits and (own or trainer.is_global_zero):
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
+            edit.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
 
     # ------------------------------------------------------------------ validation
 
@@ -192,8 +193,6 @@ class EditCallback(Callback):
         pl_module.log("edit/num_edits", float(self.num_edits))
         pl_module.log("edit/seconds", self.seconds / max(self.made, 1))
         pl_module.log("edit/peak_gib", peak_gib())
-        for name, value in self.editor.costs().items():
-            pl_module.log(f"edit/{name}", value)
         if self.schedule == "stream":
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
@@ -210,7 +209,7 @@ class EditCallback(Callback):
             return
         new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
         last = self._handles[-1] if self._handles else None
-        if isinstance(last, WeightPatch) and isinstance(new, WeightPatch):
+        if type(last) is type(new) and hasattr(last, "absorb"):
             last.absorb(new)
         else:
             self._handles.append(new)
@@ -244,7 +243,7 @@ class EditCallback(Callback):
         """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
         if self.schedule != "stream" or not self._handles:
             return {}
-        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch)]
+        patches = [h.state() for h in self._handles if hasattr(h, "state")]
         return {
             "patches": patches,
             "done": list(self._done),
@@ -261,12 +260,18 @@ class EditCallback(Callback):
         state, self._restored = self._restored, None
         if state is None or self.schedule != "stream":
             return
-        self._handles = [WeightPatch.restore(pl_module.lm, patch) for patch in state["patches"]]
+        self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
         self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
+
+    def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
+        if "edited" in state:
+            return WeightPatch.restore(pl_module.lm, state)
+        edits = [Edit(**fields) for fields in state["edits"]]
+        return self._prepare(pl_module).edit(pl_module.lm, edits)
 
     def on_exception(
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException
@@ -404,8 +409,8 @@ class RunWriter(Callback):
                 "parameters_touched": edit.touched or None,
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": time.perf_counter() - self._started,
-            }
-            | (edit.editor.costs() if edit.editor else {}),
+            },
+            "numbers": edit.editor.numbers() if edit.editor else {},
         }
 
 

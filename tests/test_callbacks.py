@@ -349,7 +349,7 @@ def test_the_summary_says_how_it_was_measured(run, lm, tmp_path, schedule):
     run(ft(), schedule)
     found = summary(tmp_path / "run")
     names = ["format", "run", "verb", "finished", "editor", "model", "model_hash", "dataset", "schedule",
-             "protocols", "means", "budget"]  # fmt: skip
+             "protocols", "means", "budget", "numbers"]  # fmt: skip
     assert list(found) == names
     assert [found[name] for name in names[:5]] == [1, "run", "validate", True, "FT"]
     assert [found[n] for n in names[5:9]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
