@@ -7,6 +7,7 @@ from datamodules.records import Edit, EditCase
 from modules.editing import Delta, EditError, WeightPatch, editing_mode
 from modules.editors.finetune import FT
 from modules.editors.lora import LoRA
+from modules.editors.malmen import MALMEN
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.moments import Corpus
@@ -27,6 +28,12 @@ def mend(lm, _files):
     return editor
 
 
+def malmen(lm, _files):
+    editor = MALMEN(lm, layers=[0, 1], rank=4, eta=2e-2)
+    editor.observe([EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)])
+    return editor
+
+
 def rome(_lm, files):
     free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0}
     return ROME(0, steps=10, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free)
@@ -39,6 +46,7 @@ EDITORS = {
     "FT-M": lambda *_: FT([0, 1], "mlp", **QUICK),
     "LoRA": lambda *_: LoRA(rank=2, **QUICK),
     "MEND": mend,
+    "MALMEN": malmen,
 }
 
 

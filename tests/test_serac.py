@@ -165,7 +165,7 @@ def test_an_empty_memory_leaves_everything(lm, make, monkeypatch):
     handle = editor.edit(lm, [])
     monkeypatch.setattr(Encoder, "forward", None)  # nobody is even asked
     assert equal(full(lm, PROMPTS, TARGETS), base)
-    assert editor.costs()["memory_entries"] == 0
+    assert editor.numbers()["memory_entries"] == 0
     handle.remove()
 
 
@@ -205,7 +205,7 @@ def test_a_query_is_encoded_once_and_the_memory_never_again(tiny_lm, make, monke
     monkeypatch.setattr(Encoder, "forward", lambda self, t: seen.extend(t) or forward(self, t))
     editor.route(handle.memory, [*ELSEWHERE, ELSEWHERE[0]])
     assert sorted(seen) == sorted(ELSEWHERE)
-    assert editor.costs()["lookup_ms"] > 0 and editor.costs()["memory_entries"] == 3
+    assert editor.numbers()["seconds_per_lookup"] > 0 and editor.numbers()["memory_entries"] == 3
 
 
 def test_later_edits_share_the_memory_and_come_off_first(tiny_lm, make):
@@ -485,7 +485,7 @@ def test_wrong_checkpoints_are_refused(tiny_lm, make, scope_path, tmp_path):
         make(lm, other=tiny_lm("gpt2", vocab_size=410)).prepare(lm)
 
 
-def run_config(folder, data_files, model, **trainer):
+def run_config(data_files, model):
     monitor = (
         "val/scope/auc" if model["class_path"] == "ScopeClassifier" else "val/generality/exact"
     )
@@ -497,49 +497,86 @@ def run_config(folder, data_files, model, **trainer):
             "val_fraction": 0.3}},
         "trainer": {"max_steps": 4, "val_check_interval": 1, "enable_progress_bar": False,
                     "accelerator": "cpu", "callbacks": [
-                        {"class_path": "ModelCheckpoint", "init_args": best}]} | trainer,
+                        {"class_path": "ModelCheckpoint", "init_args": best}]},
         "wandb": "off",
     }  # fmt: skip
 
 
-def test_two_fits_and_an_evaluation(corrigenda, tiny_folder, encoder_folder, data_files, tmp_path):
-    """The three commands as a user gives them."""
+@pytest.fixture
+def trained(corrigenda, tiny_folder, encoder_folder, data_files, tmp_path):
+    """Folders ``scope`` and ``counterfactual`` of the two runs, and ``serac.yaml`` that uses them."""
     lora = {"class_path": "LoRA", "init_args": {"rank": 2}}
+    lm = {"name": str(tiny_folder("llama"))}
     parts = {
         "scope": {"class_path": "ScopeClassifier", "init_args": {"encoder": encoder_folder}},
         "counterfactual": {
             "class_path": "CounterfactualModel",
-            "init_args": {"lm": {"name": str(tiny_folder("llama"))}, "method": lora},
+            "init_args": {"lm": lm, "method": lora},
         },
     }
     for name, model in parts.items():
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(run_config(tmp_path, data_files, model)))
+        file.write_text(yaml.safe_dump(run_config(data_files, model)))
         assert corrigenda("fit", "-c", file, "--run_dir", name) == 0
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        assert summary["editor"] == model["class_path"] and summary["finished"]
-    scope = json.loads((tmp_path / "scope" / "summary.json").read_text())
-    assert scope["model"] == encoder_folder and 0 <= scope["means"]["scope/auc"] <= 1
-    assert set(scope["protocols"]) == {"scope/auc", "scope/pair_accuracy"}
-    told = json.loads((tmp_path / "counterfactual" / "summary.json").read_text())["means"]
-    assert "generality/exact" in told and not any("locality" in name for name in told)
-
     serac = {
-        "model": {"class_path": "EditingModule", "init_args": {"lm": {"name": str(tiny_folder("llama"))}}},
-        "edit": {"schedule": "epoch", "editor": {"class_path": "SERAC", "init_args": {
+        "model": {"class_path": "EditingModule", "init_args": {"lm": lm}},
+        "edit": {"editor": {"class_path": "SERAC", "init_args": {
             part: str(tmp_path / part / "checkpoints" / "best.ckpt") for part in parts}}},
-        "data": {"class_path": "ZsRE", "init_args": {"path": data_files.zsre}},
+        "data": {"class_path": "ZsRE", "init_args": {"path": data_files.zsre, "batch_size": 2}},
         "trainer": {"enable_progress_bar": False, "accelerator": "cpu"}, "wandb": "off",
     }  # fmt: skip
     (tmp_path / "serac.yaml").write_text(yaml.safe_dump(serac))
-    for schedule in ("epoch", "each"):
+    return tmp_path
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
+    """The three commands as a user gives them."""
+    scope, told = summary(trained / "scope"), summary(trained / "counterfactual")
+    assert [scope["editor"], told["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
+    assert scope["model"] == encoder_folder and 0 <= scope["means"]["scope/auc"] <= 1
+    assert set(scope["protocols"]) == {"scope/auc", "scope/pair_accuracy"}
+    assert "generality/exact" in told["means"]
+    assert not any("locality" in name for name in told["means"])
+    for schedule, entries in (("epoch", 5), ("batch", 2), ("each", 1)):
         status = corrigenda("validate", "-c", "serac.yaml", "--run_dir", schedule,
                             "--edit.schedule", schedule)  # fmt: skip
         assert status == 0
-    summary = json.loads((tmp_path / "epoch" / "summary.json").read_text())
-    assert summary["editor"] == "SERAC" and summary["budget"]["memory_entries"] == 5
-    assert summary["budget"]["lookup_ms"] > 0 and summary["budget"]["memory_mib"] > 0
-    assert summary["means"]["efficacy/exact"] is not None
+        found = summary(trained / schedule)
+        assert found["editor"] == "SERAC" and found["numbers"]["memory_entries"] == entries
+        assert found["numbers"]["seconds_per_lookup"] > 0 < found["numbers"]["memory_bytes"]
+        assert found["means"]["efficacy/exact"] is not None
+    edits = {path.stem: Memory.load(path)[0] for path in (trained / "each" / "edits").iterdir()}
+    assert len(edits) == 5 and all(len(memory) == 1 for memory in edits.values())
+
+
+def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
+    trained, corrigenda, monkeypatch
+):
+    stream = ("fit", "-c", "serac.yaml", "--edit.schedule", "stream",
+              "--trainer.limit_val_batches", 1, "--trainer.callbacks+", "ModelCheckpoint",
+              "--trainer.callbacks.save_last", "true", "--trainer.callbacks.save_top_k", 0,
+              "--trainer.callbacks.every_n_train_steps", 1,
+              "--trainer.callbacks.enable_version_counter", "false")  # fmt: skip
+    assert corrigenda(*stream, "--run_dir", "whole") == 0
+    calls, edit = [], SERAC.edit
+
+    def stop_once(self, lm, edits):
+        calls.append(len(lm.handles))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return edit(self, lm, edits)
+
+    monkeypatch.setattr(SERAC, "edit", stop_once)
+    assert corrigenda(*stream, "--run_dir", "cut") == 130
+    assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
+    assert max(calls) == 1  # one patch at most: the memory, not a pile of them
+    whole, cut = summary(trained / "whole"), summary(trained / "cut")
+    assert whole["means"] == cut["means"]
+    assert whole["numbers"]["memory_entries"] == cut["numbers"]["memory_entries"] == 5
 
 
 def test_a_missing_checkpoint_is_one_line(corrigenda, tiny_folder, data_files, tmp_path, capsys):

@@ -28,7 +28,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -515,6 +516,19 @@ class ScopePatch(TextPatch):
         """Writes the memory; :meth:`SERAC.restore` puts it in force again."""
         self.memory.save(path, self.editor.encoder_hash)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: the editor remembers the same edits again."""
+        return {"edits": [asdict(edit) for edit in self.memory.edits]}
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, the model answers as if nothing of this editor's memory were there."""
+        with ExitStack() as stack:
+            for handle in self.lm.handles:
+                if isinstance(handle, ScopePatch) and handle.editor is self.editor:
+                    stack.enter_context(TextPatch.set_aside(handle))
+            yield
+
     def absorb(self, newer: ScopePatch) -> None:
         """Takes a newer patch of the same editor into this one: its memory holds this one's."""
         if self.lm.handles[-2:] != [self, newer] or newer.editor is not self.editor:
@@ -613,7 +627,7 @@ class SERAC(Editor):
                 "--edit.editor.scope and --edit.editor.counterfactual"
             )
         self._lm: LanguageModel | None = None
-        self._seconds, self._lookups, self._mib, self._entries = 0.0, 0, 0.0, 0
+        self._seconds, self._lookups, self._bytes, self._entries = 0.0, 0, 0, 0
 
     def prepare(self, lm: LanguageModel) -> None:
         if self._lm is lm:
@@ -646,7 +660,7 @@ class SERAC(Editor):
 
     def _put(self, lm: LanguageModel, memory: Memory) -> ScopePatch:
         self._entries = max(self._entries, len(memory))
-        self._mib = max(self._mib, memory.nbytes / 2**20)
+        self._bytes = max(self._bytes, memory.nbytes)
         return ScopePatch(lm, self, memory)
 
     @torch.no_grad()
@@ -669,10 +683,10 @@ class SERAC(Editor):
         self._lookups += len(unique)
         return [found[prompt] for prompt in prompts]
 
-    def costs(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, float]:
         """Size of the largest memory so far and the mean time of a look-up, encoding included."""
         return {
             "memory_entries": float(self._entries),
-            "memory_mib": self._mib,
-            "lookup_ms": 1e3 * self._seconds / max(1, self._lookups),
+            "memory_bytes": float(self._bytes),
+            "seconds_per_lookup": self._seconds / max(1, self._lookups),
         }
