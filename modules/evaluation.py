@@ -48,6 +48,8 @@ PROTOCOLS = {
     "wild_prefix": "wild",
     "wild_f1": "wild",
     "wild_same": "wild",
+    "auc": "pairs",
+    "pair_accuracy": "pairs",
 }
 
 # Criteria whose probes make one verdict per case, and the yes-or-no measures that it is made of.
@@ -174,7 +176,7 @@ class EditingModule(LightningModule):
         """Keeps trainable parts only, and the name and weights of the base model they belong to."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("lm.")}
-        checkpoint["base_model"] = {"name": self.lm.name, "hash": self.lm.weights_hash}
+        checkpoint["base_model"] = self.base_model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = checkpoint.get("base_model")
@@ -196,6 +198,11 @@ class EditingModule(LightningModule):
             )
 
     # ------------------------------------------------------------------ asking
+
+    @property
+    def base_model(self) -> dict[str, str]:
+        """Name and weights of what is evaluated or trained, for summaries and checkpoints."""
+        return {"name": self.lm.name, "hash": self.lm.weights_hash}
 
     @property
     def method_name(self) -> str | None:

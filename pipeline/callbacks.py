@@ -21,7 +21,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.records import Edit, EditCase
 from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
-from modules.memory import MemoryPatch
 from modules.metrics import FactsForgotten
 
 log = logging.getLogger(__name__)
@@ -210,7 +209,7 @@ class EditCallback(Callback):
             return
         new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
         last = self._handles[-1] if self._handles else None
-        if isinstance(last, WeightPatch) and isinstance(new, WeightPatch):
+        if type(last) is type(new) and hasattr(last, "absorb"):
             last.absorb(new)
         else:
             self._handles.append(new)
@@ -244,7 +243,7 @@ class EditCallback(Callback):
         """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
         if self.schedule != "stream" or not self._handles:
             return {}
-        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch | MemoryPatch)]
+        patches = [h.state() for h in self._handles if hasattr(h, "state")]
         return {
             "patches": patches,
             "done": list(self._done),
@@ -394,8 +393,8 @@ class RunWriter(Callback):
             "verb": self.verb,
             "finished": True,
             "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
-            "model": module.lm.name,
-            "model_hash": module.lm.weights_hash,
+            "model": module.base_model["name"],
+            "model_hash": module.base_model["hash"],
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
             "protocols": {

@@ -10,6 +10,7 @@ from modules.editors.emmet import EMMET
 from modules.editors.finetune import FT
 from modules.editors.kn import KN
 from modules.editors.lora import LoRA
+from modules.editors.malmen import MALMEN
 from modules.editors.memit import MEMIT
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
@@ -27,6 +28,12 @@ QUICK = {"steps": 5, "lr": 1e-2}
 
 def mend(lm, _files):
     editor = MEND(lm, layers=[0, 1], rank=4, alpha=5e-3)
+    editor.observe([EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)])
+    return editor
+
+
+def malmen(lm, _files):
+    editor = MALMEN(lm, layers=[0, 1], rank=4, eta=2e-2)
     editor.observe([EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)])
     return editor
 
@@ -53,6 +60,7 @@ EDITORS = {
     "KN": lambda *_: KN(points=4, contexts=[(3, 2)]),
     "LoRA": lambda *_: LoRA(rank=2, **QUICK),
     "MEND": mend,
+    "MALMEN": malmen,
 }
 
 

@@ -454,6 +454,7 @@ def test_generation_ends_before_the_text_it_is_to_stop_at(tiny_lm, kind):
     assert len(runs) < 12, "it went on after it had written the text"
 
 
+def test_the_longest_text_is_the_networks_own(tiny_lm):
     assert tiny_lm("gpt2", max_position_embeddings=64).max_length == 64
     assert tiny_lm("llama").max_length == 128
     lm = tiny_lm("bloom")

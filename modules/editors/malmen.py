@@ -1,0 +1,308 @@
+"""MALMEN: many edits in one update (Tan et al., 2024, arXiv 2311.04661).
+
+A small network reads, for every token that predicts a target, the key k (the input of an MLP output projection)
+and the gradient g of the edit's loss in the projection's output, and says by how much the value of k should
+change:
+
+    (k~, g~) = network(normalise(k), normalise(g)),    d = -eta (k'k~) g~
+
+The changes wanted by all tokens of all edits are then written by one ridge regression, so that hundreds of edits
+do not add up to more than each of them asks for:
+
+    Delta = argmin sum_n |Delta k_n - d_n|^2 + lambda |Delta|^2 = D K' (K K' + lambda I)^-1 = (D S) K',
+    S = (K'K + lambda I)^-1
+
+Training keeps no graph of the language model. With M = dL/dDelta from plain back-propagation, in micro-batches,
+the loss is pulled back to the network's outputs in closed form:
+
+    dL/dD = P = M K S,    dL/d(log lambda) = -lambda <P, D S>
+
+Departures from the authors' code: the step sizes eta are learned as logarithms; statistics of the inputs are
+taken once, before the first step, and normalised inputs are clamped; the losses are means over edits, so that
+the size of a micro-batch changes nothing; the update is never written in training, it runs as a side branch.
+
+Shapes: B rows, T tokens, n predicting tokens of all rows, F width of a key, O outputs of a projection, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from datamodules.records import Edit, EditCase, Probe
+from modules.editing import Delta, LowRank, Update
+from modules.gradients import Normaliser, gradient_factors
+from modules.learned import LearnedEditor
+from modules.lm import LanguageModel, Rows
+from modules.structure import sizes
+from modules.tail import Tail
+
+
+class Ridge:
+    """The ridge regression of given keys, solved once; in float64.
+
+    Args:
+        keys_nF: one key per token.
+        log_lambda: logarithm of the regularisation.
+    """
+
+    def __init__(self, keys_nF: Tensor, log_lambda: Tensor) -> None:
+        self.keys_nF = keys_nF.detach().double()
+        self.strength = log_lambda.detach().double().exp()
+        gram_nn = self.keys_nF @ self.keys_nF.T
+        gram_nn.diagonal().add_(self.strength)
+        self.factor_nn = torch.linalg.cholesky(gram_nn)
+
+    def solve(self, values_nO: Tensor) -> Tensor:
+        """left_nO = (D S)', so that Delta = left' K'."""
+        return torch.cholesky_solve(values_nO.detach().double(), self.factor_nn)
+
+    def pull_back(self, gradient_OF: Tensor, left_nO: Tensor) -> tuple[Tensor, Tensor]:
+        """(dL/dD, dL/d log lambda) of a loss with gradient dL/dDelta, D as values_nO."""
+        pulled_nO = torch.cholesky_solve(self.keys_nF @ gradient_OF.double().T, self.factor_nn)
+        return pulled_nO, -self.strength * (pulled_nO * left_nO).sum()
+
+
+class ShiftNetwork(nn.Module):
+    """The network of all projections. The identity on normalised inputs at first.
+
+    Args:
+        inputs: F.
+        outputs: O.
+        count: how many projections share it.
+        rank: of each block's map.
+        num_blocks: residual blocks.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, count: int, rank: int, num_blocks: int = 2
+    ) -> None:
+        super().__init__()
+        width = inputs + outputs
+        rank = min(rank, width)
+        self.inputs = inputs
+        self.normalise_k, self.normalise_g = Normaliser(inputs), Normaliser(outputs)
+        self.down = nn.ParameterList([torch.randn(rank, width) for _ in range(num_blocks)])
+        self.up = nn.ParameterList([torch.zeros(width, rank) for _ in range(num_blocks)])
+        self.bias = nn.ParameterList([torch.zeros(width) for _ in range(num_blocks)])
+        self.scale = nn.ParameterList([torch.ones(count, width) for _ in range(num_blocks)])
+        self.offset = nn.ParameterList([torch.zeros(count, width) for _ in range(num_blocks)])
+
+    def forward(self, k_nF: Tensor, g_nO: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """(k~_nF, g~_nO) of the tokens of projection ``index``."""
+        y = torch.cat([self.normalise_k(k_nF), self.normalise_g(g_nO)], -1)
+        blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
+        for down, up, bias, scale, offset in blocks:
+            # clamp, not relu: its gradient at 0 is 1, without which zeros in `up` would never move
+            h = (y @ down.T @ up.T + bias).clamp(min=0)
+            y = y + scale[index] * h + offset[index]
+        return y[..., : self.inputs], y[..., self.inputs :]
+
+
+class MALMEN(LearnedEditor):
+    """Learns to write many edits together; train it with ``fit``, then edit with schedule ``batch`` or ``epoch``.
+
+    A training step edits the whole training batch with one update: ``data.batch_size`` is the number of edits
+    it learns to make together.
+
+    Args:
+        lm: the language model to edit.
+        layers: blocks whose MLP output projections are edited; the last six if not given.
+        rank: of the network's blocks.
+        eta: initial step size of a value's change.
+        strength: initial lambda.
+        lr: Adam's step size for the network.
+        lr_scales: Adam's step size for the logarithms of eta and lambda.
+        warm_up: steps until ``lr`` is reached; a cosine to 5 % follows over the run's ``max_steps``.
+        num_normalising: training cases whose edits give the statistics of the inputs, before the first step.
+        micro_batch: rows that go through the language model together with gradient; it changes no result.
+        c_edit: weight of the edit loss.
+        c_loc: weight of the locality loss.
+        generate_tokens: as in EditingModule.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layers: list[int] | None = None,
+        rank: int = 256,
+        eta: float = 1e-4,
+        strength: float = 1.0,
+        lr: float = 1e-5,
+        lr_scales: float = 1e-2,
+        warm_up: int = 10,
+        num_normalising: int = 256,
+        micro_batch: int = 32,
+        c_edit: float = 1.0,
+        c_loc: float = 1.0,
+        generate_tokens: int = 0,
+    ) -> None:
+        super().__init__(lm, c_edit, c_loc, generate_tokens)
+        last = lm.structure.num_layers
+        self.layers = sorted(layers) if layers else list(range(max(0, last - 6), last))
+        self.names = [lm.structure.out_name(layer) for layer in self.layers]
+        self.lr, self.lr_scales, self.warm_up = lr, lr_scales, warm_up
+        self.num_normalising, self.micro_batch = num_normalising, micro_batch
+        shapes = {sizes(lm.net.get_submodule(name)) for name in self.names}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the output projections of blocks {self.layers} have different shapes {sorted(shapes)} and "
+                "cannot share a network: name blocks of one shape in --model.layers"
+            )
+        self.network = ShiftNetwork(*shapes.pop(), len(self.names), rank)
+        self.log_eta = nn.Parameter(torch.full((len(self.names),), math.log(eta)))
+        self.log_lambda = nn.Parameter(torch.full((len(self.names),), math.log(strength)))
+
+    @property
+    def lowest_layer(self) -> int:
+        return self.layers[0]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(self.network.parameters()), "lr": self.lr},
+                {"params": [self.log_eta, self.log_lambda], "lr": self.lr_scales},
+            ]
+        )
+        return self.scheduled(optimizer, self.warm_up)
+
+    # ------------------------------------------------------------------ editing
+
+    def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
+        """Each edit's update, all its rows in one regression; without gradient, see :meth:`_losses`."""
+        pairs, row_n = self.keys_and_gradients(tail, rows)
+        owner_n = owner_B[row_n]
+        updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
+        with torch.no_grad():
+            for i, (name, (k_nF, g_nO)) in enumerate(pairs.items()):
+                values_nO = self.values(k_nF, g_nO, i)
+                for e in range(num_edits):
+                    mine_n = owner_n == e
+                    keys_mF = k_nF[mine_n]
+                    left_mO = Ridge(keys_mF, self.log_lambda[i]).solve(values_nO[mine_n])
+                    update = LowRank(left_mO.T.float(), keys_mF)
+                    small = len(keys_mF) < min(k_nF.shape[1], g_nO.shape[1])
+                    updates[e][f"{name}.weight"] = update if small else update.dense().float()
+        return [Delta(update) for update in updates]
+
+    def values(self, k_nF: Tensor, g_nO: Tensor, index: int) -> Tensor:
+        """d_nO, the change of each token's value; differentiable in the network."""
+        k, g = self.network(k_nF, g_nO, index)
+        return -self.log_eta[index].exp() * (k_nF * k).sum(-1, keepdim=True) * g
+
+    def keys_and_gradients(
+        self, tail: Tail, rows: Rows
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """``{projection: (k_nF, g_nO)}`` at the tokens that predict targets, and row_n, the row of each.
+
+        A row's loss is the mean NLL of its target tokens, whatever other rows there are.
+        """
+        parts: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for index in torch.arange(len(rows.ids_BT), device=self.lm.device).split(self.micro_batch):
+            some = _part(rows, index)
+            alone = torch.arange(len(index), device=index.device)
+            at = some.answer_positions()
+            found = gradient_factors(
+                self.lm, tail.select(index), some, alone, len(index), self.names
+            )
+            parts.append({name: (k[at], g[at]) for name, (k, g) in found.items()})
+        pairs = {
+            name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))
+            for name in self.names
+        }
+        return pairs, rows.answer_positions()[0]
+
+    def observe(self, cases: Sequence[EditCase]) -> None:
+        """Takes the statistics of keys and gradients from the first ``num_normalising`` cases."""
+        edits = [case.edits[0] for case in cases[: self.num_normalising]]
+        rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        pairs, _ = self.keys_and_gradients(self.lm.tail(rows, self.lowest_layer), rows)
+        for k_nF, g_nO in pairs.values():
+            self.network.normalise_k.update(k_nF)
+            self.network.normalise_g.update(g_nO)
+
+    # ------------------------------------------------------------------ training
+
+    def _losses(
+        self, edits: list[Edit], outer: list[Probe], local: list[Probe]
+    ) -> tuple[Tensor, Tensor]:
+        """(edit loss, locality KL) of one update for all edits.
+
+        Their values are the losses'; their gradients in the network are those pulled back from the update's.
+        """
+        prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
+        targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
+        rows = self.lm.rows(prompts, targets)
+        tail = self.lm.tail(rows, self.lowest_layer)
+        inner, asked, kept = torch.arange(len(prompts), device=self.lm.device).view(3, -1)
+        pairs, _ = self.keys_and_gradients(tail.select(inner), _part(rows, inner))
+        ridges, lefts, leaves = [], [], {}
+        for i, (name, (k_nF, g_nO)) in enumerate(pairs.items()):
+            with torch.no_grad():
+                ridges.append(Ridge(k_nF, self.log_lambda[i]))
+                lefts.append(ridges[i].solve(self.values(k_nF, g_nO, i)))
+                delta_OF = (lefts[i].T @ ridges[i].keys_nF).float()
+            leaves[f"{name}.weight"] = delta_OF.requires_grad_()
+        num_kept = int(rows.mask_BT[kept].sum())
+        losses = [
+            self._accumulate(lambda i: self._nll(tail, rows, i, leaves) / len(asked), asked, leaves),
+            self._accumulate(lambda i: self._drift(tail, rows, i, leaves) / num_kept, kept, leaves),
+        ]  # fmt: skip
+        pulled = [torch.zeros((), device=self.lm.device) for _ in losses]
+        for i, (k_nF, g_nO) in enumerate(pairs.values()):
+            values_nO = self.values(k_nF, g_nO, i)
+            for which, (_, gradients) in enumerate(losses):
+                by_values, by_lambda = ridges[i].pull_back(gradients[i], lefts[i])
+                pulled[which] = pulled[which] + (by_values.to(values_nO.dtype) * values_nO).sum()
+                pulled[which] = pulled[which] + by_lambda.to(values_nO.dtype) * self.log_lambda[i]
+        edit_loss, kl = (
+            value + (p - p.detach()) for (value, _), p in zip(losses, pulled, strict=True)
+        )
+        return edit_loss, kl
+
+    def _accumulate(
+        self, loss: Callable[[Tensor], Tensor], index: Tensor, leaves: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(value, gradients in the leaves) of the sum of a loss over rows, a micro-batch at a time."""
+        value = torch.zeros((), device=index.device)
+        total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        for part in index.split(self.micro_batch):
+            with torch.enable_grad():
+                some = loss(part)
+                gradients = torch.autograd.grad(some, list(leaves.values()))
+            value = value + some.detach()
+            total = [a + b for a, b in zip(total, gradients, strict=True)]
+        return value, total
+
+    def _nll(self, tail: Tail, rows: Rows, index: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """Sum over rows of the mean NLL of their targets under the update."""
+        some = _part(rows, index)
+        row_N, position_N = some.answer_positions()
+        logprob_NV = self._logprob(tail.select(index), row_N, position_N, leaves)
+        target_N = some.ids_BT[row_N, position_N + 1]
+        nll_N = -logprob_NV.gather(1, target_N[:, None])[:, 0]
+        return (nll_N / torch.bincount(row_N, minlength=len(index))[row_N]).sum()
+
+    def _drift(self, tail: Tail, rows: Rows, index: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """Sum over all tokens of the rows of KL(base || edited)."""
+        row_N, position_N = _part(rows, index).mask_BT.bool().nonzero(as_tuple=True)
+        logprob_NV = self._logprob(tail.select(index), row_N, position_N, leaves)
+        with torch.no_grad():
+            base_NV = tail.select(index).logits(row_N, position_N).float().log_softmax(-1)
+        return (base_NV.exp() * (base_NV - logprob_NV)).sum()
+
+    def _logprob(
+        self, tail: Tail, row_N: Tensor, position_N: Tensor, leaves: dict[str, Tensor]
+    ) -> Tensor:
+        updates: dict[str, Update] = {**leaves}
+        with self.lm.side_by_side([Delta(updates)], None):
+            return tail.logits(row_N, position_N).float().log_softmax(-1)
+
+
+def _part(rows: Rows, index: Tensor) -> Rows:
+    """Some of the rows, as wide as all."""
+    return Rows(rows.ids_BT[index], rows.mask_BT[index], rows.start_B[index])

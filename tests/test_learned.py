@@ -1,0 +1,122 @@
+"""Runs of learned editors that are stopped and go on, and what their checkpoints hold."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from modules.editors.ke import KE
+from modules.editors.malmen import MALMEN
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+EDITORS = {
+    "KE": (KE, {"layers": [1], "hidden": 4, "condition": 6, "lr": 1e-2, "warm_up": 2}),
+    "MALMEN": (
+        MALMEN,
+        {
+            "layers": [1],
+            "rank": 4,
+            "lr": 1e-2,
+            "eta": 1e-2,
+            "warm_up": 2,
+            "num_normalising": 4,
+            "micro_batch": 3,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=EDITORS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def run(name, corrigenda, tiny_folder, data_files, tmp_path):
+    """``run(folder, *args)``: six steps in epochs of three, a validation after every second step."""
+
+    def fit(folder, *args):
+        lm = {"lm": {"name": str(tiny_folder("llama"))}}
+        last = {"save_top_k": 0, "save_last": True, "every_n_train_steps": 2,
+                "enable_version_counter": False}  # fmt: skip
+        checkpoint = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": last,
+        }
+        config = {
+            "model": {"class_path": name, "init_args": lm | EDITORS[name][1]},
+            "data": {"class_path": "ZsRE", "init_args": {
+                "path": data_files.zsre, "train_path": data_files.zsre_train, "batch_size": 2,
+                "val_fraction": 0.2}},
+            "trainer": {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None,
+                        "enable_progress_bar": False, "accelerator": "cpu",
+                        "callbacks": [checkpoint]},
+            "wandb": "off",
+        }  # fmt: skip
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        return corrigenda("fit", "-c", tmp_path / "run.yaml", "--run_dir", folder, *args)
+
+    return fit
+
+
+def load(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(name, run, tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch, after a checkpoint in it."""
+    assert run(tmp_path / "whole") == 0
+    editor = EDITORS[name][0]
+    steps, training_step = iter(range(99)), editor.training_step
+
+    def stop_once(self, *args):
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args)
+
+    monkeypatch.setattr(editor, "training_step", stop_once)
+    assert run(tmp_path / "cut") == 130
+    assert load(tmp_path / "cut")["global_step"] == 4
+    assert run(tmp_path / "cut", "--ckpt_path", "last") == 0
+    whole, cut = load(tmp_path / "whole"), load(tmp_path / "cut")
+    assert whole["global_step"] == cut["global_step"] == 6
+    start = torch.load(tmp_path / "whole/checkpoints/initial.ckpt", weights_only=True)["state_dict"]
+    for key, value in whole["state_dict"].items():
+        assert key == "training_time" or torch.equal(value, cut["state_dict"][key]), key
+    assert any(not torch.equal(value, start[key]) for key, value in whole["state_dict"].items())
+    assert whole["lr_schedulers"] == cut["lr_schedulers"]
+    means = [
+        json.loads((tmp_path / part / "summary.json").read_text())["means"]
+        for part in ("whole", "cut")
+    ]
+    assert means[0] == means[1] and means[0]["efficacy/accuracy"] is not None
+
+
+def test_a_checkpoint_holds_the_editor_alone_and_edits_as_it_did(
+    name, run, corrigenda, tmp_path, capsys
+):
+    assert run(tmp_path / "run") == 0
+    saved = load(tmp_path / "run")
+    assert saved["state_dict"] and not any(key.startswith("lm.") for key in saved["state_dict"])
+    assert set(saved["base_model"]) == {"name", "hash"}
+
+    def validate(folder, *args):
+        return corrigenda("validate", "-c", tmp_path / "run/config.yaml", "--run_dir", folder,
+                          "--ckpt_path", tmp_path / "run/checkpoints/last.ckpt", *args)  # fmt: skip
+
+    means = []
+    for folder in ("one", "two"):
+        assert validate(tmp_path / folder) == 0
+        summary = json.loads((tmp_path / folder / "summary.json").read_text())
+        means.append(summary["means"])
+    assert means[0] == means[1] and summary["editor"] == name
+    assert summary["budget"]["num_edits"] == 5
+    capsys.readouterr()
+    assert validate(tmp_path / "other", "--model.layers", "[0]") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "set --model.layers" in message

