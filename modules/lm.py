@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditHandle, TextPatch, side_branches
+from modules.editing import Asked, Delta, EditHandle, TextPatch, side_branches
 from modules.structure import Structure, find_structure
 from modules.tail import Tail
 
@@ -63,6 +63,12 @@ class Rows:
     @property
     def length_B(self) -> Tensor:
         return self.mask_BT.sum(1)
+
+    @property
+    def prompt_BT(self) -> Tensor:
+        """True on the tokens before each row's target."""
+        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+        return column_T < self.start_B[:, None]
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
@@ -139,6 +145,7 @@ class LanguageModel(nn.Module):
         self.eval()
         self.structure: Structure = find_structure(self.net)
         self.handles: list[EditHandle] = []
+        self.asked: Asked | None = None
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
 
@@ -195,6 +202,19 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self._memo = outer
+
+    @contextmanager
+    def asking(self, prompt_BT: Tensor) -> Iterator[None]:
+        """Inside, one batch runs whose prompts are these tokens: what adapters go by that decide by prompt.
+
+        Whoever runs the network in another way than by scoring and generating runs it as if there were
+        none of those.
+        """
+        outer, self.asked = self.asked, Asked(prompt_BT)
+        try:
+            yield
+        finally:
+            self.asked = outer
 
     # ------------------------------------------------------------------ tokens
 
@@ -308,7 +328,8 @@ class LanguageModel(nn.Module):
 
     def _score_chunk(self, rows: Rows, width: int, full: bool) -> list[Tensor]:
         row_N, position_N = rows.answer_positions()
-        logits_NV = self._remembered(rows).logits(row_N, position_N)
+        with self.asking(rows.prompt_BT):
+            logits_NV = self._remembered(rows).logits(row_N, position_N)
         logprob_NV = logits_NV.float().log_softmax(-1)
         target_N = rows.ids_BT[row_N, position_N + 1]
         column_N = position_N + 1 - rows.start_B[row_N]
@@ -395,16 +416,18 @@ class LanguageModel(nn.Module):
             if top_k
             else {"do_sample": False}
         )
-        out = self.net.generate(
-            flipped.flip(1).to(self.device),
-            attention_mask=mask_BT.to(self.device),
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
-                **sampling,
-            ),
-        )
+        mask_BT = mask_BT.to(self.device)
+        with self.asking(mask_BT.bool()):
+            out = self.net.generate(
+                flipped.flip(1).to(self.device),
+                attention_mask=mask_BT,
+                generation_config=transformers.GenerationConfig(
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.eos_token_id,
+                    **sampling,
+                ),
+            )
         return out[:, width:].cpu()
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:

@@ -19,13 +19,27 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.records import EditCase
-from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
+from modules.editing import (
+    Delta,
+    EditHandle,
+    Editor,
+    ModulePatch,
+    WeightEditor,
+    WeightPatch,
+    editing_mode,
+)
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.metrics import FactsForgotten
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of summary.json and cases.jsonl
+
+# Edits that a checkpoint holds, by kind; each kind's edits in a row can be made one.
+KEPT: dict[str, type[WeightPatch] | type[ModulePatch]] = {
+    "weights": WeightPatch,
+    "memory": ModulePatch,
+}
 
 
 class EditCallback(Callback):
@@ -122,6 +136,8 @@ class EditCallback(Callback):
             handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
         if isinstance(handle, WeightPatch):
             self._save(trainer, handle.delta, name)
+        elif isinstance(handle, ModulePatch):
+            self._save(trainer, handle, name)
         return handle
 
     @contextmanager
@@ -135,13 +151,13 @@ class EditCallback(Callback):
         self.seconds += time.perf_counter() - start
         self.made += count
 
-    def _save(self, trainer: Trainer, delta: Delta, name: str) -> None:
-        self.touched = max(self.touched, delta.num_parameters)
+    def _save(self, trainer: Trainer, edit: Delta | ModulePatch, name: str) -> None:
+        self.touched = max(self.touched, edit.num_parameters)
         # Several processes edit different cases under these two schedules, else all the same.
         own = self.schedule in ("each", "batch")
         if self.save_edits and (own or trainer.is_global_zero):
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            delta.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
+            edit.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
 
     # ------------------------------------------------------------------ validation
 
@@ -207,11 +223,7 @@ class EditCallback(Callback):
         if self.schedule != "stream":
             return
         new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
-        last = self._handles[-1] if self._handles else None
-        if isinstance(last, WeightPatch) and isinstance(new, WeightPatch):
-            last.absorb(new)
-        else:
-            self._handles.append(new)
+        self._keep(new)
         self._done |= {case.case_id: None for case in batch}
         self.num_edits = len(self._done)
         pl_module.only_cases = set(self._done)
@@ -222,6 +234,14 @@ class EditCallback(Callback):
             values = [r.metrics[name] for r in self.current if name in r.metrics]
             pl_module.log(f"current/{name}", fmean(values), batch_size=len(batch))
         pl_module.log("edit/num_edits", float(self.num_edits), batch_size=len(batch))
+
+    def _keep(self, new: EditHandle) -> None:
+        """A stream's edits are one edit, so that it keeps one spare copy or one memory."""
+        last = self._handles[-1] if self._handles else None
+        if type(last) is type(new) and isinstance(last, WeightPatch | ModulePatch):
+            last.absorb(new)  # type: ignore[arg-type]
+        else:
+            self._handles.append(new)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """After a stream's last step all its edits are evaluated, whatever the interval."""
@@ -242,7 +262,12 @@ class EditCallback(Callback):
         """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
         if self.schedule != "stream" or not self._handles:
             return {}
-        patches = [h.state() for h in self._handles if isinstance(h, WeightPatch)]
+        patches = [
+            {"kind": name, **handle.state()}
+            for handle in self._handles
+            for name, kind in KEPT.items()
+            if isinstance(handle, kind)
+        ]
         return {
             "patches": patches,
             "done": list(self._done),
@@ -259,7 +284,9 @@ class EditCallback(Callback):
         state, self._restored = self._restored, None
         if state is None or self.schedule != "stream":
             return
-        self._handles = [WeightPatch.restore(pl_module.lm, patch) for patch in state["patches"]]
+        self._handles = [
+            KEPT[patch["kind"]].restore(pl_module.lm, patch) for patch in state["patches"]
+        ]
         self._done = dict.fromkeys(state["done"])
         self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
         self.num_edits = len(self._done)
