@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Asked, ModulePatch
+from modules.editing import Asked
 from modules.editors.grace import GAP, GRACE, SLACK, Codebook
 from modules.states import (
     distances,
@@ -186,18 +186,6 @@ def test_generation_routes_by_the_prompt(lm, make, replace):
     assert lm.generate(PROMPTS[:1], 12)[0].strip().startswith(TARGETS[0])
 
 
-def test_rows_of_unequal_length_are_as_each_alone(lm, make):
-    make().edit(lm, EDITS)
-    prompts, targets = PROMPTS + OTHERS, TARGETS + TARGETS
-    together = lm.score(prompts, targets)
-    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        alone = lm.score([prompt], [target])
-        width = int(alone.mask_BM.sum())
-        torch.testing.assert_close(
-            together.logprob_BM[i, :width], alone.logprob_BM[0], atol=1e-4, rtol=0
-        )
-
-
 def test_edits_together_find_what_they_find_alone(llama, make):
     """Values are searched side by side, each as if the others did not exist."""
     together = make(steps=6, parallel=8).edit(llama, EDITS)
@@ -239,15 +227,6 @@ def test_the_same_prompt_can_be_edited_again(llama, make):
     together = editor.edit(llama, [Edit(second.prompt, second.subject, "x"), second])
     assert llama.score([second.text], [second.target_new]).exact_B.all()
     together.remove()
-
-
-def test_a_saved_codebook_is_the_edit(lm, make, tmp_path):
-    patch = make(steps=20).edit(lm, EDITS)
-    after = answers(lm)
-    patch.save(tmp_path / "grace.safetensors")
-    patch.remove()
-    again = ModulePatch.load(lm, tmp_path / "grace.safetensors")
-    assert torch.equal(answers(lm), after) and again.metadata["editor"] == "GRACE"
 
 
 def test_values_may_stand_at_the_input_projection_where_there_is_one(tiny_lm, make):

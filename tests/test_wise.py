@@ -212,18 +212,6 @@ def test_generation_keeps_the_way_of_its_prompt(lm, make):
         assert lm.decode(new) == text
 
 
-def test_rows_of_unequal_length_are_as_each_alone(lm, make):
-    make().edit(lm, EDITS)
-    prompts, targets = PROMPTS + OTHERS, TARGETS + TARGETS
-    together = lm.score(prompts, targets)
-    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        alone = lm.score([prompt], [target])
-        width = int(alone.mask_BM.sum())
-        torch.testing.assert_close(
-            together.logprob_BM[i, :width], alone.logprob_BM[0], atol=1e-4, rtol=0
-        )
-
-
 def test_memories_fill_up_and_are_merged(llama, make):
     editor = make(save_freq=2, merge_freq=4, steps=3)
     edits = [*EDITS, *(Edit("{} is", subject, "on") for subject in ("He", "The town", "It"))]
@@ -246,15 +234,6 @@ def test_memories_fill_up_and_are_merged(llama, make):
     at_once = editor.edit(llama, edits)  # in one call as in six
     assert at_once.adapter.count_S.tolist() == [4, 2]
     assert torch.equal(answers(llama), kept[-1][0])
-
-
-def test_a_saved_memory_is_the_edit(lm, make, tmp_path):
-    patch = make().edit(lm, EDITS)
-    after = answers(lm)
-    patch.save(tmp_path / "wise.safetensors")
-    patch.remove()
-    ModulePatch.load(lm, tmp_path / "wise.safetensors")
-    assert torch.equal(answers(lm), after)
 
 
 @pytest.mark.parametrize(
