@@ -81,8 +81,9 @@ def test_the_same_answer_joins(blocks):
 def test_another_answer_halves_and_forgets(blocks):
     blocks.place(at(1.6), [7, 8], 1.0, 1)  # centre 0.8
     blocks.place(at(2.0), [7], 1.0, 2)  # 1.2 from it
-    assert looked_up(blocks, at(2.0), at(1.6)) == [2, 2]  # both old points were outside and are gone,
-    assert blocks.radius_C.tolist() == pytest.approx([-1, 0.6])  # and with them their cluster
+    # Both old points were outside and are gone, and with them their cluster.
+    assert looked_up(blocks, at(2.0), at(1.6)) == [2, 2]
+    assert blocks.radius_C.tolist() == pytest.approx([-1, 0.6])
     assert blocks.block_P.tolist() == [2] and looked_up(blocks, at(0.8)) == [-1]
 
 
