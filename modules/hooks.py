@@ -16,11 +16,14 @@ class _Stop(Exception):  # noqa: N818  control flow, not an error
 
 
 @contextmanager
-def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Forward hooks on modules; a hook that returns something other than None replaces the output."""
+def hooked(pairs: Iterable[tuple[nn.Module, Hook]], ahead: bool = False) -> Iterator[None]:
+    """Forward hooks on modules; a hook that returns something other than None replaces the output.
+
+    With ``ahead`` they run before the hooks that are there already, else after them.
+    """
     with ExitStack() as stack:
         for module, hook in pairs:
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(hook, prepend=ahead).remove)
         yield
 
 

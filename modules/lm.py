@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditHandle, TextPatch, side_branches
+from modules.editing import Asked, Delta, EditHandle, ModulePatch, TextPatch, side_branches
 from modules.structure import Structure, find_structure, read_parameter, sizes
 from modules.tail import Tail
 
@@ -63,6 +63,12 @@ class Rows:
     @property
     def length_B(self) -> Tensor:
         return self.mask_BT.sum(1)
+
+    @property
+    def prompt_BT(self) -> Tensor:
+        """True on the tokens before each row's target."""
+        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+        return column_T < self.start_B[:, None]
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
@@ -147,6 +153,7 @@ class LanguageModel(nn.Module):
         self.eval()
         self.structure: Structure = find_structure(self.net)
         self.handles: list[EditHandle] = []
+        self.asked: Asked | None = None
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
         self._shares_start = False
@@ -221,6 +228,19 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self._shares_start = outer
+
+    @contextmanager
+    def asking(self, prompt_BT: Tensor) -> Iterator[None]:
+        """Inside, one batch runs whose prompts are these tokens: what adapters go by that decide by prompt.
+
+        Whoever runs the network in another way than by scoring and generating runs it as if there were
+        none of those.
+        """
+        outer, self.asked = self.asked, Asked(prompt_BT)
+        try:
+            yield
+        finally:
+            self.asked = outer
 
     # ------------------------------------------------------------------ tokens
 
@@ -324,7 +344,9 @@ class LanguageModel(nn.Module):
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
         width = int((rows.length_B - rows.start_B).max())
-        start = rows.common_start() if self._shares_start and not deltas else 0
+        routed = any(isinstance(handle, ModulePatch) for handle in self.handles)
+        shared = self._shares_start and not deltas and not routed
+        start = rows.common_start() if shared else 0
         pieces = []
         for chunk_B in self._chunks(rows, start):
             with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
@@ -337,7 +359,8 @@ class LanguageModel(nn.Module):
     def _score_chunk(self, rows: Rows, width: int, full: bool, start: int) -> list[Tensor]:
         row_N, position_N = rows.answer_positions()
         tail = self._after(start, rows) if start else self._remembered(rows)
-        logits_NV = tail.logits(row_N, position_N)
+        with self.asking(rows.prompt_BT):
+            logits_NV = tail.logits(row_N, position_N)
         logprob_NV = logits_NV.float().log_softmax(-1)
         target_N = rows.ids_BT[row_N, position_N + 1]
         column_N = position_N + 1 - rows.start_B[row_N]
@@ -442,17 +465,19 @@ class LanguageModel(nn.Module):
                 [any(end in t for end in stop) for t in texts], device=ids_BT.device
             )
 
-        out = self.net.generate(
-            flipped.flip(1).to(self.device),
-            attention_mask=mask_BT.to(self.device),
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
-                **sampling,
-            ),
-            stopping_criteria=[stopped] if stop else None,
-        )
+        mask_BT = mask_BT.to(self.device)
+        with self.asking(mask_BT.bool()):
+            out = self.net.generate(
+                flipped.flip(1).to(self.device),
+                attention_mask=mask_BT,
+                generation_config=transformers.GenerationConfig(
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.eos_token_id,
+                    **sampling,
+                ),
+                stopping_criteria=[stopped] if stop else None,
+            )
         return out[:, width:].cpu()
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:

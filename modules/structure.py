@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,19 @@ class Structure:
     def out_name(self, layer: int) -> str:
         """Path of block ``layer``'s MLP output projection."""
         return f"{self.block_name(layer)}.{self.out_proj}"
+
+    def in_name(self, layer: int) -> str:
+        """Path of block ``layer``'s MLP input projection; raises ValueError where there are two."""
+        if len(self.in_projs) != 1:
+            raise ValueError(
+                f"the MLP of this model has {len(self.in_projs)} input projections "
+                f"({', '.join(self.in_projs)}): choose its output projection"
+            )
+        return f"{self.block_name(layer)}.{self.in_projs[0]}"
+
+    def projection_name(self, layer: int, which: Literal["in", "out"]) -> str:
+        """Path of block ``layer``'s MLP input or output projection."""
+        return self.in_name(layer) if which == "in" else self.out_name(layer)
 
     def mlp_names(self, layer: int) -> tuple[str, ...]:
         """Paths of all MLP projections of block ``layer``, input ones first."""

@@ -135,6 +135,7 @@ class Piece:
 
     Attributes:
         tail: the rows, with the blocks below the tuned ones run.
+        prompt_RT: True on their prompts' tokens.
         owner_R: the problem of each row.
         row_N: for each target token its row.
         position_N: the position whose prediction counts for it.
@@ -142,6 +143,7 @@ class Piece:
     """
 
     tail: Tail
+    prompt_RT: Tensor
     owner_R: Tensor
     row_N: Tensor
     position_N: Tensor
@@ -153,11 +155,11 @@ class Piece:
         target_N = rows.ids_BT[row_N, position_N + 1]
         if loss == "prompt_last":
             position_N = rows.start_B[row_N] - 1
-        return cls(lm.tail(rows, layer), owner_R, row_N, position_N, target_N)
+        return cls(lm.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
 
-    def losses(self, lm: LanguageModel, deltas: Sequence[Delta]) -> Tensor:
+    def losses(self, lm: LanguageModel, deltas: Sequence[Delta] = ()) -> Tensor:
         """loss_R: mean over each row's target tokens, under its problem's update."""
-        with lm.side_by_side(deltas, self.owner_R.cpu()):
+        with lm.asking(self.prompt_RT), lm.side_by_side(deltas, self.owner_R.cpu()):
             logits_NV = self.tail.logits(self.row_N, self.position_N)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), self.target_N, reduction="none")
         total_R = nll_N.new_zeros(len(self.owner_R)).index_add(0, self.row_N, nll_N)
@@ -175,6 +177,7 @@ class Piece:
         renumbered_R = keep_R.cumsum(0) - 1
         return Piece(
             self.tail.select(rows),
+            self.prompt_RT[rows],
             self.owner_R[rows],
             renumbered_R[self.row_N[keep_N]],
             self.position_N[keep_N],

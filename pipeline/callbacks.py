@@ -19,7 +19,15 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.records import Edit, EditCase
-from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
+from modules.editing import (
+    Delta,
+    EditHandle,
+    Editor,
+    ModulePatch,
+    WeightEditor,
+    WeightPatch,
+    editing_mode,
+)
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.metrics import FactsForgotten
 
@@ -28,6 +36,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of summary.json and cases.jsonl
 
 
+# Edits that a checkpoint holds, by kind; each kind's edits in a row can be made one.
 class EditCallback(Callback):
     """Puts edits in before they are evaluated and takes them out afterwards.
 
@@ -123,6 +132,8 @@ class EditCallback(Callback):
             handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
         if isinstance(handle, WeightPatch):
             self.touched = max(self.touched, handle.delta.num_parameters)
+        elif isinstance(handle, ModulePatch):
+            self.touched = max(self.touched, handle.num_parameters)
         self._save(trainer, handle, name)
         return handle
 
@@ -270,6 +281,8 @@ class EditCallback(Callback):
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:
             return WeightPatch.restore(pl_module.lm, state)
+        if "adapter" in state:
+            return ModulePatch.restore(pl_module.lm, state)
         edits = [Edit(**fields) for fields in state["edits"]]
         return self._prepare(pl_module).edit(pl_module.lm, edits)
 

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
-from modules.editing import Delta, Editor, WeightPatch
+from modules.editing import Delta, Editor, ModulePatch, WeightPatch
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.finetune import FT
+from modules.editors.grace import GRACE
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
@@ -36,7 +37,8 @@ class Spy(Callback):
 
     def on_validation_batch_start(self, trainer, module, batch, *_):
         deltas = module.case_deltas and [len(delta.updates) for delta in module.case_deltas]
-        edits = [handle.delta.metadata["edits"] for handle in module.lm.handles]
+        kept = [getattr(handle, "delta", handle) for handle in module.lm.handles]
+        edits = [edit.metadata["edits"] for edit in kept]
         self.seen.append((len(batch), deltas, [len(made) for made in edits]))
         if self.fail_at == "validation":
             raise RuntimeError("on purpose")
@@ -67,6 +69,10 @@ def alphaedit(files):
     free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0, "contexts": [(4, 2)]}
     corpus = Corpus(files.text, 2000)
     return AlphaEdit([0], null_share=0.5, l2=0.01, corpus=corpus, steps=6, **free)
+
+
+def grace(_files=None):
+    return GRACE(1, epsilon=0.5, steps=4)
 
 
 def weights(lm):
@@ -136,9 +142,15 @@ def run(lm, data, tmp_path):
         (Outside(), "each", [(2, None, []), (2, None, []), (1, None, [])], [1, 1, 1, 1, 1]),
         (ft(), "batch", [(2, None, [2]), (2, None, [2]), (1, None, [1])], [2, 2, 2, 2, 1]),
         (ft(), "epoch", [(2, None, [5]), (2, None, [5]), (1, None, [5])], [5, 5, 5, 5, 5]),
+        (grace(), "each", [(2, None, []), (2, None, []), (1, None, [])], [1, 1, 1, 1, 1]),
+        (grace(), "batch", [(2, None, [2]), (2, None, [2]), (1, None, [1])], [2, 2, 2, 2, 1]),
+        (grace(), "epoch", [(2, None, [5]), (2, None, [5]), (1, None, [5])], [5, 5, 5, 5, 5]),
         (None, "each", [(2, None, []), (2, None, []), (1, None, [])], [0, 0, 0, 0, 0]),
     ],
-    ids=["each", "each-outside", "batch", "epoch", "unedited"],
+    ids=[
+        *("each", "each-outside", "batch", "epoch"),
+        *("memory-each", "memory-batch", "memory-epoch", "unedited"),
+    ],
 )
 def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_edits):
     kept = weights(lm)
@@ -151,7 +163,9 @@ def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_ed
 
 
 @pytest.mark.parametrize(
-    "make", [lambda _: ft(), rome, lambda _: Outside()], ids=["FT", "ROME", "other"]
+    "make",
+    [lambda _: ft(), rome, lambda _: Outside(), grace],
+    ids=["FT", "ROME", "other", "GRACE"],
 )
 def test_each_is_one_at_a_time(run, lm, data, data_files, tmp_path, make):
     run(make(data_files), "each")
@@ -273,7 +287,9 @@ def test_max_steps_counts_edits_of_a_stream(run, lm, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "fail_at"), [(1, 3), (1, 4), (2, 2)])
-@pytest.mark.parametrize("make", [lambda _: ft(), rome, alphaedit], ids=["FT", "ROME", "AlphaEdit"])
+@pytest.mark.parametrize(
+    "make", [lambda _: ft(), rome, alphaedit, grace], ids=["FT", "ROME", "AlphaEdit", "GRACE"]
+)
 def test_a_stopped_stream_goes_on_to_the_bit(
     run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at
 ):
@@ -295,6 +311,11 @@ def test_a_stopped_stream_goes_on_to_the_bit(
     forgotten = [t.logged_metrics["val/efficacy/forgotten"] for t in (trainer, resumed)]
     torch.testing.assert_close(*forgotten, equal_nan=True)
     assert summary(tmp_path / "cut")["budget"]["num_edits"] == 5
+    if isinstance(fresh.handles[0], ModulePatch):
+        memories = [model.handles[0].adapter.state_dict() for model in (lm, fresh)]
+        assert all(torch.equal(memories[0][name], memories[1][name]) for name in memories[0])
+        assert fresh.handles[0].metadata == lm.handles[0].metadata
+    assert len(fresh.handles) == 1
     fresh.handles[0].remove()  # the undo has been kept, too
     assert unchanged(fresh, weights(tiny_lm("gpt2")))
 
@@ -340,6 +361,38 @@ def test_edits_are_kept_and_can_be_made_again(
         WeightPatch(fresh, deltas[0])
         (result,) = EditingModule(fresh).evaluate(data.evaluation_cases()[:1])
         assert rows(tmp_path / "run")[0]["metrics"] == pytest.approx(result.metrics, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "verb", "sizes"),
+    [
+        ("each", "validate", [1, 1, 1, 1, 1]),
+        ("batch", "validate", [2, 2, 1]),
+        ("epoch", "validate", [5]),
+        ("stream", "fit", [2, 4, 5]),
+    ],
+)
+def test_memories_are_kept_and_can_be_put_in_force_again(
+    run, lm, tiny_lm, data, tmp_path, schedule, verb, sizes
+):
+    run(grace(), schedule, verb)
+    files = sorted((tmp_path / "run" / "edits").iterdir())
+    fresh = tiny_lm("gpt2")
+    patches = [ModulePatch.load(fresh, file) for file in files]
+    assert [len(patch.metadata["edits"]) for patch in patches] == sizes
+    assert summary(tmp_path / "run")["budget"]["parameters_touched"] > 0
+    if schedule == "stream":  # the last file holds all of it
+        base = [
+            result.metrics
+            for result in EditingModule(tiny_lm("gpt2")).evaluate(data.evaluation_cases())
+        ]
+        results = EditingModule(fresh).evaluate(data.evaluation_cases())
+        for row, result, before in zip(rows(tmp_path / "run")[-5:], results, base, strict=True):
+            assert row["metrics"] == pytest.approx(result.metrics, abs=1e-4)
+            assert row["metrics"]["efficacy/margin"] > before["efficacy/margin"]
+        (handle,) = lm.handles
+        handle.remove()
+        assert not lm.handles
 
 
 def test_edits_are_not_kept_where_nobody_wants_them(lm, data, tmp_path):

@@ -51,7 +51,7 @@ from modules.evaluation import UNMOVED
 from modules.lm import LanguageModel, TargetScores
 from modules.tuning import FineTune
 
-MEMORY_FORMAT = "corrigenda-memory-1"
+MEMORY_FORMAT = "corrigenda-serac-1"
 SEARCH_CHUNK = 2**15  # edits compared with the prompts at once
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
 

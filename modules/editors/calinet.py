@@ -1,0 +1,127 @@
+"""CaliNET: calibration slots beside the MLPs of some blocks (Dong et al., 2022, arXiv 2210.03329).
+
+    MLP'(h) = MLP(h) + W_o relu(W_i h)
+
+A handful of slots is trained on all the edits of one call together, nothing else is. A further call leaves
+the slots as they are and trains new ones beside them.
+
+Departures from the authors' code: the base is frozen as a whole, not by parameter names; W_o starts at zero,
+so that the slots do nothing until they are trained; texts sampled from the model stand before the prompts in
+place of hand-written paraphrases; Adam in place of Adafactor. Which facts are wrong is the caller's knowledge.
+
+Shapes: S slots of a block, D residual width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from datamodules.records import Edit
+from modules.editing import ModuleEditor
+from modules.editors.key_value import sample_contexts
+from modules.lm import LanguageModel
+from modules.neurons import SideNeurons
+from modules.tuning import Piece
+
+log = logging.getLogger(__name__)
+
+
+class CaliNET(ModuleEditor):
+    """Trains calibration slots on all edits together.
+
+    Args:
+        layers: blocks that get slots, from 0.
+        slots: S, in each of them.
+        steps: updates at most.
+        lr: Adam's step size.
+        batch_size: rows (an edit's prompt behind one context) of a step.
+        stop_loss: training ends after a pass over all rows in which no step's loss was above this.
+        contexts: pairs of (tokens, how many) of the sampled texts before a prompt.
+        seed: of the sampled texts, the slots' start and the order of rows.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        slots: int = 64,
+        steps: int = 200,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        stop_loss: float = 0.05,
+        contexts: list[tuple[int, int]] = [(5, 4)],  # noqa: B006  never changed
+        seed: int = 0,
+    ) -> None:
+        if not layers:
+            raise ValueError("layers is empty: name at least one block, for example [11]")
+        if min(slots, steps, batch_size) < 1 or lr <= 0:
+            raise ValueError(
+                "slots, steps and batch_size must be at least 1 and lr positive, got "
+                f"{slots}, {steps}, {batch_size}, {lr}"
+            )
+        self.layers, self.slots, self.steps, self.lr = sorted(set(layers)), slots, steps, lr
+        self.batch_size, self.stop_loss = batch_size, stop_loss
+        self.contexts, self.seed = contexts, seed
+        self._prepared: str | None = None
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Contexts, once per model."""
+        if self._prepared == lm.weights_hash:
+            return
+        self._contexts = sample_contexts(lm, self.contexts, self.seed)
+        self._prepared = lm.weights_hash
+
+    def empty(self, lm: LanguageModel) -> SideNeurons:
+        return SideNeurons.beside(lm, self.layers)
+
+    def learn(
+        self, lm: LanguageModel, memory: SideNeurons, edits: Sequence[Edit]
+    ) -> list[dict[str, Any]]:
+        if not edits:
+            return []
+        generator = torch.Generator().manual_seed(self.seed + len(memory.bias_P))
+        memory.grow([layer for layer in self.layers for _ in range(self.slots)])
+        shape = self.slots * len(self.layers), lm.structure.width
+        key_PD = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        key_PD = key_PD.to(lm.device).requires_grad_()
+        value_PD = torch.zeros(shape, device=lm.device, requires_grad=True)
+        bias_P = torch.zeros(shape[0], device=lm.device)
+        adam = torch.optim.Adam([key_PD, value_PD], self.lr)
+        pieces = self._pieces(lm, edits, generator)
+        losses: list[float] = []
+        for step in range(self.steps):
+            piece = pieces[step % len(pieces)]
+            memory.replace(key_PD, bias_P, value_PD)
+            loss = piece.losses(lm).mean()
+            losses.append(loss.item())
+            if len(losses) >= len(pieces) and max(losses[-len(pieces) :]) < self.stop_loss:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        memory.replace(key_PD.detach(), bias_P, value_PD.detach())
+        mean = sum(losses[-len(pieces) :]) / min(len(losses), len(pieces))
+        if not mean <= 1:
+            log.warning(
+                "training ended at NLL %.2f after %d steps; edits will likely fail",
+                mean,
+                len(losses),
+            )
+        return [{"nll": mean, "steps": len(losses)} for _ in edits]
+
+    def _pieces(
+        self, lm: LanguageModel, edits: Sequence[Edit], generator: torch.Generator
+    ) -> list[Piece]:
+        """The edits' prompts behind every context in a mixed order, in batches, lower blocks run once."""
+        pairs = [(c + e.text, e.target_new) for e in edits for c in self._contexts]
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        pieces = []
+        for begin in range(0, len(order), self.batch_size):
+            part = [pairs[i] for i in order[begin : begin + self.batch_size]]
+            rows = lm.rows([prompt for prompt, _ in part], [target for _, target in part])
+            owner_R = torch.arange(len(part), device=lm.device)
+            pieces.append(Piece.of(lm, rows, owner_R, self.layers[0], "target"))
+        return pieces

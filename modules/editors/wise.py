@@ -1,0 +1,313 @@
+"""WISE: side memories of one projection and a router (Wang et al., 2024, arXiv 2405.14768).
+
+Beside the projection W stand updates D_s ("side memories", W_s = W + D_s), each learned within a random
+mask. How much a prompt x with inputs k_t concerns one of them is
+
+    a_s(x) = mean over the prompt's tokens of |D_s k_t|
+
+and a prompt runs through the memory of the largest a_s among those with a_s >= tau_s; below every
+threshold it runs through W alone. An edit is learned through its memory at every token, with
+
+    L = NLL + max(0, a(out) - alpha) + max(0, beta - a(in)) + max(0, gamma - (a(in) - a(out)))
+
+where ``in`` are the edit's prompts and ``out`` unrelated ones; tau_s is a part of the least a(in) of its
+edits. A full memory is left and another begun under another mask; from time to time all are merged into
+one by TIES (arXiv 2306.01708).
+
+Departures from the authors' code: a(x) is the paper's, without an activation on the outputs, and its
+unit is the projection's typical output, so that margins carry over between models (``unit: 1`` for raw
+ones); only prompts are routed by, row by row, and what is generated stays where its prompt went; the
+unrelated prompts are texts of a corpus, and all of them count in every step; no replay and no decay.
+
+Shapes: S memories, O outputs, I inputs, B rows, T tokens, U unrelated prompts, N edits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from datamodules.records import Edit
+from modules.editing import Adapter, Asked, ModuleEditor
+from modules.editors.key_value import sample_contexts
+from modules.lm import LanguageModel
+from modules.states import read_states, unrelated_prompts
+from modules.structure import sizes
+from modules.tuning import Piece
+
+log = logging.getLogger(__name__)
+
+
+class SideMemories(Adapter):
+    """Updates of one projection, with the threshold that lets a prompt in and how many edits each holds.
+
+    Args:
+        sites: the projection.
+        inputs: I.
+        outputs: O.
+    """
+
+    delta_SOI: Tensor
+    threshold_S: Tensor
+    count_S: Tensor
+    num_begun: Tensor
+    num_merged: Tensor
+
+    def __init__(self, sites: Sequence[str], inputs: int, outputs: int) -> None:
+        super().__init__(sites, inputs=inputs, outputs=outputs)
+        self.register_buffer("delta_SOI", torch.zeros(0, outputs, inputs))
+        self.register_buffer("threshold_S", torch.zeros(0))
+        self.register_buffer("count_S", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("num_begun", torch.zeros((), dtype=torch.long))  # memories, ever
+        self.register_buffer("num_merged", torch.zeros((), dtype=torch.long))  # edits, so far
+        self.forced_OI: Tensor | None = (
+            None  # the update every row runs through, while it is learned
+        )
+
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+        if self.forced_OI is not None:
+            return y_BTO + _times(x_BTI, self.forced_OI).to(y_BTO.dtype)
+        if asked is None or not len(self.count_S):
+            return y_BTO
+        if self not in asked.decided:
+            asked.decided[self] = self.route(x_BTI, asked.prompt_BT)
+        memory_B = asked.decided[self]
+        if (memory_B < 0).all():
+            return y_BTO
+        out_BTO = y_BTO.clone()
+        for s in memory_B[memory_B >= 0].unique().tolist():
+            rows = (memory_B == s).nonzero()[:, 0]
+            out_BTO[rows] += _times(x_BTI[rows], self.delta_SOI[s]).to(y_BTO.dtype)
+        return out_BTO
+
+    def route(self, x_BTI: Tensor, prompt_BT: Tensor) -> Tensor:
+        """memory_B: the memory that each prompt concerns most, -1 where it concerns none enough."""
+        concern_BS = torch.stack([concern(d, x_BTI, prompt_BT) for d in self.delta_SOI], 1)
+        let_in_BS = concern_BS >= self.threshold_S
+        best_B = concern_BS.masked_fill(~let_in_BS, -1.0).argmax(1)
+        return torch.where(let_in_BS.any(1), best_B, -1)
+
+    def begin(self) -> None:
+        """A further memory, without edits."""
+        blank_1OI = self.delta_SOI.new_zeros(1, *self.delta_SOI.shape[1:])
+        self.delta_SOI = torch.cat([self.delta_SOI, blank_1OI])
+        self.threshold_S = torch.cat([self.threshold_S, self.threshold_S.new_tensor([math.inf])])
+        self.count_S = torch.cat([self.count_S, self.count_S.new_zeros(1)])
+        self.num_begun = self.num_begun + 1
+
+    def merge(self, density: float) -> None:
+        """Makes one memory of all; what every one let in is let in."""
+        self.delta_SOI = ties(self.delta_SOI, density)[None]
+        self.threshold_S = self.threshold_S.min()[None]
+        self.count_S = self.count_S.sum()[None]
+        self.num_merged = self.count_S[0].clone()
+
+
+class WISE(ModuleEditor):
+    """Learns edits beside one projection and lets in only prompts that concern them.
+
+    Args:
+        layer: block of the projection, from 0.
+        projection: the MLP's output projection (``out``), or its input projection where it has one.
+        margins: alpha, beta and gamma: an unrelated prompt's concern stays below alpha, an edit's goes
+            above beta, and the two are gamma apart.
+        unit: what concern is counted in, in raw activations; the median size of the projection's output on
+            unrelated prompts where it is not given.
+        act_ratio: the threshold's part of the least concern of an edit.
+        mask_ratio: part of the matrix that a memory may change.
+        norm_constraint: no entry of an update gets larger than this.
+        steps: updates per edit at most.
+        lr: step size of plain gradient descent.
+        stop_loss: an edit whose whole loss is below this has finished.
+        together: edits learned at once.
+        save_freq: edits in one memory.
+        merge_freq: edits after which all memories are merged into one.
+        density: part of each memory that is kept in a merge.
+        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        seed: of the masks and the sampled texts.
+        source: corpus of the unrelated prompts, as in Corpus.
+        num_prompts: how many of them.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        projection: Literal["in", "out"] = "out",
+        margins: tuple[float, float, float] = (0.25, 1.0, 0.5),
+        unit: float | None = None,
+        act_ratio: float = 0.88,
+        mask_ratio: float = 0.2,
+        norm_constraint: float = 1.0,
+        steps: int = 70,
+        lr: float = 1.0,
+        stop_loss: float = 0.02,
+        together: int = 1,
+        save_freq: int = 500,
+        merge_freq: int = 1000,
+        density: float = 0.53,
+        contexts: list[tuple[int, int]] = [(5, 5), (10, 5)],  # noqa: B006  never changed
+        seed: int = 0,
+        source: str = "facts",
+        num_prompts: int = 32,
+    ) -> None:
+        alpha, beta, gamma = margins
+        if not 0 <= alpha < beta or gamma < 0:
+            raise ValueError(f"margins need 0 <= alpha < beta and gamma >= 0, got {margins}")
+        shares = {"act_ratio": act_ratio, "mask_ratio": mask_ratio, "density": density}
+        for name, share in shares.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {share}")
+        if min(steps, together, save_freq, merge_freq) < 1 or min(lr, norm_constraint) <= 0:
+            raise ValueError(
+                "steps, together, save_freq and merge_freq must be at least 1, lr and norm_constraint "
+                f"positive, got {steps}, {together}, {save_freq}, {merge_freq}, {lr}, {norm_constraint}"
+            )
+        if unit is not None and unit <= 0:
+            raise ValueError(f"unit must be positive, got {unit}; null measures it")
+        self.layer, self.projection, self.margins, self.given = layer, projection, margins, unit
+        self.act_ratio, self.mask_ratio, self.norm_constraint = (
+            act_ratio,
+            mask_ratio,
+            norm_constraint,
+        )
+        self.steps, self.lr, self.stop_loss, self.together = steps, lr, stop_loss, together
+        self.save_freq, self.merge_freq, self.density = save_freq, merge_freq, density
+        self.contexts, self.seed = contexts, seed
+        self.source, self.num_prompts = source, num_prompts
+        self._prepared: str | None = None
+
+    def site(self, lm: LanguageModel) -> str:
+        return lm.structure.projection_name(self.layer, self.projection)
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Contexts, and what the projection sees of unrelated prompts, once per model."""
+        if self._prepared == lm.weights_hash:
+            return
+        site = self.site(lm)
+        self._contexts = sample_contexts(lm, self.contexts, self.seed)
+        prompts = unrelated_prompts(self.source, self.num_prompts)
+        with lm.pristine():
+            self._out = _inputs(lm, prompts, site)
+            rows = lm.rows(prompts)
+            outputs = [
+                states_RTO[rows.select(row_R).prompt_BT]
+                for row_R, states_RTO in read_states(lm, rows, site, output=True)
+            ]
+        self.unit = self.given or vector_norm(torch.cat(outputs), dim=-1).median().item()
+        self._prepared = lm.weights_hash
+
+    def empty(self, lm: LanguageModel) -> SideMemories:
+        site = self.site(lm)
+        return SideMemories([site], *sizes(lm.net.get_submodule(site)))
+
+    def learn(
+        self, lm: LanguageModel, memory: SideMemories, edits: Sequence[Edit]
+    ) -> list[dict[str, Any]]:
+        notes: list[dict[str, Any]] = []
+        left = list(edits)
+        while left:
+            if not len(memory.count_S) or memory.count_S[-1] >= self.save_freq:
+                memory.begin()
+            room = self.save_freq - int(memory.count_S[-1])
+            now, left = left[: min(self.together, room)], left[min(self.together, room) :]
+            notes += self._learn(lm, memory, now)
+            if int(memory.count_S.sum() - memory.num_merged) >= self.merge_freq:
+                memory.merge(self.density)
+        return notes
+
+    def _learn(
+        self, lm: LanguageModel, memory: SideMemories, edits: Sequence[Edit]
+    ) -> list[dict[str, Any]]:
+        """Writes some edits into the newest memory together."""
+        prompts = [context + edit.text for edit in edits for context in self._contexts]
+        targets = [edit.target_new for edit in edits for _ in self._contexts]
+        inside = _inputs(lm, prompts, self.site(lm))
+        rows = lm.rows(prompts, targets)
+        owner_R = torch.arange(len(rows.ids_BT), device=lm.device)
+        piece = Piece.of(lm, rows, owner_R, self.layer, "target")
+        mask_OI = self._mask(memory)
+        delta_OI = memory.delta_SOI[-1].clone().requires_grad_()
+        for step in range(self.steps + 1):
+            memory.forced_OI = delta_OI
+            try:
+                nll = piece.losses(lm).mean()
+            finally:
+                memory.forced_OI = None
+            loss = nll + self._margins(delta_OI, inside)
+            if step == self.steps or not loss.item() >= self.stop_loss:  # also where it is NaN
+                break
+            (gradient_OI,) = torch.autograd.grad(loss, delta_OI)
+            with torch.no_grad():
+                delta_OI -= self.lr * gradient_OI * mask_OI
+                delta_OI.clamp_(-self.norm_constraint, self.norm_constraint)
+        delta_OI = delta_OI.detach()
+        concern_N = concern(delta_OI, *inside).view(len(edits), -1)[:, 0]
+        memory.delta_SOI = torch.cat([memory.delta_SOI[:-1], delta_OI[None]])
+        least = self.act_ratio * concern_N.min()
+        memory.threshold_S = torch.cat(
+            [memory.threshold_S[:-1], torch.minimum(memory.threshold_S[-1], least)[None]]
+        )
+        memory.count_S = memory.count_S.clone()
+        memory.count_S[-1] += len(edits)
+        if not nll.item() <= 1:
+            log.warning("%r -> %r: learning ended at NLL %.2f; the edit will likely fail",
+                        edits[0].text, edits[0].target_new, nll.item())  # fmt: skip
+        return [
+            {"nll": nll.item(), "loss": loss.item(), "concern": value}
+            for value in concern_N.tolist()
+        ]
+
+    def _margins(self, delta_OI: Tensor, inside: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of concern: of the edits' prompts, and of unrelated ones."""
+        alpha, beta, gamma = self.margins
+        in_R = concern(delta_OI, *inside) / self.unit
+        out_U = concern(delta_OI, *self._out) / self.unit
+        return (
+            (out_U - alpha).relu().mean()
+            + (beta - in_R).relu().mean()
+            + (gamma - (in_R - out_U.mean())).relu().mean()
+        )
+
+    def _mask(self, memory: SideMemories) -> Tensor:
+        """Which entries the newest memory may change; drawn anew for each, the same for a seed."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(memory.num_begun))
+        drawn_OI = torch.rand(memory.delta_SOI.shape[1:], generator=generator)
+        return (drawn_OI < self.mask_ratio).to(memory.delta_SOI.device)
+
+
+def concern(delta_OI: Tensor, x_BTI: Tensor, prompt_BT: Tensor) -> Tensor:
+    """concern_B: mean over each prompt's tokens of the size of what the update adds to the output."""
+    prompt_BT = torch.nn.functional.pad(prompt_BT, (0, x_BTI.shape[1] - prompt_BT.shape[1]))
+    size_BT = vector_norm(_times(x_BTI, delta_OI), dim=-1)
+    return (size_BT * prompt_BT).sum(1) / prompt_BT.sum(1)
+
+
+def ties(delta_SOI: Tensor, density: float) -> Tensor:
+    """One update of all: trimmed to the largest entries, then the mean of those of the prevailing sign."""
+    flat_Sn = delta_SOI.flatten(1)
+    count = max(1, math.ceil(density * flat_Sn.shape[1]))
+    least_S1 = flat_Sn.abs().topk(count, dim=1).values[:, -1:]
+    trimmed_Sn = torch.where(flat_Sn.abs() >= least_S1, flat_Sn, 0.0)
+    agrees_Sn = (trimmed_Sn != 0) & (trimmed_Sn.sign() == trimmed_Sn.sum(0).sign())
+    mean_n = (trimmed_Sn * agrees_Sn).sum(0) / agrees_Sn.sum(0).clamp(min=1)
+    return mean_n.view(delta_SOI.shape[1:])
+
+
+def _inputs(lm: LanguageModel, prompts: Sequence[str], site: str) -> tuple[Tensor, Tensor]:
+    """(x_BTI, prompt_BT): what the projection sees of each prompt, padded on the right."""
+    rows = lm.rows(prompts)
+    module = lm.net.get_submodule(site)
+    x_BTI = torch.zeros(*rows.ids_BT.shape, sizes(module)[0], device=lm.device)
+    for row_R, states_RTI in read_states(lm, rows, site):
+        x_BTI[row_R, : states_RTI.shape[1]] = states_RTI
+    return x_BTI, rows.prompt_BT
+
+
+def _times(x_BTI: Tensor, delta_OI: Tensor) -> Tensor:
+    return x_BTI.to(delta_OI.dtype) @ delta_OI.T
