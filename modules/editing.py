@@ -350,7 +350,7 @@ def _require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> Non
     if base is not None and base != lm.weights_hash:
         raise EditError(
             f"this {kind} belongs to a model with weights {base}, not to {lm.name!r} with weights "
-            f"{lm.weights_hash}: load the model it was made for"
+            f"{lm.weights_hash}: load the model it was made for, with its dtype and quantization"
         )
 
 
