@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 
+from datamodules.facts import Facts
 from datamodules.records import Edit
-from modules.editing import WeightPatch
+from modules.editing import WeightPatch, editing_mode
 from modules.editors import key_value, rome
 from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
 from modules.editors.rome import ROME, _rank_one
+from modules.evaluation import EditingModule
 from modules.hooks import capture
 from modules.lm import LanguageModel
 from modules.moments import Corpus
@@ -590,3 +592,22 @@ def test_one_fact_is_changed_and_the_others_stay(taught):
         handle.remove()
     assert all(torch.equal(p, kept[name]) for name, p in lm.net.named_parameters())
     assert known(lm, ASKED, PLACES).all()
+
+
+# --- the real model ---
+
+
+def test_facts_that_smollm2_knows_are_rewritten_and_their_neighbours_stay(smollm2):
+    """A few facts with a few contexts; the published figures need more of both and are a study."""
+    module = EditingModule(smollm2)
+    cases = Facts(known_only=True).cases("test")[:64]
+    cases = [case for case, yes in zip(cases, module.known(cases), strict=True) if yes][:4]
+    editor = ROME(3, contexts=[(5, 3)], corpus=Corpus("facts", 20_000))
+    with editing_mode():
+        module.case_deltas = editor.propose_each(smollm2, [case.edits for case in cases])
+    module.evaluate(cases)
+    means = module.compute_means()
+    assert means["efficacy/exact"] == 1
+    assert means["generality/preference"] >= 0.9
+    assert means["locality/agreement"] >= 0.8
+    assert means["unrelated/agreement"] >= 0.9
