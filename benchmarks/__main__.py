@@ -12,19 +12,24 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from datamodules.facts import Facts
 from datamodules.records import EditCase
-from modules.editing import Delta, editing_mode
+from modules.editing import Delta, WeightEditor, editing_mode
+from modules.editors.kn import attributions
+from modules.editors.memit import MEMIT
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
-from modules.moments import Corpus
+from modules.moments import Corpus, Moments
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -57,23 +62,72 @@ def error(a: list[Delta], b: list[Delta]) -> float:
     return worst
 
 
-def rome(lm: LanguageModel, cases: list[EditCase], rounds: int) -> list[str]:
-    corpus = Corpus("facts", 50_000)
-    slow, fast = ROME(3, corpus=corpus, parallel=1), ROME(3, corpus=corpus)
+def side_by_side(
+    lm: LanguageModel,
+    cases: list[EditCase],
+    rounds: int,
+    name: str,
+    make: Callable[..., WeightEditor],
+) -> list[str]:
+    """An editor's updates of one and of eight facts that do not know of each other."""
+    slow, fast = make(parallel=1), make(parallel=8)
     rows = []
     for count in (1, 8):
         edits = [case.edits for case in cases[:count]]
 
-        def run(editor: ROME, reuse: bool, edits: list = edits) -> list[Delta]:
+        def run(editor: WeightEditor, reuse: bool, edits: list = edits) -> list[Delta]:
             lm.reuse_prefix = reuse
             with editing_mode():
-                return editor.propose_each(lm, edits)
+                if reuse:
+                    return editor.propose_each(lm, edits)
+                return [editor.propose(lm, group) for group in edits]
 
         found = error(run(slow, False), run(fast, True))
         assert found < 1e-3, f"the two ways differ by {found}"
-        name = f"ROME, {count} edit{'s' if count > 1 else ''} (updates agree to {found:.0e})"
-        rows.append(ratio(name, lambda r=run: r(slow, False), lambda r=run: r(fast, True), rounds))
+        label = f"{name}, {count} edit{'s' if count > 1 else ''} (updates agree to {found:.0e})"
+        rows.append(ratio(label, lambda r=run: r(slow, False), lambda r=run: r(fast, True), rounds))
     return rows
+
+
+def neurons(lm: LanguageModel, cases: list[EditCase], rounds: int) -> str:
+    """Attributions in all layers: each point of the integral through the whole network, or all together."""
+    edit = cases[0].edits[0]
+    rows = lm.rows([edit.text], [str(edit.target_true)])
+
+    def run(reuse: bool) -> torch.Tensor:
+        lm.reuse_prefix = reuse
+        return attributions(lm, rows, points=20, batch_rows=20 if reuse else 1)
+
+    plain, ours = run(False), run(True)
+    found = ((plain - ours).norm() / plain.norm()).item()
+    assert found < 1e-3, f"the two ways differ by {found}"
+    return ratio(
+        f"KN, attributions in all layers (agree to {found:.0e})",
+        lambda: run(False),
+        lambda: run(True),
+        rounds,
+    )
+
+
+def moments(lm: LanguageModel, rounds: int) -> str:
+    """Second moments of five layers: a pass over the text for each, or one for all."""
+    layers, found = [1, 2, 3, 4, 5], {}
+
+    def gather(groups: list[list[int]]) -> dict[int, torch.Tensor]:
+        with tempfile.TemporaryDirectory() as folder:
+            service = Moments(lm, Corpus("facts", 6_000), Path(folder))
+            for group in groups:
+                found.update(service.gather(group, progress=False))
+        return dict(found)
+
+    apart, together = gather([[n] for n in layers]), gather([layers])
+    assert all(torch.allclose(apart[n], together[n], rtol=1e-5) for n in layers)
+    return ratio(
+        "second moments, five layers",
+        lambda: gather([[n] for n in layers]),
+        lambda: gather([layers]),
+        rounds,
+    )
 
 
 def mend(lm: LanguageModel, cases: list[EditCase], rounds: int) -> str:
@@ -129,9 +183,21 @@ def main() -> None:
     lm = LanguageModel(args.model, device=args.device)
     cases = Facts().cases("test")[:16]
     sys.stdout.write("| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n")
-    for row in (*rome(lm, cases, args.rounds), mend(lm, cases, args.rounds),
-                evaluation(lm, cases, args.rounds)):  # fmt: skip
-        sys.stdout.write(row + "\n")
+    corpus = Corpus("facts", 50_000)
+    rounds = args.rounds
+    work: list[Callable[[], list[str]]] = [
+        lambda: side_by_side(lm, cases, rounds, "ROME", partial(ROME, 3, corpus=corpus)),
+        lambda: side_by_side(
+            lm, cases, rounds, "MEMIT", partial(MEMIT, [0, 1, 2, 3], 0.1, corpus=corpus)
+        ),
+        lambda: [neurons(lm, cases, rounds)],
+        lambda: [moments(lm, rounds)],
+        lambda: [mend(lm, cases, rounds)],
+        lambda: [evaluation(lm, cases, rounds)],
+    ]
+    for rows in work:
+        sys.stdout.write("".join(f"{row}\n" for row in rows()))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
