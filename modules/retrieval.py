@@ -114,6 +114,24 @@ def _mean(states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- look-up
 
 
+def nearest(queries_BD: Tensor, entries_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(cosine_BK, index_BK) of the k nearest entries, nearest first; fewer where there are fewer.
+
+    Exact: a product of unit vectors, a chunk of the entries at a time.
+    """
+    k = min(k, len(entries_ND))
+    scores = [queries_BD.new_zeros(len(queries_BD), 0)]
+    indices = [torch.zeros(len(queries_BD), 0, dtype=torch.long, device=queries_BD.device)]
+    for begin in range(0, len(entries_ND), SEARCHED_TOGETHER):
+        part_BN = queries_BD @ entries_ND[begin : begin + SEARCHED_TOGETHER].T
+        best = part_BN.topk(min(k, part_BN.shape[1]))
+        scores.append(best.values)
+        indices.append(best.indices + begin)
+    scores_BM, order_BM = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
+    index_BM = torch.cat(indices, 1).gather(1, order_BM)
+    return scores_BM[:, :k], index_BM[:, :k]
+
+
 class Retriever:
     """Texts and their vectors; finds those nearest to a query by cosine, exactly.
 
@@ -180,23 +198,10 @@ class Retriever:
             among: only the first so many entries.
         """
         start = time.perf_counter()
-        entries_ND = self.vectors_ND[:among]
-        queries_BD = self.encoder.encode(queries)
-        k = min(k, len(entries_ND))
-        scores, indices = (
-            [queries_BD.new_zeros(len(queries), 0)],
-            [torch.zeros(len(queries), 0).long()],
-        )
-        for begin in range(0, len(entries_ND), SEARCHED_TOGETHER):
-            part_BN = queries_BD @ entries_ND[begin : begin + SEARCHED_TOGETHER].T
-            best = part_BN.topk(min(k, part_BN.shape[1]))
-            scores.append(best.values)
-            indices.append(best.indices + begin)
-        scores_BK, order_BK = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
-        index_BK = torch.cat(indices, 1).gather(1, order_BK)
+        scores_BK, index_BK = nearest(self.encoder.encode(queries), self.vectors_ND[:among], k)
         self._seconds += time.perf_counter() - start
         self._queries += len(queries)
-        return scores_BK[:, :k], index_BK[:, :k]
+        return scores_BK, index_BK
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically; texts and encoder are in its header."""

@@ -163,6 +163,35 @@ def tiny_lm(tiny_folder):
     return load
 
 
+@pytest.fixture(params=["gpt2", "llama", "opt"])
+def lm(request, tiny_lm):
+    """A transposed, a gated and a flattened MLP."""
+    return tiny_lm(request.param, num_hidden_layers=3)
+
+
+@pytest.fixture
+def llama(tiny_lm):
+    return tiny_lm("llama", num_hidden_layers=3)
+
+
+@pytest.fixture
+def uncached():
+    """``uncached(lm, prompt, count)``: greedy text of one prompt, all tokens read again in every pass."""
+
+    def generate(lm, prompt, count):
+        ids, new = torch.tensor(lm.encode([prompt])), []
+        asked = torch.ones_like(ids).bool()
+        for _ in range(count):
+            with torch.no_grad(), lm.asking(asked):
+                new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
+            if new[-1] == lm.tokenizer.eos_token_id:
+                break
+        return lm.decode(new)
+
+    return generate
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model, shared by all tests: whoever edits it takes the edit out again."""

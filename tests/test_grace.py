@@ -23,16 +23,6 @@ PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
 OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
 
 
-@pytest.fixture(params=["gpt2", "llama", "opt"])
-def lm(request, tiny_lm):
-    return tiny_lm(request.param, num_hidden_layers=3)
-
-
-@pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
 @pytest.fixture
 def make(data_files):
     def editor(**changes):
@@ -169,20 +159,12 @@ def test_the_target_does_not_route(llama, make):
 
 
 @pytest.mark.parametrize("replace", ["last", "prompt", "all"])
-def test_generation_routes_by_the_prompt(lm, make, replace):
+def test_generation_routes_by_the_prompt(lm, make, replace, uncached):
     """INV-G3: with a cache, batched and padded on the left, as without, one by one."""
     make(replace=replace, steps=40).edit(lm, EDITS)
     prompts = PROMPTS + OTHERS
     for prompt, text in zip(prompts, lm.generate(prompts, 6), strict=True):
-        ids, new = torch.tensor(lm.encode([prompt])), []
-        asked = torch.ones_like(ids).bool()
-        for _ in range(6):
-            with torch.no_grad(), lm.asking(asked):
-                new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
-            if new[-1] == lm.tokenizer.eos_token_id:
-                break
-        assert lm.decode(new) == text
+        assert uncached(lm, prompt, 6) == text
     assert lm.generate(PROMPTS[:1], 12)[0].strip().startswith(TARGETS[0])
 
 

@@ -17,16 +17,6 @@ PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
 OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
 
 
-@pytest.fixture(params=["gpt2", "llama", "opt"])
-def lm(request, tiny_lm):
-    return tiny_lm(request.param, num_hidden_layers=3)
-
-
-@pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
 @pytest.fixture
 def make(data_files):
     def editor(**changes):

@@ -38,17 +38,6 @@ def editor(request, data_files):
     return request.param(data_files)
 
 
-@pytest.fixture(params=["gpt2", "llama", "opt"])
-def lm(request, tiny_lm):
-    """A transposed, a gated and a flattened MLP."""
-    return tiny_lm(request.param, num_hidden_layers=3)
-
-
-@pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
 def answers(lm, prompts=PROMPTS, targets=TARGETS):
     return lm.score(prompts, targets, full=True).full_BMV
 
@@ -136,19 +125,11 @@ def test_rows_of_unequal_length_are_as_each_alone(lm, editor):
         )
 
 
-def test_generation_with_a_cache_is_as_without(lm, editor):
+def test_generation_with_a_cache_is_as_without(lm, editor, uncached):
     """Batched, padded on the left, cached: as one by one, all tokens again in every pass."""
     editor.edit(lm, EDITS)
     for prompt, text in zip(PROMPTS, lm.generate(PROMPTS, 5), strict=True):
-        ids, new = torch.tensor(lm.encode([prompt])), []
-        asked = torch.ones_like(ids).bool()
-        for _ in range(5):
-            with torch.no_grad(), lm.asking(asked):
-                new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
-            if new[-1] == lm.tokenizer.eos_token_id:
-                break
-        assert lm.decode(new) == text
+        assert uncached(lm, prompt, 5) == text
 
 
 def test_a_shared_prefix_changes_no_number(llama, editor):

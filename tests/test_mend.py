@@ -12,8 +12,9 @@ from torch import nn
 from datamodules.records import Edit, EditCase, Probe
 from datamodules.zsre import ZsRE
 from modules.editing import Delta, WeightPatch, editing_mode
-from modules.editors.mend import MEND, GradientTransform, Normaliser
+from modules.editors.mend import MEND, GradientTransform
 from modules.evaluation import EditingModule
+from modules.gradients import Normaliser
 from modules.structure import is_linear, to_storage
 
 pytestmark = [

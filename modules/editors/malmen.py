@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, LowRank, Update
-from modules.gradients import Normaliser, gradient_factors
+from modules.gradients import PairNetwork, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
@@ -67,40 +67,12 @@ class Ridge:
         return pulled_nO, -self.strength * (pulled_nO * left_nO).sum()
 
 
-class ShiftNetwork(nn.Module):
-    """The network of all projections. The identity on normalised inputs at first.
+class ShiftNetwork(PairNetwork):
+    """The network of all projections: (k~, g~) of a token's key and value gradient."""
 
-    Args:
-        inputs: F.
-        outputs: O.
-        count: how many projections share it.
-        rank: of each block's map.
-        num_blocks: residual blocks.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, count: int, rank: int, num_blocks: int = 2
-    ) -> None:
-        super().__init__()
-        width = inputs + outputs
-        rank = min(rank, width)
-        self.inputs = inputs
-        self.normalise_k, self.normalise_g = Normaliser(inputs), Normaliser(outputs)
-        self.down = nn.ParameterList([torch.randn(rank, width) for _ in range(num_blocks)])
-        self.up = nn.ParameterList([torch.zeros(width, rank) for _ in range(num_blocks)])
-        self.bias = nn.ParameterList([torch.zeros(width) for _ in range(num_blocks)])
-        self.scale = nn.ParameterList([torch.ones(count, width) for _ in range(num_blocks)])
-        self.offset = nn.ParameterList([torch.zeros(count, width) for _ in range(num_blocks)])
-
-    def forward(self, k_nF: Tensor, g_nO: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """(k~_nF, g~_nO) of the tokens of projection ``index``."""
-        y = torch.cat([self.normalise_k(k_nF), self.normalise_g(g_nO)], -1)
-        blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
-        for down, up, bias, scale, offset in blocks:
-            # clamp, not relu: its gradient at 0 is 1, without which zeros in `up` would never move
-            h = (y @ down.T @ up.T + bias).clamp(min=0)
-            y = y + scale[index] * h + offset[index]
-        return y[..., : self.inputs], y[..., self.inputs :]
+    @staticmethod
+    def step(h: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return scale * h.clamp(min=0) + offset
 
 
 class MALMEN(LearnedEditor):
@@ -222,8 +194,8 @@ class MALMEN(LearnedEditor):
         rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
         pairs, _ = self.keys_and_gradients(self.lm.tail(rows, self.lowest_layer), rows)
         for k_nF, g_nO in pairs.values():
-            self.network.normalise_k.update(k_nF)
-            self.network.normalise_g.update(g_nO)
+            self.network.normalise_x.update(k_nF)
+            self.network.normalise_d.update(g_nO)
 
     # ------------------------------------------------------------------ training
 

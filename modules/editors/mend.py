@@ -29,47 +29,19 @@ from torch import Tensor, nn
 
 from datamodules.records import EditCase
 from modules.editing import Delta, LowRank, Update
-from modules.gradients import Normaliser, gradient_factors
+from modules.gradients import PairNetwork, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
 from modules.tail import Tail
 
 
-class GradientTransform(nn.Module):
-    """g: the network of all matrices of one shape. The identity on normalised inputs at first.
+class GradientTransform(PairNetwork):
+    """g: the network of all matrices of one shape."""
 
-    Args:
-        inputs: I.
-        outputs: O.
-        count: how many matrices share it.
-        rank: of each layer's map.
-        num_layers: residual layers.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, count: int, rank: int, num_layers: int = 2
-    ) -> None:
-        super().__init__()
-        width = inputs + outputs
-        rank = min(rank, width)
-        self.inputs = inputs
-        self.normalise_x, self.normalise_d = Normaliser(inputs), Normaliser(outputs)
-        self.down = nn.ParameterList([torch.randn(rank, width) for _ in range(num_layers)])
-        self.up = nn.ParameterList([torch.zeros(width, rank) for _ in range(num_layers)])
-        self.bias = nn.ParameterList([torch.zeros(width) for _ in range(num_layers)])
-        self.scale = nn.ParameterList([torch.ones(count, width) for _ in range(num_layers)])
-        self.offset = nn.ParameterList([torch.zeros(count, width) for _ in range(num_layers)])
-
-    def forward(self, x: Tensor, d: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """(x~, d~) of token pairs of matrix ``index``; the last dimensions are I and O."""
-        y = torch.cat([self.normalise_x(x), self.normalise_d(d)], -1)
-        layers = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
-        for down, up, bias, scale, offset in layers:
-            h = y @ down.T @ up.T + bias
-            # clamp, not relu: its gradient at 0 is 1, without which zeros in `up` would never move
-            y = y + (scale[index] * h + offset[index]).clamp(min=0)
-        return y[..., : self.inputs], y[..., self.inputs :]
+    @staticmethod
+    def step(h: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return (scale * h + offset).clamp(min=0)
 
 
 class MEND(LearnedEditor):

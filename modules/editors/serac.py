@@ -49,10 +49,10 @@ from modules.editing import Delta, EditError, Editor, TextPatch
 from modules.encoder import TextEncoder
 from modules.evaluation import UNMOVED
 from modules.lm import LanguageModel, TargetScores
+from modules.retrieval import nearest
 from modules.tuning import FineTune
 
 MEMORY_FORMAT = "corrigenda-serac-1"
-SEARCH_CHUNK = 2**15  # edits compared with the prompts at once
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
 
 
@@ -415,10 +415,7 @@ def _read(path: str, key: str, kind: str) -> dict[str, Any]:
 
 
 class Memory:
-    """Edits and the vectors of their prompts; one edit per prompt, the newest.
-
-    Search is exact: a product of matrices, a chunk of the memory at a time.
-    """
+    """Edits and the vectors of their prompts; one edit per prompt, the newest."""
 
     def __init__(self) -> None:
         self.edits: list[Edit] = []
@@ -458,18 +455,6 @@ class Memory:
         grown_ND[: len(old_ND)] = old_ND
         grown_ND[list(new)] = vectors_ED[list(new.values())]
         self.vectors_ND = grown_ND
-
-    def search(self, vectors_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(cosine_BK, index_BK) of the k nearest edits, nearest first; fewer where there are fewer."""
-        assert self.vectors_ND is not None
-        best: list[tuple[Tensor, Tensor]] = []
-        for begin in range(0, len(self), SEARCH_CHUNK):
-            cosine_BN = vectors_BD @ self.vectors_ND[begin : begin + SEARCH_CHUNK].T
-            top = cosine_BN.topk(min(k, cosine_BN.shape[1]), dim=1)
-            best.append((top.values, top.indices + begin))
-        cosine_BM, index_BM = (torch.cat(column, 1) for column in zip(*best, strict=True))
-        top = cosine_BM.topk(min(k, cosine_BM.shape[1]), dim=1)
-        return top.values, index_BM.gather(1, top.indices)
 
     def save(self, path: str | Path, encoder: str = "") -> None:
         """Writes one safetensors file, atomically; ``encoder`` says whose vectors they are."""
@@ -671,7 +656,8 @@ class SERAC(Editor):
         start = time.perf_counter()
         scorer: Scorer = self.scope.scorer
         unique = list(dict.fromkeys(prompts))
-        cosine_BK, index_BK = memory.search(scorer.embed(unique), scorer.num_candidates)
+        vectors_ND = cast(Tensor, memory.vectors_ND)
+        cosine_BK, index_BK = nearest(scorer.embed(unique), vectors_ND, scorer.num_candidates)
         entries = [[memory.edits[i].text for i in row] for row in index_BK.tolist()]
         best = scorer.judge(unique, entries, cosine_BK).max(1)
         chosen = index_BK.gather(1, best.indices[:, None])[:, 0].tolist()
