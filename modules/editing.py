@@ -9,8 +9,6 @@ side. Updates are always [out, in], whatever the module stores.
 
 from __future__ import annotations
 
-import copy
-import importlib
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -25,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 
 from datamodules.records import Edit
 from modules.hooks import Hook, hooked
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = "corrigenda-delta-1"
-MEMORY_FORMAT = "corrigenda-memory-1"
 
 
 class EditError(ValueError):
@@ -161,19 +157,19 @@ class Delta:
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`tensors` into one safetensors file, atomically."""
-        _write(path, self.tensors(), {"format": FORMAT, "delta": json.dumps(self.metadata)})
+        write_tensors(path, self.tensors(), {"format": FORMAT, "delta": json.dumps(self.metadata)})
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
         """Reads a file that :meth:`save` wrote; raises EditError for anything else."""
-        tensors, header = _read(path, FORMAT, "delta")
+        tensors, header = read_tensors(path, FORMAT, "delta")
         try:
             return cls.from_tensors(tensors, json.loads(header["delta"]))
         except (KeyError, ValueError) as error:
             raise EditError(f"{path}: a damaged delta file ({error})") from None
 
 
-def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """One safetensors file, written atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +179,9 @@ def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str])
     part.replace(path)
 
 
-def _read(path: str | Path, wanted: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | Path, wanted: str, kind: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header) of a file of ours; raises EditError for anything else."""
     if not Path(path).is_file():
         raise EditError(f"{path}: no such {kind} file")
@@ -345,7 +343,7 @@ class EditHandle(ABC):
         self.lm.handles.pop()
 
 
-def _require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> None:
+def require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> None:
     base = metadata.get("base")
     if base is not None and base != lm.weights_hash:
         raise EditError(
@@ -363,7 +361,7 @@ class WeightPatch(EditHandle):
     """
 
     def __init__(self, lm: LanguageModel, delta: Delta) -> None:
-        _require_base(lm, delta.metadata, "delta")
+        require_base(lm, delta.metadata, "delta")
         self.delta = delta
         self.lowest_layer = min((lm.structure.layer_of(name) for name in delta.updates), default=0)
         self._lost: dict[str, float] = {}
@@ -478,196 +476,6 @@ def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
     )
 
 
-@dataclass
-class Asked:
-    """The batch that is running: which of its tokens are prompt, and what adapters decided on those.
-
-    Teacher-forced targets are no part of a prompt, and what was decided on it holds for every token
-    that is generated after it.
-
-    Attributes:
-        prompt_BT: True on the prompt's tokens, in the columns of the batch's first pass. Later passes
-            hold generated tokens alone (with a cache) or all tokens again (without one).
-        decided: by adapter; each decides in the first pass.
-    """
-
-    prompt_BT: Tensor
-    decided: dict[Adapter, Any] = field(default_factory=dict)
-
-    @property
-    def last_B(self) -> Tensor:
-        """Column of each row's last prompt token."""
-        column_T = torch.arange(self.prompt_BT.shape[1], device=self.prompt_BT.device)
-        return (self.prompt_BT * column_T).argmax(1)
-
-
-class Adapter(nn.Module, ABC):
-    """A memory beside the network that has a say in the outputs of some of its modules.
-
-    What it knows is in its buffers, of whatever length; what it is, in its settings. Both together
-    are written to files, and rebuild it.
-
-    Args:
-        sites: paths of the modules whose outputs it sees.
-        settings: the subclass's own arguments, JSON values.
-    """
-
-    def __init__(self, sites: Sequence[str], **settings: Any) -> None:  # noqa: ANN401
-        super().__init__()
-        self.sites = tuple(sites)
-        self.settings = {"sites": list(sites), **settings}
-
-    @abstractmethod
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
-        """The output of module ``site`` for input ``x``, whose own output is ``y``.
-
-        Returns ``y`` itself where nothing changes. ``asked`` is None in passes that nobody announced
-        with :meth:`LanguageModel.asking`; adapters that decide by prompt leave those alone.
-        """
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return sum(buffer.numel() for buffer in self.buffers())
-
-    def is_kin(self, other: Adapter) -> bool:
-        """Whether the other is an earlier or later state of the same memory."""
-        return type(self) is type(other) and self.settings == other.settings
-
-    def description(self) -> str:
-        """Class and settings as JSON, from which, with the buffers, :meth:`rebuild` makes it again."""
-        path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return json.dumps({"class": path, "settings": self.settings})
-
-    @staticmethod
-    def rebuild(description: str, tensors: dict[str, Tensor]) -> Adapter:
-        """The adapter of :meth:`description` and its ``state_dict``; raises EditError if it is not one."""
-        found = json.loads(description)
-        module, _, name = found["class"].rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            kind = None
-        if not (isinstance(kind, type) and issubclass(kind, Adapter)):
-            raise EditError(
-                f"there is no adapter {found['class']}: is the method's file installed?"
-            )
-        adapter = kind(**found["settings"])
-        if missing := adapter.state_dict().keys() ^ tensors.keys():
-            raise EditError(f"{found['class']}: tensors {sorted(missing)} do not fit this version")
-        for key, tensor in tensors.items():
-            setattr(adapter, key, tensor)
-        return adapter
-
-
-class ModulePatch(EditHandle):
-    """A memory in force: an adapter hooked to modules of the network; no weight changes.
-
-    A patch holds the whole memory and takes the place of its kin that was in force before it: an
-    editor that is called again copies that memory, extends the copy, and puts it in force. Taking the
-    newer patch out puts the older one, which nobody has touched, back in force.
-    """
-
-    def __init__(
-        self, lm: LanguageModel, adapter: Adapter, metadata: dict[str, Any] | None = None
-    ) -> None:
-        self.metadata = metadata or {}
-        _require_base(lm, self.metadata, "memory")
-        for site in adapter.sites:
-            try:
-                lm.net.get_submodule(site)
-            except AttributeError:
-                raise EditError(f"the model {lm.name!r} has no module {site}") from None
-        self.adapter = adapter.to(lm.device)
-        self.older = ModulePatch.newest(lm, adapter)
-        self.lowest_layer = min((lm.structure.layer_of(s) for s in adapter.sites), default=0)
-        self._hooks: list[RemovableHandle] = []
-        super().__init__(lm)
-        self.swap()
-
-    @staticmethod
-    def newest(lm: LanguageModel, adapter: Adapter) -> ModulePatch | None:
-        """The newest patch on the model whose memory is kin to ``adapter``."""
-        patches = [h for h in lm.handles if isinstance(h, ModulePatch)]
-        return next((p for p in reversed(patches) if p.adapter.is_kin(adapter)), None)
-
-    def swap(self) -> None:
-        if self._hooks:
-            self._unhook()
-            if self.older is not None:
-                self.older._hook()
-        else:
-            if self.older is not None:
-                self.older._unhook()
-            self._hook()
-
-    def _hook(self) -> None:
-        for site in self.adapter.sites:
-            module = self.lm.net.get_submodule(site)
-            self._hooks.append(module.register_forward_hook(self._at(site)))
-
-    def _unhook(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _at(self, site: str) -> Hook:
-        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            asked, x, y = self.lm.asked, args[0], output
-            if any(buffer.device != y.device for buffer in self.adapter.buffers()):
-                self.adapter.to(y.device)
-            if asked is not None and x.dim() == 2:  # rows and tokens flattened
-                x, y = (t.view(len(asked.prompt_BT), -1, t.shape[-1]) for t in (x, y))
-            new = self.adapter(site, x, y, asked)
-            return output if new is y else new.reshape(output.shape)
-
-        return hook
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the memory has grown by."""
-        return self.adapter.size - (self.older.adapter.size if self.older else 0)
-
-    def absorb(self, newer: ModulePatch) -> None:
-        """Takes over the memory of the newest patch, which extends this one's: one undo for both."""
-        if self.lm.handles[-2:] != [self, newer] or newer.older is not self:
-            raise EditError("only the newest edit can be absorbed, by the one it extends")
-        newer._unhook()
-        self.lm.handles.pop()
-        self.adapter, self.metadata = newer.adapter, newer.metadata
-        self._hook()
-
-    # ------------------------------------------------------------------ kept
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and JSON from which :meth:`restore` puts the same memory in force again."""
-        return {
-            "adapter": self.adapter.description(),
-            "tensors": dict(self.adapter.state_dict()),
-            "metadata": json.dumps(self.metadata),
-        }
-
-    @classmethod
-    def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> ModulePatch:
-        """The memory of :meth:`state`, in force."""
-        adapter = Adapter.rebuild(state["adapter"], state["tensors"])
-        return cls(lm, adapter, json.loads(state["metadata"]))
-
-    def save(self, path: str | Path) -> None:
-        """Writes the whole memory into one safetensors file, atomically."""
-        header = {"format": MEMORY_FORMAT, "adapter": self.adapter.description()}
-        metadata = {"metadata": json.dumps(self.metadata)}
-        _write(path, dict(self.adapter.state_dict()), header | metadata)
-
-    @classmethod
-    def load(cls, lm: LanguageModel, path: str | Path) -> ModulePatch:
-        """Puts a memory that :meth:`save` wrote in force; raises EditError for another model's."""
-        tensors, header = _read(path, MEMORY_FORMAT, "memory")
-        try:
-            return cls.restore(lm, {**header, "tensors": tensors})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise EditError(f"{path}: a damaged memory file ({error})") from None
-
-
 class TextPatch(EditHandle):
     """An edit in what the model is asked, or in who answers; no weight changes.
 
@@ -779,39 +587,6 @@ class WeightEditor(Editor):
     def stamp(self, lm: LanguageModel, delta: Delta, edits: Sequence[Edit]) -> Delta:
         """The delta with its origin in the metadata: base weights, editor, edits."""
         return replace(delta.detach(), metadata=delta.metadata | self.origin(lm, edits))
-
-
-class ModuleEditor(Editor):
-    """A method whose product is a memory beside the network, which every further call extends."""
-
-    @abstractmethod
-    def empty(self, lm: LanguageModel) -> Adapter:
-        """A memory without edits."""
-
-    @abstractmethod
-    def learn(self, lm: LanguageModel, memory: Any, edits: Sequence[Edit]) -> list[dict[str, Any]]:  # noqa: ANN401
-        """Extends ``memory`` (an :meth:`empty` one or a later state of it), which is in force, in place.
-
-        Returns a note (JSON values) for each edit.
-        """
-
-    def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> ModulePatch:
-        with editing_mode():
-            self.prepare(lm)
-            memory = self.empty(lm)
-            older = ModulePatch.newest(lm, memory)
-            if older is not None:
-                memory = copy.deepcopy(older.adapter)
-            patch = ModulePatch(lm, memory, self.origin(lm, edits))
-            try:
-                patch.metadata["notes"] = self.learn(lm, memory, edits)
-            except BaseException:
-                patch.remove()
-                raise
-        if older is not None:
-            for key in ("edits", "notes"):
-                patch.metadata[key] = older.metadata.get(key, []) + patch.metadata[key]
-        return patch
 
 
 @contextmanager

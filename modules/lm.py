@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.records import Edit
-from modules.editing import Asked, Delta, EditHandle, ModulePatch, TextPatch, side_branches
+from modules.adapters import Asked, ModulePatch
+from modules.editing import Delta, EditHandle, TextPatch, side_branches
 from modules.structure import Structure, find_structure, read_parameter, sizes
 from modules.tail import Tail
 

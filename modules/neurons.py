@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from modules.editing import Adapter, Asked
+from modules.adapters import Adapter, Asked
 from modules.lm import LanguageModel
 
 

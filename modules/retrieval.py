@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from modules.editing import write_tensors
 from modules.encoder import TextEncoder
 from modules.hooks import capture, first
 from modules.lm import LanguageModel, cache_dir
@@ -205,13 +205,9 @@ class Retriever:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically; texts and encoder are in its header."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         header = {"encoder": self.encoder.name, "hash": self.encoder.hash, "texts": self.texts}
         metadata = {"format": FORMAT, "retriever": json.dumps(header, ensure_ascii=False)}
-        save_file({"vectors": self.vectors_ND.contiguous().clone()}, part, metadata)
-        part.replace(path)
+        write_tensors(path, {"vectors": self.vectors_ND}, metadata)
 
     @classmethod
     def load(cls, path: str | Path, encoder: Encoder) -> Retriever:

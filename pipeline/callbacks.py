@@ -19,15 +19,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.records import Edit, EditCase
-from modules.editing import (
-    Delta,
-    EditHandle,
-    Editor,
-    ModulePatch,
-    WeightEditor,
-    WeightPatch,
-    editing_mode,
-)
+from modules.adapters import ModulePatch
+from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.metrics import FactsForgotten
 

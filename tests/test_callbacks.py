@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
-from modules.editing import Delta, Editor, ModulePatch, WeightPatch
+from modules.adapters import ModulePatch
+from modules.editing import Delta, Editor, WeightPatch
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.finetune import FT
 from modules.editors.grace import GRACE

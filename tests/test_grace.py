@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Asked
+from modules.adapters import Asked
 from modules.editors.grace import GAP, GRACE, SLACK, Codebook
 from modules.states import (
     distances,

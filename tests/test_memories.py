@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import ModulePatch
+from modules.adapters import ModulePatch
 from modules.editors.calinet import CaliNET
 from modules.editors.grace import GRACE
 from modules.editors.melo import MELO

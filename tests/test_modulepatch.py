@@ -7,15 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from datamodules.records import Edit
-from modules.editing import (
-    Adapter,
-    Delta,
-    EditError,
-    LowRank,
-    ModuleEditor,
-    ModulePatch,
-    WeightPatch,
-)
+from modules.adapters import Adapter, ModuleEditor, ModulePatch
+from modules.editing import Delta, EditError, LowRank, WeightPatch
 from modules.lm import LanguageModel
 
 PROMPTS = ["The capital of Ruritania is", "He said", "In the year of Old Humbria the town was not"]

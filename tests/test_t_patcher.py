@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import ModulePatch
+from modules.adapters import ModulePatch
 from modules.editors.calinet import CaliNET
 from modules.editors.t_patcher import TPatcher, scope_loss
 from modules.moments import Corpus

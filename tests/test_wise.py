@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Asked, ModulePatch
+from modules.adapters import Asked, ModulePatch
 from modules.editors.wise import WISE, SideMemories, concern, ties
 from modules.states import read_states, unrelated_prompts
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from datamodules.records import Edit
-from modules.editing import ModuleEditor
+from modules.adapters import ModuleEditor
 from modules.editors.key_value import sample_contexts
 from modules.lm import LanguageModel
 from modules.neurons import SideNeurons

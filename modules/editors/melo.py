@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import Adapter, Asked, ModuleEditor
+from modules.adapters import Adapter, Asked, ModuleEditor
 from modules.lm import LanguageModel
 from modules.states import distances, last_states, neighbour_distance, unrelated_prompts
 from modules.structure import sizes

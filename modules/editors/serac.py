@@ -39,13 +39,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, EditError, Editor, TextPatch
+from modules.editing import Delta, EditError, Editor, TextPatch, write_tensors
 from modules.encoder import TextEncoder
 from modules.evaluation import UNMOVED
 from modules.lm import LanguageModel, TargetScores
@@ -458,15 +457,11 @@ class Memory:
 
     def save(self, path: str | Path, encoder: str = "") -> None:
         """Writes one safetensors file, atomically; ``encoder`` says whose vectors they are."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         vectors_ND = torch.empty(0, 0) if self.vectors_ND is None else self.vectors_ND
         edits = json.dumps([asdict(edit) for edit in self.edits], ensure_ascii=False)
         header = {"format": MEMORY_FORMAT, "encoder": encoder}
         text = torch.frombuffer(bytearray(edits, "utf-8"), dtype=torch.uint8)
-        part = path.with_name(path.name + ".part")
-        save_file({"vectors": vectors_ND.cpu().contiguous(), "edits": text}, part, header)
-        part.replace(path)
+        write_tensors(path, {"vectors": vectors_ND, "edits": text}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[Memory, str]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import ModuleEditor
+from modules.adapters import ModuleEditor
 from modules.lm import LanguageModel
 from modules.moments import Corpus
 from modules.neurons import SideNeurons

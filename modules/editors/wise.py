@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.editing import Adapter, Asked, ModuleEditor
+from modules.adapters import Adapter, Asked, ModuleEditor
 from modules.editors.key_value import sample_contexts
 from modules.lm import LanguageModel
 from modules.states import read_states, unrelated_prompts
