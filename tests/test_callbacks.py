@@ -456,3 +456,37 @@ def test_wandb_draws_over_the_number_of_edits(lm, data, tmp_path, schedule):
     callback.setup(trainer, EditingModule(lm), "fit")
     over = [name for name, step in Logger.experiment.defined if step == "edit/num_edits"]
     assert over == ["current/*", "val/*"][: 1 + (schedule == "stream")]
+
+
+@pytest.mark.parametrize(("schedule", "verb"), [("epoch", "validate"), ("stream", "fit")])
+def test_perplexity_is_taken_under_the_edits(run, lm, data, data_files, tmp_path, schedule, verb):
+    text = Corpus(data_files.text, 300)
+    base = lm.perplexity(text.texts(lm), 300)
+    _, trainer = run(ft(), schedule, verb, module=EditingModule(lm, perplexity=text))
+    edits = [edit for case in data.cases("test") for edit in case.edits]
+    means = summary(tmp_path / "run")["means"]
+    if schedule == "epoch":
+        handle = ft().edit(lm, edits)
+    edited = lm.perplexity(text.texts(lm), 300)  # a stream's edits are still in force
+    if schedule == "epoch":
+        handle.remove()
+    assert means["text/perplexity"] == pytest.approx(edited, rel=1e-5)
+    assert means["text/perplexity_increase"] == pytest.approx(edited / base - 1, rel=1e-4)
+    assert abs(edited / base - 1) > 1e-3
+    protocol = summary(tmp_path / "run")["protocols"]["text/perplexity"]
+    assert protocol == f"nll@{schedule}"
+
+
+def test_perplexity_of_the_unedited_model(run, lm, data_files, tmp_path):
+    text = Corpus(data_files.text, 300)
+    run(None, "each", module=EditingModule(lm, perplexity=text))
+    means = summary(tmp_path / "run")["means"]
+    assert means["text/perplexity"] == pytest.approx(lm.perplexity(text.texts(lm), 300))
+    assert means["text/perplexity_increase"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["each", "batch"])
+def test_perplexity_needs_edits_that_stay(run, lm, data_files, schedule):
+    module = EditingModule(lm, perplexity=Corpus(data_files.text, 300))
+    with pytest.raises(ValueError, match="epoch or stream, or leave out --model.perplexity"):
+        run(ft(), schedule, module=module)

@@ -279,3 +279,46 @@ def test_a_row_can_be_read_back(lm, cases):
     assert first["criterion"] == "efficacy" and first["rival"] == cases[0].edits[0].target_true
     assert {"accuracy", "exact", "preference", "margin", "prediction"} <= set(first)
     assert CaseResult(cases[0]).row()["metrics"] == {}
+
+
+@torch.no_grad()
+def text_by_hand(lm, texts, limit):
+    """exp of the mean NLL of all tokens but the first, from plain forward passes."""
+    nll = []
+    for text in texts:
+        ids = lm.tokenizer(text).input_ids[:limit]
+        limit -= len(ids) * (len(ids) > 1)
+        logprob = lm.net(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        nll += (-logprob.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).tolist()
+        if limit < 2:
+            break
+    return math.exp(sum(nll) / len(nll))
+
+
+def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
+    texts = [
+        "The town is on the ice.",
+        "He",
+        "a",
+        "A story of the year 1984",
+        "São Paulo said that",
+    ]
+    monkeypatch.setattr("modules.lm.CHUNK_TOKENS", 40)  # in several batches
+    for limit in (10_000, 23):
+        assert lm.perplexity(texts, limit) == pytest.approx(
+            text_by_hand(lm, texts, limit), rel=1e-5
+        )
+    delta = update(lm)
+    beside = lm.perplexity(texts, 10_000, delta)
+    patch = WeightPatch(lm, delta)
+    written = text_by_hand(lm, texts, 10_000)
+    assert beside == pytest.approx(written, rel=1e-4) == lm.perplexity(texts, 10_000)
+    patch.remove()
+    assert abs(written / lm.perplexity(texts, 10_000) - 1) > 5e-3
+    with pytest.raises(ValueError, match="at least two tokens"):
+        lm.perplexity(["a"], 1)
+
+
+def test_a_collapsed_model_has_infinite_perplexity(lm):
+    lm.net.get_input_embeddings().weight.data.fill_(float("nan"))
+    assert lm.perplexity(["The town is on the ice."], 100) == math.inf

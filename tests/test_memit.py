@@ -557,3 +557,52 @@ def test_a_saved_edit_brings_its_keys(gpt2, make, tmp_path):
     WeightPatch(fresh, Delta.load(tmp_path / "edit.safetensors"))
     for name, update in make(AlphaEdit).propose(fresh, EDITS[2:]).updates.items():
         near(update.dense(), expected.dense(name), atol=1e-8)
+
+
+def test_found_values_are_kept_and_taken_over(gpt2, make, tmp_path, monkeypatch):
+    """An interrupted search goes on; other settings, and a model under edits, look for values anew."""
+    folder = str(tmp_path / "values")
+    plain = make(MEMIT).propose(gpt2, EDITS)
+    looked_for = []
+    search = spread.optimise_values
+
+    def count(lm, key_rows, *rest):
+        looked_for.append(key_rows.num_edits)
+        if len(looked_for) == 3:
+            raise KeyboardInterrupt
+        return search(lm, key_rows, *rest)
+
+    monkeypatch.setattr(spread, "optimise_values", count)
+    stopped = make(MEMIT, values=folder, parallel=1)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.propose(gpt2, EDITS)
+    again = make(MEMIT, values=folder, parallel=1)
+    delta = again.propose(gpt2, EDITS)
+    assert looked_for == [1] * 5 and again.numbers() == {"values_taken_over": 2.0}
+    for name in plain.updates:
+        torch.testing.assert_close(delta.dense(name), plain.dense(name), rtol=1e-4, atol=1e-6)
+    shared = make(EMMET, values=folder, ridge=0.1)
+    shared.propose(gpt2, EDITS)
+    assert len(looked_for) == 5 and shared.numbers() == {"values_taken_over": 4.0}
+    notes = again.propose(gpt2, EDITS[:1]).metadata["notes"]
+    assert {"loss", "nll", "iterations", "lacking"} <= notes[0].keys()
+    make(MEMIT, values=folder, lr=0.3).propose(gpt2, EDITS[:1])
+    with_one = WeightPatch(gpt2, plain)
+    again.propose(gpt2, EDITS[1:2])
+    with_one.remove()
+    assert len(looked_for) == 7
+
+
+def test_a_damaged_value_is_looked_for_again(gpt2, make, tmp_path, caplog):
+    folder = tmp_path / "values"
+    first = make(MEMIT, values=str(folder)).propose(gpt2, EDITS[:1])
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    editor = make(MEMIT, values=str(folder))
+    second = editor.propose(gpt2, EDITS[:1])
+    assert "is not usable" in caplog.text and editor.numbers() == {"values_taken_over": 0.0}
+    for name in first.updates:
+        assert torch.equal(first.dense(name), second.dense(name))
+    editor = make(MEMIT, values=str(folder))
+    editor.propose(gpt2, EDITS[:1])
+    assert editor.numbers() == {"values_taken_over": 1.0}  # the file is whole again

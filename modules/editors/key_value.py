@@ -10,9 +10,12 @@ width, V words.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.editing import Delta
+from modules.editing import Delta, EditError, read_tensors, write_tensors
 from modules.hooks import capture, first, hooked, replace_first
 from modules.lm import LanguageModel, Rows
 from modules.optimize import IndependentAdam
@@ -28,6 +31,7 @@ from modules.tail import Tail
 
 log = logging.getLogger(__name__)
 
+VALUE_FORMAT = "corrigenda-value-1"
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -319,6 +323,46 @@ class _Problem:
         part = _Problem(self.lm, key_rows, self.tail.select(keep), self.site, self.precision)
         part.base_NV = self.base_NV[edits_n] if self.base_NV is not None else None
         return part
+
+
+class FoundValues:
+    """Values that were found, a file per edit, so that a search of hours can be interrupted and shared.
+
+    A value belongs to the weights it was found on and to everything the search depended on.
+
+    Args:
+        folder: where the files are.
+        base: JSON values that name all of that: the hash of the weights, the site, contexts, settings.
+    """
+
+    def __init__(self, folder: str | Path, base: dict[str, Any]) -> None:
+        self.folder, self.base = Path(folder), base
+
+    def read(self, edit: Edit) -> tuple[Tensor, dict[str, Any]] | None:
+        """(delta_D, note) of an edit, None where it was not found yet; a damaged file is made again."""
+        path = self._path(edit)
+        if not path.is_file():
+            return None
+        try:
+            tensors, header = read_tensors(path, VALUE_FORMAT, "value")
+            return tensors["delta"], json.loads(header["note"])
+        except (EditError, KeyError, ValueError) as error:
+            log.warning("%s is not usable (%s): looking for the value again", path, error)
+            return None
+
+    def write(self, edit: Edit, delta_D: Tensor, note: dict[str, Any]) -> None:
+        header = {"format": VALUE_FORMAT, "note": json.dumps(note)}
+        write_tensors(self._path(edit), {"delta": delta_D}, header)
+
+    def _path(self, edit: Edit) -> Path:
+        asked = {
+            **self.base,
+            "prompt": edit.prompt,
+            "subject": edit.subject,
+            "new": edit.target_new,
+        }
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+        return self.folder / f"{digest}.safetensors"
 
 
 # ---------------------------------------------------------------------------- the solver

@@ -23,15 +23,18 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
 from modules.editing import Delta, EditError, LowRank, Update, WeightEditor, WeightPatch
 from modules.editors.key_value import (
+    FoundValues,
     KeyRows,
     SubjectRows,
     ValueSettings,
@@ -61,6 +64,9 @@ class SpreadEditor(WeightEditor):
         seed: of the sampled contexts.
         parallel: edits whose values are looked for together.
         precision: ``bfloat16`` makes the search for values several times faster on hardware that has it.
+        values: folder where values found on the unedited model are kept: an interrupted search goes on
+            there, and editors and batches that ask for the same values share them. The seconds of an edit
+            are then those of what had to be looked for.
     """
 
     keeps_keys = False  # whether later edits are to leave the keys of this one alone
@@ -79,6 +85,7 @@ class SpreadEditor(WeightEditor):
         seed: int = 0,
         parallel: int = 8,
         precision: Literal["float32", "bfloat16"] = "float32",
+        values: str | None = None,
     ) -> None:
         if not layers or sorted(set(layers)) != list(layers):
             raise ValueError(f"layers must name each block once, the lowest first, got {layers}")
@@ -87,6 +94,8 @@ class SpreadEditor(WeightEditor):
         self.layers, self.lengths, self.essence = layers, contexts, essence
         self.corpus, self.seed, self.parallel = corpus, seed, parallel
         self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
+        self.values = values
+        self.num_taken_over = 0
         self._prepared: str | None = None
         self._statistics: dict[int, Tensor] = {}
 
@@ -196,26 +205,58 @@ class SpreadEditor(WeightEditor):
         """(delta_ND, a note per edit): the changes at ``site`` that make the targets likely."""
         delta_ND = torch.zeros_like(v0_ND)
         notes: list[dict[str, Any]] = [{} for _ in edits]
-        failed: list[str] = []
-        order = sorted(range(len(edits)), key=lambda n: tokens_from_subject(lm, edits[n]))
-        for begin in range(0, len(order), self.parallel):
-            part = order[begin : begin + self.parallel]
-            key_rows = KeyRows.of(lm, [edits[n] for n in part], self._contexts, self.essence)
-            tail = key_rows.tail(lm, self.layers[-1])
-            values = optimise_values(lm, key_rows, tail, site, v0_ND[part], self.settings)
-            delta_ND[part] = values.delta_ND
-            for i, n in enumerate(part):
-                notes[n] = {
-                    "loss": values.loss_N[i].item(),
-                    "iterations": int(values.iterations_N[i]),
-                }
-                if values.nll_N[i] > 1:
-                    failed.append(f"{edits[n].text!r} -> {edits[n].target_new!r}")
-            log.info("values of %d of %d edits", begin + len(part), len(edits))
+        found = self._found_values(lm, site)
+        missing = []
+        for n, edit in enumerate(edits):
+            if found and (stored := found.read(edit)):
+                delta_ND[n], notes[n] = stored[0].to(delta_ND), stored[1]
+            else:
+                missing.append(n)
+        self.num_taken_over += len(edits) - len(missing)
+        order = sorted(missing, key=lambda n: tokens_from_subject(lm, edits[n]))
+        with Progress(disable=len(order) <= self.parallel, transient=True) as bar:
+            task = bar.add_task("values", total=len(order))
+            for begin in range(0, len(order), self.parallel):
+                part = order[begin : begin + self.parallel]
+                key_rows = KeyRows.of(lm, [edits[n] for n in part], self._contexts, self.essence)
+                tail = key_rows.tail(lm, self.layers[-1])
+                values = optimise_values(lm, key_rows, tail, site, v0_ND[part], self.settings)
+                delta_ND[part] = values.delta_ND
+                for i, n in enumerate(part):
+                    notes[n] = {
+                        "loss": values.loss_N[i].item(),
+                        "nll": values.nll_N[i].item(),
+                        "iterations": int(values.iterations_N[i]),
+                    }
+                    if found:
+                        found.write(edits[n], delta_ND[n], notes[n])
+                bar.update(task, advance=len(part))
+        failed = [
+            f"{edit.text!r} -> {edit.target_new!r}"
+            for edit, note in zip(edits, notes, strict=True)
+            if note["nll"] > 1
+        ]
         if failed:
             log.warning("%d of %d value searches ended at an NLL above 1, those edits will likely fail: %s",
                         len(failed), len(edits), "; ".join(failed[:3]))  # fmt: skip
         return delta_ND, notes
+
+    def _found_values(self, lm: LanguageModel, site: str) -> FoundValues | None:
+        """Where values are kept; none where edits are in force, as those change what is looked for."""
+        if self.values is None or lm.handles:
+            return None
+        base = {
+            "weights": lm.weights_hash,
+            "site": site,
+            "contexts": self._contexts,
+            "essence": self.essence,
+            **asdict(self.settings),
+        }
+        return FoundValues(self.values, base)
+
+    def numbers(self) -> dict[str, float]:
+        """``values_taken_over``: how many were not looked for anew."""
+        return {"values_taken_over": float(self.num_taken_over)} if self.values else {}
 
     def _earlier(self, lm: LanguageModel, name: str) -> Tensor:
         """Keys of the edits in force that are to keep their answers, [F, P]; none unless this method does so."""
