@@ -168,17 +168,18 @@ class SubjectRows:
         """(inputs_NI, outputs_NO) of module ``name`` at the subjects' last tokens, means over contexts.
 
         Edit n is read in the model changed by ``deltas[group_N[n]]``. The pass ends at the module and goes
-        over a bounded number of tokens at a time.
+        over a bounded number of tokens at a time. (The plain way, ``reuse_prefix: false``, goes on to the head,
+        one edit at a time.)
         """
-        count = len(group_N)
+        count, reuse = len(group_N), lm.reuse_prefix
+        run = lm.net.get_decoder() if reuse else lm.net
+        every = list(lm._chunks(self.rows)) if reuse else self._per_edit(count)
         sums: list[Tensor] = []
-        for row_b in lm._chunks(self.rows):
+        for row_b in every:
             part, owner_b = self.rows.select(row_b), self.owner_R[row_b]
             branches = lm.side_by_side(deltas, group_N[owner_b.cpu()])
-            with branches, capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
-                lm.net.get_decoder()(
-                    input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
-                )
+            with branches, capture({name: lm.net.get_submodule(name)}, stop=reuse) as seen:
+                run(input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False)
             for i, found in enumerate(map(first, seen[name])):
                 found_bTX = found.view(len(row_b), -1, found.shape[-1])
                 at_bX = found_bTX[torch.arange(len(row_b), device=lm.device), part.length_B - 1]
@@ -186,6 +187,9 @@ class SubjectRows:
                     sums.append(at_bX.new_zeros(count, at_bX.shape[1], dtype=torch.float32))
                 sums[i].index_add_(0, owner_b, self.weight_R[row_b, None] * at_bX.float())
         return sums[0], sums[1]
+
+    def _per_edit(self, count: int) -> list[Tensor]:
+        return [(self.owner_R == n).nonzero()[:, 0] for n in range(count)]
 
 
 # ---------------------------------------------------------------------------- values

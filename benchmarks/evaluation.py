@@ -1,0 +1,39 @@
+"""Evaluation of facts under their own edits: one after the other, or side by side over a shared prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.side_by_side import ratio
+from datamodules.records import EditCase
+from modules.editing import editing_mode
+from modules.editors.rome import ROME
+from modules.evaluation import EditingModule
+from modules.lm import LanguageModel
+from modules.moments import Corpus
+
+
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+    cases, module = cases[:16], EditingModule(lm)
+    corpus = Corpus("facts", max(50_000, 10 * lm.structure.inner_width))
+    editor = ROME(lm.structure.num_layers // 10, corpus=corpus, steps=2)
+    with editing_mode():
+        deltas = editor.propose_each(lm, [case.edits for case in cases])
+
+    def plain() -> list[dict[str, float]]:
+        lm.reuse_prefix = False
+        results = []
+        for case, delta in zip(cases, deltas, strict=True):
+            module.case_deltas = [delta]
+            results += [result.metrics for result in module.evaluate([case])]
+        return results
+
+    def ours() -> list[dict[str, float]]:
+        lm.reuse_prefix = True
+        module.case_deltas = deltas
+        return [result.metrics for result in module.evaluate(cases)]
+
+    for a, b in zip(plain(), ours(), strict=True):
+        if any(abs(a[name] - b[name]) > 1e-3 for name in a):
+            raise AssertionError(f"the two ways differ: {a} and {b}")
+    return [ratio(f"evaluation of {len(cases)} edited cases", plain, ours, rounds)]

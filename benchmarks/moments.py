@@ -1,0 +1,38 @@
+"""Second moments of five layers: a pass over the text for each, or one for all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.side_by_side import ratio
+from datamodules.records import EditCase
+from modules.lm import LanguageModel
+from modules.moments import Corpus, Moments
+
+
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+    layers = list(range(1, 6))
+    tokens = max(6_000, 2 * lm.structure.inner_width)
+
+    def gather(groups: list[list[int]]) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            service = Moments(lm, Corpus("facts", tokens), Path(folder))
+            for group in groups:
+                found |= service.gather(group, progress=False)
+        return found
+
+    def plain() -> dict[int, torch.Tensor]:
+        return gather([[layer] for layer in layers])
+
+    def ours() -> dict[int, torch.Tensor]:
+        return gather([layers])
+
+    apart, together = plain(), ours()
+    for layer in layers:
+        torch.testing.assert_close(apart[layer], together[layer], rtol=1e-4, atol=1e-6)
+    return [ratio("second moments, five layers", plain, ours, rounds)]

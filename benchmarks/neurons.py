@@ -1,0 +1,27 @@
+"""Knowledge neurons: attributions in all layers, a point of the integral at a time or all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.side_by_side import ratio, require_close
+from datamodules.records import EditCase
+from modules.editors.kn import attributions
+from modules.lm import LanguageModel
+
+
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+    edit = cases[0].edits[0]
+    asked = lm.rows([edit.text], [str(edit.target_true)])
+
+    def run(reuse: bool) -> torch.Tensor:
+        lm.reuse_prefix = reuse
+        return attributions(lm, asked, points=10, batch_rows=10 if reuse else 1)
+
+    plain, ours = run(False), run(True)
+    found = ((plain - ours).norm() / plain.norm()).item()
+    require_close(found, 1e-3)
+    name = f"KN, attributions in all layers, 10 points (agree to {found:.0e})"
+    return [ratio(name, lambda: run(False), lambda: run(True), rounds)]

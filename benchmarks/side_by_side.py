@@ -1,0 +1,51 @@
+"""Two ways to the same result, timed in turn in one process: what every benchmark here is made of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from modules.editing import Delta
+
+HEADER = "| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(name: str, plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> str:
+    """One table row: both in turn; the median of the rounds' ratios and their range.
+
+    Neither is warmed up here: whoever checks first that both give the same result has done that.
+    """
+    pairs = [(seconds(plain), seconds(ours)) for _ in range(rounds)]
+    ratios = [a / b for a, b in pairs]
+    median_plain, median_ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return (
+        f"| {name} | {median_plain:.2f} | {median_ours:.2f} | {statistics.median(ratios):.1f} "
+        f"| {min(ratios):.1f} to {max(ratios):.1f} |"
+    )
+
+
+def difference(a: Sequence[Delta], b: Sequence[Delta]) -> float:
+    """Largest relative difference between the updates of two ways."""
+    worst = 0.0
+    for left, right in zip(a, b, strict=True):
+        for name in left.updates:
+            x, y = left.dense(name), right.dense(name)
+            worst = max(worst, ((x - y).norm() / x.norm()).item())
+    return worst
+
+
+def require_close(found: float, limit: float) -> None:
+    """A faster wrong answer is a failure."""
+    if not found <= limit:
+        raise AssertionError(f"the two ways differ by {found:.1e}, more than {limit:.0e}")

@@ -1,0 +1,48 @@
+"""ROME's edits: the search for values from stored states, of several facts together, and the whole edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.side_by_side import difference, ratio, require_close
+from datamodules.records import EditCase
+from modules.editing import Delta, editing_mode
+from modules.editors.rome import ROME
+from modules.lm import LanguageModel
+from modules.moments import Corpus
+
+CONTEXTS = [(5, 3), (10, 2)]  # six with the bare prompt, so that a round takes seconds
+
+
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+    """One fact with all its steps, eight with five steps each: the same edits and steps in both ways."""
+    return [
+        _row(lm, cases[:1], rounds, "ROME, 1 edit, 20 steps", steps=20),
+        _row(lm, cases[:8], rounds, "ROME, 8 edits, 5 steps each", steps=5),
+    ]
+
+
+def _row(lm: LanguageModel, cases: Sequence[EditCase], rounds: int, name: str, steps: int) -> str:
+    layer = lm.structure.num_layers // 10
+    corpus = Corpus("facts", max(50_000, 10 * lm.structure.inner_width))
+    editor = ROME(layer, corpus=corpus, contexts=CONTEXTS, steps=steps)
+    edits = [case.edits for case in cases]
+
+    def plain() -> list[Delta]:
+        """The whole network in every step, one edit at a time, all logits."""
+        lm.reuse_prefix = False
+        with editing_mode():
+            return [editor.propose(lm, group) for group in edits]
+
+    def ours() -> list[Delta]:
+        lm.reuse_prefix = True
+        with editing_mode():
+            return editor.propose_each(lm, edits)
+
+    one, other = plain(), ours()
+    found = difference(one, other)
+    require_close(found, 1e-3)
+    searched = [[d.metadata["notes"][0]["iterations"] for d in way] for way in (one, other)]
+    if searched[0] != searched[1]:
+        raise AssertionError(f"the two ways took {searched[0]} and {searched[1]} steps")
+    return ratio(f"{name} (updates agree to {found:.0e})", plain, ours, rounds)
