@@ -31,17 +31,11 @@ class GivenValues(MEMIT):
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
-    table = [
-        _row(
-            lm,
-            cases[:count],
-            rounds,
-            f"MEMIT, insertion of {count} edit{'s' * (count > 1)}",
-            GivenValues,
-        )
-        for count in (1, 10, 50)
-    ]
-    some = min(rounds, 2)
+    table = []
+    for count in (1, 10, 50):
+        name = f"MEMIT, insertion of {count} edit{'s' * (count > 1)}"
+        table.append(_row(lm, cases[:count], rounds, name, GivenValues))
+    some = min(rounds, 2)  # minutes each
     name = f"MEMIT, 100 edits end to end, 5 steps each, {some} rounds"
     return [*table, _row(lm, cases[:100], some, name, MEMIT, steps=5)]
 
