@@ -45,8 +45,8 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   edits      show, verify, try out, merge and export edits that were saved as files
   doctor     look a model over: what was found, where to edit it, one edit in and out
 
-Configuration files are combined in order:
-  corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
+Configuration files are combined in order, and options win over them:
+  corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
 """
 
 
@@ -195,7 +195,7 @@ def _train_or_validate(args: list[str]) -> None:
             save_config_callback=None,
             seed_everything_default=0,
             parser_kwargs={"fit": defaults, "validate": defaults, **raises},
-            args=_packaged(args),
+            args=_packaged(_files_first(args)),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -210,6 +210,18 @@ def _import_methods() -> None:
         for module in pkgutil.iter_modules(folder, f"{package}."):
             importlib.import_module(module.name)
     importlib.import_module("modules.tuning")
+
+
+def _files_first(args: list[str]) -> list[str]:
+    """The verb, configuration files in their order, then the options, which win over all of them.
+
+    An option such as ``--data.limit`` can only be read once a file before it has named the class.
+    """
+    verb, *words = args
+    given = [i for i, word in enumerate(words) if word in ("-c", "--config")]
+    files = sorted({*given, *(i + 1 for i in given if i + 1 < len(words))})
+    options = [word for i, word in enumerate(words) if i not in files]
+    return [verb, *(words[i] for i in files), *options]
 
 
 def _packaged(args: list[str]) -> list[str]:

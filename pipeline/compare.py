@@ -4,7 +4,7 @@ A study file is a list of command lines of ``corrigenda`` under names:
 
     out: runs/demo               # default: runs/<name of the file>
     baseline: unedited           # the others' differences are to this run
-    common: --data.limit 30      # appended to every run's arguments
+    common: --data.limit 30      # for every run; a run's own arguments come later and win
     runs:
       - {name: unedited, args: validate -c configs/base/smollm2.yaml -c configs/data/facts.yaml}
       - {name: mend-train, args: fit -c configs/mend/smollm2.yaml, report: false}
@@ -134,7 +134,8 @@ def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # n
         )
     if not entry.get("args"):
         raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
-    args = _words(entry["args"], f"{where}: args") + common
+    verb, *own = _words(entry["args"], f"{where}: args")
+    args = (verb, *common, *own)
     if any(word.split("=")[0] == "--run_dir" for word in args):
         raise UserError(f"{where}: leave --run_dir out; a run's folder is out/name")
     is_reported = entry.get("report", True)

@@ -224,6 +224,18 @@ def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
     assert found["edit"]["schedule"] == "epoch" and found["edit"]["editor"] is None
 
 
+def test_options_win_over_files_wherever_they_stand(parsed, tmp_path):
+    """``--data.limit`` needs the class that a file after it names."""
+    (tmp_path / "own.yaml").write_text("{edit: {schedule: epoch}, data: {init_args: {limit: 9}}}")
+    files = ["-c", "base/smollm2.yaml", "-c", "data/facts.yaml", "-c", "own.yaml"]
+    options = ["--data.limit", "3", "--edit.schedule", "batch"]
+    first, mixed = [*options, *files], [*files[:2], *options[:2], *files[2:], *options[2:]]
+    for args in (first, mixed):
+        found = parsed("validate", *args)
+        assert found == parsed("validate", *files, *options)
+        assert found["data"]["init_args"]["limit"] == 3 and found["edit"]["schedule"] == "batch"
+
+
 # ---------------------------------------------------------------------------- runs
 
 

@@ -1,4 +1,4 @@
-"""Studies whose runs are a small script: what it is told to do is its first argument."""
+"""Studies whose runs are a small script that is told what to do."""
 
 import json
 import sys
@@ -10,10 +10,11 @@ from pipeline import compare as study_runner
 from pipeline.compare import compare, read_study, run_command
 from pipeline.errors import UserError
 
-# Usage: fake.py <verb> <what to do> [anything] --run_dir DIR [--ckpt_path last]
+# Usage: fake.py <verb> [anything] <what to do> [anything] --run_dir DIR [--ckpt_path last]
 FAKE = """
 import json, os, pathlib, signal, sys, time
-what, folder = sys.argv[2], pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+what = next(word for word in sys.argv if word in ("ok", "fail", "die", "interrupt", "silent"))
 folder.mkdir(parents=True, exist_ok=True)
 with (folder.parent / "calls.txt").open("a") as calls:
     calls.write(" ".join([folder.name, *sys.argv[1:]]) + "\\n")
@@ -87,11 +88,11 @@ def test_runs_in_order_then_reports(study, tmp_path, capfd):
     )
     compare(file)
     out = tmp_path / "out"
-    common = "--limit 30 --name two words --run_dir"
+    common = "--limit 30 --name two words"  # first, so that a run's own arguments win
     assert calls(tmp_path) == [
-        f"train fit ok {common} {out}/train",
-        f"b validate ok --ckpt_path {out}/train/best.ckpt {common} {out}/b",
-        f"a validate ok --seed 3 true {common} {out}/a",
+        f"train fit {common} ok --run_dir {out}/train",
+        f"b validate {common} ok --ckpt_path {out}/train/best.ckpt --run_dir {out}/b",
+        f"a validate {common} ok --seed 3 true --run_dir {out}/a",
     ]
     text = (out / "report.csv").read_text()
     assert [line.split(",")[0] for line in text.splitlines()] == ["run", "b", "a"]
