@@ -312,8 +312,8 @@ def peak_gib() -> float:
 class RunWriter(Callback):
     """Writes ``cases.jsonl`` as cases are evaluated and ``summary.json`` when all is done."""
 
-    def __init__(self, run_dir: Path, verb: str) -> None:
-        self.folder, self.verb = run_dir, verb
+    def __init__(self, run_dir: Path, verb: str, seed: int | None = None) -> None:
+        self.folder, self.verb, self.seed = run_dir, verb, seed
         self._waiting: list[dict[str, Any]] = []  # rows of this process, where there are several
         self._started = time.perf_counter()
 
@@ -404,6 +404,7 @@ class RunWriter(Callback):
             "run": self.folder.name,
             "verb": self.verb,
             "finished": True,
+            "seed": self.seed,
             "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
             "model": module.base_model["name"],
             "model_hash": module.base_model["hash"],

@@ -157,10 +157,12 @@ def _train_or_validate(args: list[str]) -> None:
             self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
             self.run_dir = _run_dir(config, self.subcommand)
             _place(config, self.run_dir)
+            _pass_on_seed(config)
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
             trainer = super().instantiate_trainer(**kwargs)
-            writer = RunWriter(self.run_dir, self.subcommand)
+            seed = self.config[self.subcommand].seed_everything
+            writer = RunWriter(self.run_dir, self.subcommand, seed)
             trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             return trainer
 
@@ -318,6 +320,13 @@ def _place(config: Namespace, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
+def _pass_on_seed(config: Namespace) -> None:
+    """An editor's ``seed`` that was left at 0 is the run's; the data's decides what is asked."""
+    for name, value in list(config.items()):
+        if name.startswith(("model.", "edit.")) and name.endswith(".init_args.seed") and value == 0:
+            config[name] = int(config.seed_everything)
+
+
 def _spec(class_path: str, init_args: dict[str, Any]) -> Namespace:
     from jsonargparse import Namespace
 
@@ -337,9 +346,10 @@ def _compare(args: list[str]) -> None:
     )
     parser.add_argument("file", type=Path, help="the study file (YAML)")
     parser.add_argument("--only", nargs="+", type=str, help="run only these")
-    parser.add_function_arguments(compare, skip={"file", "only"}, as_group=False)
+    parser.add_argument("--seeds", nargs="+", type=int, help="make every run once with each")
+    parser.add_function_arguments(compare, skip={"file", "only", "seeds"}, as_group=False)
     given = parser.parse_args(args)
-    compare(given.file, given.out, given.only)
+    compare(given.file, given.out, given.only, given.seeds)
 
 
 def _report(args: list[str]) -> None:

@@ -409,11 +409,11 @@ def test_edits_are_not_kept_where_nobody_wants_them(lm, data, tmp_path):
 def test_the_summary_says_how_it_was_measured(run, lm, tmp_path, schedule):
     run(ft(), schedule)
     found = summary(tmp_path / "run")
-    names = ["format", "run", "verb", "finished", "editor", "model", "model_hash", "dataset", "schedule",
-             "protocols", "means", "budget", "numbers"]  # fmt: skip
+    names = ["format", "run", "verb", "finished", "seed", "editor", "model", "model_hash", "dataset",
+             "schedule", "protocols", "means", "budget", "numbers"]  # fmt: skip
     assert list(found) == names
-    assert [found[name] for name in names[:5]] == [1, "run", "validate", True, "FT"]
-    assert [found[n] for n in names[5:9]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
+    assert [found[name] for name in names[:6]] == [1, "run", "validate", True, None, "FT"]
+    assert [found[n] for n in names[6:10]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
     assert set(found["protocols"]) == set(found["means"])
     assert found["protocols"]["efficacy/exact"] == f"tf_exact@{schedule}"
     assert found["protocols"]["all/score"] == f"cf_prob@{schedule}"

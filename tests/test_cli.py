@@ -12,6 +12,7 @@ import yaml
 
 from modules.lm import LanguageModel
 from pipeline import cli
+from pipeline.callbacks import EditCallback
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -268,6 +269,23 @@ def test_without_a_name_a_run_is_named_by_time(corrigenda, tiny, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-validate") and not (folder / "edits").exists()
     assert len((folder / "cases.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_seed_of_a_run_is_its_editors_too(corrigenda, tiny, tmp_path, monkeypatch):
+    """Unless the editor was given one; the data's own seed stays."""
+    seen, setup = [], EditCallback.setup
+
+    def note(self, trainer, *rest, **stage):
+        seen.append((self.editor.seed, trainer.datamodule.seed, torch.initial_seed()))
+        setup(self, trainer, *rest, **stage)
+
+    monkeypatch.setattr(EditCallback, "setup", note)
+    lora = ["--edit.editor", "LoRA", "--edit.editor.targets", "all", "--edit.editor.steps", "1"]
+    for name, args in (("a", []), ("b", ["--edit.editor.seed", "7"])):
+        args = [*tiny, *lora, *args, "--data.limit", "1", "--seed_everything", "3"]
+        assert corrigenda("validate", *args, "--run_dir", name) == 0
+        assert json.loads((tmp_path / name / "summary.json").read_text())["seed"] == 3
+    assert seen == [(3, 0, 3), (7, 0, 3)]
 
 
 def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny):

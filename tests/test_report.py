@@ -143,7 +143,8 @@ def test_differences_are_paired(two_runs):
 def test_csv(two_runs, tmp_path, capsys):
     report(two_runs, tmp_path / "out", "base")
     text = (tmp_path / "out" / "report.csv").read_text()
-    assert text.splitlines()[0] == "run,editor,metric,protocol,n,mean,ci_low,ci_high"
+    header = "run,editor,metric,protocol,n,mean,ci_low,ci_high,seeds,sd_over_seeds"
+    assert text.splitlines()[0] == header
     rows = {(line["run"], line["metric"]): line for line in read_csv(tmp_path / "out")}
     assert len(rows) == 7
     assert rows["rome", "efficacy/exact"]["protocol"] == "tf_exact@each"
@@ -291,9 +292,7 @@ def test_mixed_protocols_are_refused(tmp_path):
     words = ("efficacy/exact", "tf_exact@each in a, c", "tf_exact@stream in b")
     refuses([a, b, c], *words)
     unused = {"locality/agreement": "other@each"}
-    assert compared([a, write_run(tmp_path / "d", rows, unused)]).protocols == {
-        "efficacy/exact": "tf_exact@each"
-    }
+    assert compared([a, write_run(tmp_path / "d", rows, unused)]).measured == ["efficacy/exact"]
 
 
 def test_whole_run_values_have_no_interval(tmp_path):
@@ -316,7 +315,79 @@ def test_whole_run_values_have_no_interval(tmp_path):
         "mean": "0.81",
         "ci_low": "",
         "ci_high": "",
+        "seeds": "1",
+        "sd_over_seeds": "",
     }
+
+
+@pytest.fixture
+def seeded_runs(tmp_path):
+    """MEND under two seeds: efficacy of three cases 1 1 0 and 1 0 0, a perplexity of 8 and 10."""
+    made = []
+    for seed, values in ((3, (1.0, 1.0, 0.0)), (4, (1.0, 0.0, 0.0))):
+        rows = [row(case, efficacy_exact=value) for case, value in enumerate(values)]
+        means, folder = {"text/perplexity": 5.0 + seed}, tmp_path / f"seed-{seed}" / "mend"
+        made.append(write_run(folder, rows, means=means, seed=seed))
+    return made
+
+
+def test_seeds_are_averaged_case_by_case(seeded_runs, tmp_path, capsys):
+    comparison = compared(seeded_runs)
+    (mend,) = comparison.runs
+    assert [seed.name for seed in mend.seeds] == ["mend, seed 3", "mend, seed 4"]
+    assert {case: row.metrics["efficacy/exact"] for case, row in mend.last.items()} == {
+        "0": 1.0, "1": 0.5, "2": 0.0
+    }  # fmt: skip
+    efficacy = comparison.estimates["mend"]["efficacy/exact"]
+    # 2/3 and 1/3: their mean, and their standard deviation as a sample's.
+    assert efficacy.mean == pytest.approx(0.5) and efficacy.n == 3
+    assert efficacy.sd == pytest.approx((1 / 3) / 2**0.5)
+    perplexity = comparison.estimates["mend"]["text/perplexity"]
+    assert (perplexity.mean, perplexity.sd) == (pytest.approx(8.5), pytest.approx(0.5**0.5))
+    report(seeded_runs, tmp_path / "out")
+    lines = {line["metric"]: line for line in read_csv(tmp_path / "out")}
+    assert lines["efficacy/exact"]["seeds"] == "2"
+    assert float(lines["text/perplexity"]["sd_over_seeds"]) == pytest.approx(0.5**0.5)
+    assert "mend  50.0 ± 23.6" in capsys.readouterr().out
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| mend | 50.0 ± 23.6 [0.0, 100.0] |" in text and "| 3, 4 |" in text
+    assert "±: standard deviation over seeds" in text
+
+
+def test_one_seed_has_no_deviation(seeded_runs, tmp_path):
+    report(seeded_runs[:1], tmp_path / "out")
+    assert "±" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_case_counts_where_every_seed_has_it(seeded_runs, tmp_path):
+    rows = [row(1, efficacy_exact=1.0), row(2), row(7, efficacy_exact=1.0)]
+    more = write_run(tmp_path / "seed-9" / "mend", rows, seed=9)
+    comparison = compared([*seeded_runs, more])
+    assert comparison.case_ids == ["1", "2"]
+    efficacy = comparison.estimates["mend"]["efficacy/exact"]
+    assert (efficacy.mean, efficacy.n) == (pytest.approx(2 / 3), 1)
+    assert "text/perplexity" not in comparison.estimates["mend"]
+
+
+def test_runs_of_one_name_differ_in_their_seed_alone(seeded_runs, tmp_path):
+    words = ("two runs are called 'mend'", "seed alone")
+    for number, changes in enumerate([{"seed": 3}, {}, {"seed": 9, "model_hash": "cd34"}]):
+        folder = tmp_path / str(number) / "mend"
+        refuses(
+            [*seeded_runs, write_run(folder, [row(1, efficacy_exact=1.0)], **changes)],
+            *words,
+            folder,
+        )
+    other = write_run(tmp_path / "o" / "mend", [row(1, "z", efficacy_exact=1.0)], seed=9)
+    refuses([*seeded_runs, other], "case 1 asked different things", "mend, seed 9")
+
+
+def test_a_folder_of_seeds_is_expanded(seeded_runs, tmp_path):
+    (tmp_path / "seed-10" / "cut").mkdir(parents=True)
+    (tmp_path / "seed-10" / "cut" / "config.yaml").write_text("{}")
+    comparison = compared([tmp_path])
+    assert [seed.seed for seed in comparison.runs[0].seeds] == [3, 4]
+    assert comparison.notes == ["seed-10/cut is unfinished and was left out."]
 
 
 def test_a_stream_shows_its_last_evaluation_and_curves(tmp_path):

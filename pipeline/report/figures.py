@@ -18,7 +18,7 @@ from pipeline.report.tables import ABSENT, BUDGET, budget_text
 
 TRAIL = 10  # single edits are 0 or 1 and hide the trend
 PANELS = (HEADLINE[0:6:2], PREFERENCES)  # rows of three criteria
-MISSING = Estimate(math.nan, math.nan, math.nan, 0)  # draws nothing
+MISSING = Estimate(math.nan)  # draws nothing
 INK = "#0b0c0e"  # becomes the page's text colour, so that a dark page stays readable
 FAINT = "#8a919b"
 COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
@@ -81,7 +81,7 @@ def _headline_figure(comparison: Comparison) -> Figure | None:
         axes.set(title=_words(metric), xlim=(0, 122), xticks=range(0, 101, 25))
         bars = []
         for position, run in enumerate(comparison.runs):
-            mean, low, high, _ = comparison.estimates[run.name].get(metric, MISSING)
+            mean, low, high, *_ = comparison.estimates[run.name].get(metric, MISSING)
             axes.plot([100 * low, 100 * high], [position] * 2, color=INK, linewidth=1.2)
             if math.isnan(mean):
                 bars.append((0.0, 2.0, ABSENT))

@@ -1,18 +1,21 @@
-"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked."""
+"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked; several seeds of a run as one."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.errors import UserError
 
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
+SHARED_BY_SEEDS = ("editor", "model_hash", "dataset", "schedule")  # of summary.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once."""
+    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once.
+
+    Where it stands for several ``seeds``, its values are means over them.
+    """
 
     name: str
     path: Path
     summary: Mapping[str, Any]
     rows: Sequence[Row]
+    seeds: Sequence[Run] = ()
 
     @cached_property
     def last(self) -> dict[str, Row]:
@@ -45,6 +52,14 @@ class Run:
     def is_repeated(self) -> bool:
         """Whether some case was evaluated at several numbers of edits, so that there is a curve."""
         return sum(row.phase == "val" for row in self.rows) > len(self.last)
+
+    @property
+    def seed(self) -> int | None:
+        return self.summary.get("seed")
+
+    def protocol(self, metric: str) -> str:
+        """How the metric was measured, and after the ``@`` under which schedule."""
+        return (self.summary.get("protocols") or {}).get(metric, "unstated")
 
     @property
     def budget(self) -> Mapping[str, float | None]:
@@ -59,33 +74,54 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
         found = [folder] if (folder / "summary.json").exists() else _expand(folder, notes)
         for path in found:
             folders.setdefault(path.resolve(), path)
-    by_name: dict[str, Run] = {}
+    by_name: dict[str, list[Run]] = {}
     for run in map(read_run, folders.values()):
-        if run.name in by_name:
+        by_name.setdefault(run.name, []).append(run)
+    return [runs[0] if len(runs) == 1 else _pool(runs) for runs in by_name.values()], notes
+
+
+def _pool(runs: Sequence[Run]) -> Run:
+    """One run under several seeds as one: the rows and numbers that all have, as means."""
+    for one, other in combinations(runs, 2):
+        alike = all(one.summary.get(key) == other.summary.get(key) for key in SHARED_BY_SEEDS)
+        if not alike or None in (one.seed, other.seed) or one.seed == other.seed:
             raise UserError(
-                f"two runs are called {run.name!r}: {by_name[run.name].path} and {run.path}; "
-                "rename one folder"
+                f"two runs are called {one.name!r}: {one.path} and {other.path}; "
+                "rename one folder (runs of one name may differ in their seed alone)"
             )
-        by_name[run.name] = run
-    return list(by_name.values()), notes
+    first = runs[0]
+    tables = [{(row.case_id, row.phase, row.num_edits): row for row in run.rows} for run in runs]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    rows = [
+        replace(tables[0][key], metrics=_means([table[key].metrics for table in tables]))
+        for key in shared
+    ]
+    means = {k: _means([run.summary.get(k) or {} for run in runs]) for k in ("means", "budget")}
+    seeds = [replace(run, name=f"{run.name}, seed {run.seed}") for run in runs]
+    return Run(first.name, first.path, {**first.summary, **means}, rows, seeds)
+
+
+def _means(mappings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every number that all of them have."""
+    return {
+        name: fmean(mapping[name] for mapping in mappings)
+        for name in mappings[0]
+        if all(isinstance(mapping.get(name), int | float) for mapping in mappings)
+    }
 
 
 def _expand(folder: Path, notes: list[str]) -> list[Path]:
-    """The finished, scored runs one level below ``folder``; a study's order and choice are kept."""
+    """The finished, scored runs below ``folder``; a study's order and choice are kept."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name run folders or a folder of them")
-    study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
-    if (folder / "study.json").exists():
-        study = _read_json(folder / "study.json").get("runs", {})
-    names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
+    seeds = sorted(folder.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
     runs = []
-    for path in (folder / name for name in names):
-        if not study.get(path.name, {}).get("report", True) or not _has_any(path, *FILES):
-            continue
+    for path in (path for part in (folder, *seeds) for path in _members(part)):
+        name = path.relative_to(folder)
         if not is_finished(path):
-            notes.append(f"{path.name} is unfinished and was left out.")
+            notes.append(f"{name} is unfinished and was left out.")
         elif not (path / "cases.jsonl").exists():
-            notes.append(f"{path.name} scored no cases and was left out.")
+            notes.append(f"{name} scored no cases and was left out.")
         else:
             runs.append(path)
     if runs:
@@ -93,6 +129,19 @@ def _expand(folder: Path, notes: list[str]) -> list[Path]:
     if _has_any(folder, *FILES):
         raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
     raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
+
+
+def _members(folder: Path) -> list[Path]:
+    """Run folders one level below, those that a study wants reported, in its order."""
+    study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
+    if (folder / "study.json").exists():
+        study = _read_json(folder / "study.json").get("runs", {})
+    names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
+    return [
+        folder / name
+        for name in names
+        if study.get(name, {}).get("report", True) and _has_any(folder / name, *FILES)
+    ]
 
 
 def _has_any(folder: Path, *names: str) -> bool:
