@@ -361,7 +361,7 @@ def _report(args: list[str]) -> None:
         prog="corrigenda report", description=report.__doc__, exit_on_error=False
     )
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
-    parser.add_function_arguments(report, skip={"dirs"}, as_group=False)
+    parser.add_function_arguments(report, skip={"dirs", "training"}, as_group=False)
     given = parser.parse_args(args)
     report(given.dirs, given.out, given.baseline)
 

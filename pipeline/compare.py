@@ -316,4 +316,5 @@ def _report(study: Study, studies: Sequence[Study]) -> None:
         missing = ", ".join(str(f.relative_to(study.out)) for f in reported if f not in done)
         sys.stdout.write(f"not in the report, because not finished: {missing}\n")
     baseline = study.baseline if study.baseline in [folder.name for folder in done] else None
-    report(done, study.out, baseline)
+    others = [part.out / run.name for part in studies for run in part.runs if not run.is_reported]
+    report(done, study.out, baseline, training=others)

@@ -35,6 +35,9 @@ row = {"case_id": "1", "fingerprint": "f", "phase": "val", "num_edits": 1,
 (folder / "cases.jsonl").write_text(json.dumps(row) + "\\n")
 summary = {"format": 1, "finished": True, "editor": None, "means": {}, "budget": {}, "seed": seed,
            "protocols": {"efficacy/exact": "tf_exact@each"}}
+if sys.argv[1] == "fit":
+    (folder / "logs" / "version_0").mkdir(parents=True, exist_ok=True)
+    (folder / "logs" / "version_0" / "metrics.csv").write_text("step,train/loss\\n0,1.5\\n")
 if what != "silent":
     (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -100,6 +103,7 @@ def test_runs_in_order_then_reports(study, tmp_path, capfd):
     text = (out / "report.csv").read_text()
     assert [line.split(",")[0] for line in text.splitlines()] == ["run", "b", "a"]
     assert "Difference to b" in (out / "report.md").read_text()
+    assert ">train</text>" in (out / "report.html").read_text()  # its learning curve
     printed = capfd.readouterr().out
     assert "[2/3] b" in printed
     assert f"report: {out / 'report.html'}" in printed

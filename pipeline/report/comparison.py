@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from modules.metrics import bootstrap_interval, harmonic_score, paired_difference
 from pipeline.errors import UserError
+from pipeline.report.logs import Training
 from pipeline.report.runs import Row, Run
 
 HEADLINE = (
@@ -24,6 +25,9 @@ HEADLINE = (
     "unrelated/agreement",
 )
 PREFERENCES = HEADLINE[1:6:2]
+PANELS = (HEADLINE[0:6:2], PREFERENCES)  # rows of three criteria
+CRITERIA = tuple(zip(*PANELS, strict=True))
+TOGETHER = ("each", "batch", "epoch")  # schedules that differ in how many edits are in force
 SEED = 0  # of the resampling, so that a report can be made again to the digit
 
 
@@ -52,6 +56,7 @@ class Comparison:
     differences: Mapping[str, Mapping[str, Estimate]]
     scores: Mapping[str, float]
     notes: Sequence[str]
+    trainings: Sequence[Training]
 
     def metrics(self, wanted: Iterable[str] = HEADLINE) -> list[str]:
         """Those of the wanted metrics that any run has for its cases."""
@@ -76,7 +81,12 @@ class Comparison:
         return {num_edits: fmean(values[num_edits]) for num_edits in sorted(values)}
 
 
-def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -> Comparison:
+def join(
+    runs: Sequence[Run],
+    baseline: str | None,
+    notes: Sequence[str] = (),
+    trainings: Sequence[Training] = (),
+) -> Comparison:
     """Runs over the cases they share, with intervals and paired differences to the baseline."""
     if baseline is not None and baseline not in (run.name for run in runs):
         names = ", ".join(run.name for run in runs)
@@ -109,6 +119,7 @@ def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -
             if all(metric in of_run for metric in PREFERENCES)
         },
         notes=notes,
+        trainings=trainings,
     )
 
 
@@ -161,17 +172,28 @@ def _whole_run_values(run: Run) -> dict[str, float]:
 
 def _measured(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> list[str]:
     """All metrics, each of which must have been measured by one protocol in all runs."""
-    columns: dict[str, dict[str, list[str]]] = {}
+    columns: dict[str, list[Run]] = {}
     for run in runs:
         for metric in metrics[run.name]:
-            columns.setdefault(metric, {}).setdefault(run.protocol(metric), []).append(run.name)
+            columns.setdefault(metric, []).append(run)
     for metric, column in columns.items():
-        if len(column) > 1:
-            parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in column.items())
+        measures = {run.protocol(metric).partition("@")[0] for run in column}
+        schedules = {_schedule(run, metric) for run in column if run.is_edited}
+        if max(len(measures), len(schedules)) > 1:
+            stated: dict[str, list[str]] = {}
+            for run in column:
+                stated.setdefault(run.protocol(metric), []).append(run.name)
+            parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in stated.items())
             raise UserError(
                 f"{metric} was measured by different protocols: {parts}. Report these apart"
             )
     return sorted(columns)
+
+
+def _schedule(run: Run, metric: str) -> str:
+    """When edits are in force; runs named by how many (``memit@100``) may differ in that."""
+    schedule = run.protocol(metric).partition("@")[2]
+    return "any number" if run.is_sized and schedule in TOGETHER else schedule
 
 
 def _estimates(run: Run, case_ids: Sequence[str]) -> dict[str, Estimate]:

@@ -10,10 +10,12 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.report.logs import curve, read_log
 
+K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
 SHARED_BY_SEEDS = ("editor", "model_hash", "dataset", "schedule")  # of summary.json
 
@@ -54,8 +56,30 @@ class Run:
         return sum(row.phase == "val" for row in self.rows) > len(self.last)
 
     @property
+    def family(self) -> str:
+        """Runs of one family, ``memit@1`` and ``memit@100``, differ in how many edits are in force."""
+        return self.name.partition("@")[0]
+
+    @property
+    def is_sized(self) -> bool:
+        return "@" in self.name
+
+    @property
+    def edits_in_force(self) -> int:
+        """Edits the model bore while cases were asked; a last batch may have had fewer."""
+        return max(row.num_edits for row in self.last.values())
+
+    @property
+    def is_edited(self) -> bool:
+        return self.summary.get("editor") is not None
+
+    @property
     def seed(self) -> int | None:
         return self.summary.get("seed")
+
+    def logged(self, metric: str, over: str) -> dict[float, float]:
+        """One logged value over another; where all seeds have it, their mean."""
+        return _means([curve(read_log(run.path), metric, over) for run in self.seeds or [self]])
 
     def protocol(self, metric: str) -> str:
         """How the metric was measured, and after the ``@`` under which schedule."""
@@ -66,18 +90,23 @@ class Run:
         return self.summary.get("budget") or {}
 
 
-def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these folders, in this order, and notes on what was left out."""
+def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[Path], list[str]]:
+    """The runs in these folders, in this order, folders of unreported ones, notes on what was left out."""
     notes: list[str] = []
     folders: dict[Path, Path] = {}
+    unreported: list[Path] = []
     for folder in dirs:
-        found = [folder] if (folder / "summary.json").exists() else _expand(folder, notes)
+        found = [folder]
+        if not (folder / "summary.json").exists():
+            found, others = _expand(folder, notes)
+            unreported += others
         for path in found:
             folders.setdefault(path.resolve(), path)
     by_name: dict[str, list[Run]] = {}
     for run in map(read_run, folders.values()):
         by_name.setdefault(run.name, []).append(run)
-    return [runs[0] if len(runs) == 1 else _pool(runs) for runs in by_name.values()], notes
+    runs = [found[0] if len(found) == 1 else _pool(found) for found in by_name.values()]
+    return runs, unreported, notes
 
 
 def _pool(runs: Sequence[Run]) -> Run:
@@ -101,47 +130,50 @@ def _pool(runs: Sequence[Run]) -> Run:
     return Run(first.name, first.path, {**first.summary, **means}, rows, seeds)
 
 
-def _means(mappings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(mappings: Sequence[Mapping[K, Any]]) -> dict[K, float]:
     """The mean of every number that all of them have."""
     return {
-        name: fmean(mapping[name] for mapping in mappings)
-        for name in mappings[0]
-        if all(isinstance(mapping.get(name), int | float) for mapping in mappings)
+        key: fmean(mapping[key] for mapping in mappings)
+        for key in mappings[0]
+        if all(isinstance(mapping.get(key), int | float) for mapping in mappings)
     }
 
 
-def _expand(folder: Path, notes: list[str]) -> list[Path]:
-    """The finished, scored runs below ``folder``; a study's order and choice are kept."""
+def _expand(folder: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
+    """The finished, scored runs below ``folder`` in a study's order, and those it does not report."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name run folders or a folder of them")
     seeds = sorted(folder.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
-    runs = []
-    for path in (path for part in (folder, *seeds) for path in _members(part)):
+    runs, unreported = [], []
+    members = [member for part in (folder, *seeds) for member in _members(part).items()]
+    for path, is_reported in members:
         name = path.relative_to(folder)
-        if not is_finished(path):
+        if not is_reported:
+            unreported.append(path)
+        elif not is_finished(path):
             notes.append(f"{name} is unfinished and was left out.")
         elif not (path / "cases.jsonl").exists():
             notes.append(f"{name} scored no cases and was left out.")
         else:
             runs.append(path)
     if runs:
-        return runs
+        return runs, unreported
     if _has_any(folder, *FILES):
         raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
     raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
 
 
-def _members(folder: Path) -> list[Path]:
-    """Run folders one level below, those that a study wants reported, in its order."""
+def _members(folder: Path) -> dict[Path, bool]:
+    """Run folders one level below in a study's order, and whether it wants them reported."""
     study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
     if (folder / "study.json").exists():
         study = _read_json(folder / "study.json").get("runs", {})
     names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
-    return [
-        folder / name
+    return {
+        folder / name: study.get(name, {}).get("report", True)
         for name in names
-        if study.get(name, {}).get("report", True) and _has_any(folder / name, *FILES)
-    ]
+        if _has_any(folder / name, *FILES)
+    }
 
 
 def _has_any(folder: Path, *names: str) -> bool:

@@ -36,14 +36,17 @@ def all_tables(comparison: Comparison) -> list[Table]:
 def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
     """A row per run, a column per headline metric any run has, and the score."""
     metrics, scores = comparison.metrics(), comparison.scores
+    sized = any(run.is_sized for run in comparison.runs)
     rows = []
     for run in comparison.runs:
         of_run = comparison.estimates[run.name]
         cells = [_percent(of_run.get(metric), interval=interval) for metric in metrics]
         if scores:
             cells.append(f"{100 * scores[run.name]:.1f}" if run.name in scores else ABSENT)
-        rows.append([run.name, *cells])
+        rows.append([run.name, *([f"{run.edits_in_force:,}"] if sized else []), *cells])
     header = _header("run", metrics) + (["score"] if scores else [])
+    if sized:
+        header.insert(1, "edits in force")
     over_seeds = " ± standard deviation over seeds" if comparison.num_seeds > 1 else ""
     note = f"×100, mean over {len(comparison.case_ids)} cases{over_seeds} with 95 % interval."
     return Table("Headline", header, rows, note)
@@ -187,6 +190,11 @@ def legend(comparison: Comparison) -> list[str]:
             "An interval of one point means that all cases agree, not certainty: after "
             f"{alike} alike, up to {100 * (1 - 0.05 ** (1 / alike)):.0f} % of others "
             "may still differ."
+        )
+    if any(run.is_sized for run in comparison.runs):
+        lines.append(
+            "edits in force: how many the model bore at once when it was asked. Their schedules "
+            "differ (each, batch, epoch) and are in the table of all metrics."
         )
     if comparison.baseline is None:
         lines.append("No baseline was named (--baseline), so no differences are shown.")
