@@ -443,6 +443,15 @@ def test_a_report_reads_what_a_run_wrote(run, tmp_path):
     assert list(streamed.curve(stream, "efficacy/exact", "current")) == [2, 4, 5]
 
 
+def test_more_edits_may_be_in_force_than_are_asked(run, tmp_path):
+    """All cases are edited, the first batches evaluated."""
+    run(ft(), "epoch", limit_val_batches=1)
+    assert [(row["case_id"], row["num_edits"]) for row in rows(tmp_path / "run")] == [
+        ("108", 5),
+        ("109", 5),
+    ]
+
+
 @pytest.fixture
 def board(tmp_path):
     """A logger to W&B whose run notes what it is given."""

@@ -543,7 +543,8 @@ def test_schedules_differ_only_among_sizes(sizes, tmp_path):
     """A run that does not say that it is one of several sizes, and a stream, stay apart."""
     plain = write_run(tmp_path / "rome", [row(c, efficacy_exact=1.0) for c in "ab"])
     assert len(compared([sizes[0], plain]).runs) == 2
-    refuses([sizes[1], plain], "tf_exact@epoch in memit@100", "tf_exact@each in rome")
+    words = ("tf_exact@epoch in memit@100", "tf_exact@each in rome", "NAME@SIZE")
+    refuses([sizes[1], plain], *words)
     stream = {"efficacy/exact": "tf_exact@stream"}
     rows = [row(c, num_edits=2, efficacy_exact=1.0) for c in "ab"]
     refuses([*sizes, write_run(tmp_path / "memit@2", rows, stream)], "tf_exact@stream in memit@2")

@@ -184,8 +184,9 @@ def _measured(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> list
             for run in column:
                 stated.setdefault(run.protocol(metric), []).append(run.name)
             parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in stated.items())
+            hint = "" if len(measures) > 1 else " (or name sizes of a batch NAME@SIZE)"
             raise UserError(
-                f"{metric} was measured by different protocols: {parts}. Report these apart"
+                f"{metric} was measured by different protocols: {parts}. Report these apart{hint}"
             )
     return sorted(columns)
 
