@@ -408,7 +408,7 @@ class EditDataModule(LightningDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share and of the order of training cases.
+        seed: of the held-out share. The order of training cases goes by the run's seed.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
     """
@@ -529,8 +529,9 @@ class EditDataModule(LightningDataModule):
     ) -> CaseLoader:
         # The Trainer knows better than torch.distributed which processes hold parts of one model.
         world = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        seed = torch.initial_seed()  # the run's, which all processes share
         return CaseLoader(
-            cases, self.batch_size, shuffle, self.seed, share, processed=self._processed, **world
+            cases, self.batch_size, shuffle, seed, share, processed=self._processed, **world
         )
 
     def _processed(self) -> int:

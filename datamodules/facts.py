@@ -91,8 +91,7 @@ class Facts(EditDataModule):
     Args:
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
-        seed: of the false targets, the choice of neighbours and the order of training cases; the
-            splits do not depend on it.
+        seed: of the false targets and the choice of neighbours; the splits do not depend on it.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
     """

@@ -33,7 +33,7 @@ class ZsRE(EditDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share and of the order of training cases.
+        seed: of the held-out share.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
         variant: whose convention. M (ROME, MEMIT): write the first of 'answers', a true one; the

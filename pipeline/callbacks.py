@@ -23,6 +23,7 @@ from modules.adapters import ModulePatch
 from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.metrics import FactsForgotten
+from pipeline.report.logs import read_training
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class EditCallback(Callback):
         self._handles: list[EditHandle] = []
         self._done: dict[str, None] = {}  # case ids edited so far, in order
         self._forgotten = FactsForgotten()
+        self._on_an_axis: set[str] = set()  # metrics whose x axis W&B knows
         self._restored: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -80,9 +82,6 @@ class EditCallback(Callback):
             pl_module.only_cases = set(self._done)
             # Without a limit Lightning would make the same edits again and again.
             trainer.fit_loop.max_epochs = 1
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                _count_in_edits(logger, everything=self.schedule == "stream")
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._restore(pl_module)
@@ -157,12 +156,14 @@ class EditCallback(Callback):
     # ------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        if self.editor is None or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
-        if self.schedule == "epoch":
+        is_tuned = pl_module.method_name is not None and pl_module.trains_on == "edits"
+        if self.schedule == "epoch" if self.editor else is_tuned:
             cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
-            self._handles = [self._edit(trainer, pl_module, cases, "all")]
-            self.num_edits = len(cases)
+            self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
+            if self.editor:
+                self._handles = [self._edit(trainer, pl_module, cases, "all")]
 
     def on_validation_batch_start(
         self,
@@ -206,6 +207,23 @@ class EditCallback(Callback):
         if self.schedule == "stream":
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
+    def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._choose_axes(trainer)
+
+    def _choose_axes(self, trainer: Trainer) -> None:
+        """W&B draws a stream over its edits, everything else over the trainer's steps.
+
+        Metrics are named one by one: which of several patterns holds differs between its versions.
+        """
+        boards = _boards(trainer)
+        new = set(trainer.callback_metrics) - self._on_an_axis if boards else set()
+        self._on_an_axis |= new
+        for name in sorted(new):
+            counted = self.schedule == "stream" and name.startswith(("val/", "current/"))
+            axis = "edit/num_edits" if counted else "trainer/global_step"
+            for board in boards:
+                board.experiment.define_metric(name, step_metric=axis)
+
     def _remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -240,6 +258,7 @@ class EditCallback(Callback):
             trainer.is_last_batch or trainer.global_step == trainer.max_steps
         ):
             trainer.should_stop = True
+        self._choose_axes(trainer)
 
     def _remember(self, results: list[CaseResult], phase: Literal["current", "retention"]) -> None:
         ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]
@@ -294,12 +313,10 @@ class EditCallback(Callback):
             self._remove()
 
 
-def _count_in_edits(logger: WandbLogger, everything: bool) -> None:
-    """W&B draws edit curves over the number of edits, not over the trainer's step."""
-    run = logger.experiment
-    run.define_metric("edit/num_edits")
-    for group in ("current/*", "val/*") if everything else ("current/*",):
-        run.define_metric(group, step_metric="edit/num_edits")
+def _boards(trainer: Trainer) -> list[WandbLogger]:
+    """Loggers to W&B, in the process that writes."""
+    boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    return boards if trainer.is_global_zero else []
 
 
 def peak_gib() -> float:
@@ -312,8 +329,8 @@ def peak_gib() -> float:
 class RunWriter(Callback):
     """Writes ``cases.jsonl`` as cases are evaluated and ``summary.json`` when all is done."""
 
-    def __init__(self, run_dir: Path, verb: str) -> None:
-        self.folder, self.verb = run_dir, verb
+    def __init__(self, run_dir: Path, verb: str, seed: int | None = None) -> None:
+        self.folder, self.verb, self.seed = run_dir, verb, seed
         self._waiting: list[dict[str, Any]] = []  # rows of this process, where there are several
         self._started = time.perf_counter()
 
@@ -384,6 +401,21 @@ class RunWriter(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
+            self._draw_learning_curves(trainer)
+
+    def _draw_learning_curves(self, trainer: Trainer) -> None:
+        """W&B gets the picture that a report draws."""
+        boards = _boards(trainer)
+        if not boards:
+            return
+        from pipeline.report.curves import learning_picture  # matplotlib takes a second
+
+        for logger in trainer.loggers:
+            logger.save()
+        training = read_training(self.folder)
+        picture = training and learning_picture(training)
+        for board in boards if picture else ():
+            board.log_image("learning curves", [picture])
 
     def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if trainer.is_global_zero:
@@ -404,6 +436,7 @@ class RunWriter(Callback):
             "run": self.folder.name,
             "verb": self.verb,
             "finished": True,
+            "seed": self.seed,
             "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
             "model": module.base_model["name"],
             "model_hash": module.base_model["hash"],

@@ -45,8 +45,8 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   edits      show, verify, try out, merge and export edits that were saved as files
   doctor     look a model over: what was found, where to edit it, one edit in and out
 
-Configuration files are combined in order:
-  corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml
+Configuration files are combined in order, and options win over them:
+  corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
 """
 
 
@@ -157,10 +157,12 @@ def _train_or_validate(args: list[str]) -> None:
             self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
             self.run_dir = _run_dir(config, self.subcommand)
             _place(config, self.run_dir)
+            _pass_on_seed(config)
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
             trainer = super().instantiate_trainer(**kwargs)
-            writer = RunWriter(self.run_dir, self.subcommand)
+            seed = self.config[self.subcommand].seed_everything
+            writer = RunWriter(self.run_dir, self.subcommand, seed)
             trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             return trainer
 
@@ -195,7 +197,7 @@ def _train_or_validate(args: list[str]) -> None:
             save_config_callback=None,
             seed_everything_default=0,
             parser_kwargs={"fit": defaults, "validate": defaults, **raises},
-            args=_packaged(args),
+            args=_packaged(_files_first(args)),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -210,6 +212,18 @@ def _import_methods() -> None:
         for module in pkgutil.iter_modules(folder, f"{package}."):
             importlib.import_module(module.name)
     importlib.import_module("modules.tuning")
+
+
+def _files_first(args: list[str]) -> list[str]:
+    """The verb, configuration files in their order, then the options, which win over all of them.
+
+    An option such as ``--data.limit`` can only be read once a file before it has named the class.
+    """
+    verb, *words = args
+    given = [i for i, word in enumerate(words) if word in ("-c", "--config")]
+    files = sorted({*given, *(i + 1 for i in given if i + 1 < len(words))})
+    options = [word for i, word in enumerate(words) if i not in files]
+    return [verb, *(words[i] for i in files), *options]
 
 
 def _packaged(args: list[str]) -> list[str]:
@@ -306,6 +320,13 @@ def _place(config: Namespace, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
+def _pass_on_seed(config: Namespace) -> None:
+    """An editor's ``seed`` that was left at 0 is the run's; the data's decides what is asked."""
+    for name, value in list(config.items()):
+        if name.startswith(("model.", "edit.")) and name.endswith(".init_args.seed") and value == 0:
+            config[name] = int(config.seed_everything)
+
+
 def _spec(class_path: str, init_args: dict[str, Any]) -> Namespace:
     from jsonargparse import Namespace
 
@@ -325,9 +346,10 @@ def _compare(args: list[str]) -> None:
     )
     parser.add_argument("file", type=Path, help="the study file (YAML)")
     parser.add_argument("--only", nargs="+", type=str, help="run only these")
-    parser.add_function_arguments(compare, skip={"file", "only"}, as_group=False)
+    parser.add_argument("--seeds", nargs="+", type=int, help="make every run once with each")
+    parser.add_function_arguments(compare, skip={"file", "only", "seeds"}, as_group=False)
     given = parser.parse_args(args)
-    compare(given.file, given.out, given.only)
+    compare(given.file, given.out, given.only, given.seeds)
 
 
 def _report(args: list[str]) -> None:
@@ -339,7 +361,7 @@ def _report(args: list[str]) -> None:
         prog="corrigenda report", description=report.__doc__, exit_on_error=False
     )
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
-    parser.add_function_arguments(report, skip={"dirs"}, as_group=False)
+    parser.add_function_arguments(report, skip={"dirs", "training"}, as_group=False)
     given = parser.parse_args(args)
     report(given.dirs, given.out, given.baseline)
 

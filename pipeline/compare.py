@@ -4,13 +4,16 @@ A study file is a list of command lines of ``corrigenda`` under names:
 
     out: runs/demo               # default: runs/<name of the file>
     baseline: unedited           # the others' differences are to this run
-    common: --data.limit 30      # appended to every run's arguments
+    common: --data.limit 30      # for every run; a run's own arguments come later and win
     runs:
       - {name: unedited, args: validate -c configs/base/smollm2.yaml -c configs/data/facts.yaml}
       - {name: mend-train, args: fit -c configs/mend/smollm2.yaml, report: false}
 
 ``{out}`` in an argument stands for the output folder. Runs happen in the order of the file; what is
 finished is skipped, what was interrupted goes on or starts over, and nothing is ever deleted.
+
+With ``--seeds 0 1 2`` the whole study is made once per seed, in ``out/seed-0`` and so on, which is
+then what ``{out}`` stands for; the one report in ``out`` is over all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +59,12 @@ class Study:
     runs: tuple[StudyRun, ...]
 
 
-def compare(file: Path, out: Path | None = None, only: list[str] | None = None) -> None:
+def compare(
+    file: Path,
+    out: Path | None = None,
+    only: list[str] | None = None,
+    seeds: list[int] | None = None,
+) -> None:
     """Run a study file's runs one after another and report on them; run it again to go on.
 
     Finished runs are skipped if their arguments are still the same (contents of configuration files
@@ -67,12 +75,14 @@ def compare(file: Path, out: Path | None = None, only: list[str] | None = None) 
         file: the study file (YAML): out, baseline, common, runs.
         out: folder for the runs and the report; by default as the study file says.
         only: names of the runs to do now; the report takes those and the ones finished before.
+        seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
     """
     study = read_study(file, out)
-    chosen = _choose(study, only)
-    known = _read_record(study.out)
-    for run in chosen:
-        _require_unchanged(study, run, known)
+    studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
+    chosen = [(part, run) for part in studies for run in _choose(part, only)]
+    known = {part.out: _read_record(part.out) for part in studies}
+    for part, run in chosen:
+        _require_unchanged(part, run, known[part.out])
     try:
         study.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -80,9 +90,11 @@ def compare(file: Path, out: Path | None = None, only: list[str] | None = None) 
             f"the output folder {study.out} is a file; name another with --out"
         ) from None
     try:
-        for index, run in enumerate(chosen, start=1):
-            _do(study, run, f"[{index}/{len(chosen)}] {run.name}")
-        _report(study)
+        for index, (part, run) in enumerate(chosen, start=1):
+            part.out.mkdir(exist_ok=True)
+            path = (part.out / run.name).relative_to(study.out)
+            _do(part, run, f"[{index}/{len(chosen)}] {path}")
+        _report(study, studies)
     except KeyboardInterrupt:
         _stop("stopped; the same command goes on from here", INTERRUPTED)
 
@@ -134,7 +146,8 @@ def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # n
         )
     if not entry.get("args"):
         raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
-    args = _words(entry["args"], f"{where}: args") + common
+    verb, *own = _words(entry["args"], f"{where}: args")
+    args = (verb, *common, *own)
     if any(word.split("=")[0] == "--run_dir" for word in args):
         raise UserError(f"{where}: leave --run_dir out; a run's folder is out/name")
     is_reported = entry.get("report", True)
@@ -171,6 +184,13 @@ def _choose(study: Study, only: Sequence[str] | None) -> list[StudyRun]:
         if name not in names:
             raise UserError(f"{study.file} has no run {name!r}; its runs are {', '.join(names)}")
     return [run for run in study.runs if not only or run.name in only]
+
+
+def _with_seed(study: Study, seed: int) -> Study:
+    """The same study under one seed, in a folder of its own."""
+    given = ("--seed_everything", str(seed))
+    runs = tuple(replace(run, args=(*run.args, *given)) for run in study.runs)
+    return replace(study, out=study.out / f"seed-{seed}", runs=runs)
 
 
 # What was run with which arguments: study.json beside the runs
@@ -285,15 +305,16 @@ def _stop(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def _report(study: Study) -> None:
+def _report(study: Study, studies: Sequence[Study]) -> None:
     """Report on what is finished; with ``only`` that may be less than the study."""
-    reported = [run.name for run in study.runs if run.is_reported]
-    done = [name for name in reported if is_finished(study.out / name)]
+    reported = [part.out / run.name for part in studies for run in part.runs if run.is_reported]
+    done = [folder for folder in reported if is_finished(folder)]
     if not done:
         sys.stdout.write("no reported run is finished yet, so there is no report\n")
         return
     if len(done) < len(reported):
-        missing = ", ".join(name for name in reported if name not in done)
+        missing = ", ".join(str(f.relative_to(study.out)) for f in reported if f not in done)
         sys.stdout.write(f"not in the report, because not finished: {missing}\n")
-    baseline = study.baseline if study.baseline in done else None
-    report([study.out / name for name in done], study.out, baseline)
+    baseline = study.baseline if study.baseline in [folder.name for folder in done] else None
+    others = [part.out / run.name for part in studies for run in part.runs if not run.is_reported]
+    report(done, study.out, baseline, training=others)

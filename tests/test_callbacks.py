@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -20,6 +21,7 @@ from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
 from modules.moments import Corpus
+from modules.tuning import FineTune
 from pipeline.callbacks import EditCallback, RunWriter
 from pipeline.report.comparison import join
 from pipeline.report.runs import read_run
@@ -115,10 +117,14 @@ def run(lm, data, tmp_path):
         folder, spy = tmp_path / name, Spy(fail_at)
         last = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0,
                                every_n_train_steps=2, enable_version_counter=False)  # fmt: skip
-        settings = {"max_steps": -1, "val_check_interval": 2} | rest
+        settings = {
+            "max_steps": -1,
+            "val_check_interval": 2,
+            "logger": CSVLogger(folder, "logs"),
+        } | rest
         ckpt_path = settings.pop("ckpt_path", None)
         trainer = Trainer(
-            accelerator="cpu", logger=CSVLogger(folder, "logs"), default_root_dir=folder,
+            accelerator="cpu", default_root_dir=folder,
             callbacks=[EditCallback(editor, schedule), spy, last], inference_mode=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             log_every_n_steps=1, **settings,
@@ -409,11 +415,11 @@ def test_edits_are_not_kept_where_nobody_wants_them(lm, data, tmp_path):
 def test_the_summary_says_how_it_was_measured(run, lm, tmp_path, schedule):
     run(ft(), schedule)
     found = summary(tmp_path / "run")
-    names = ["format", "run", "verb", "finished", "editor", "model", "model_hash", "dataset", "schedule",
-             "protocols", "means", "budget", "numbers"]  # fmt: skip
+    names = ["format", "run", "verb", "finished", "seed", "editor", "model", "model_hash", "dataset",
+             "schedule", "protocols", "means", "budget", "numbers"]  # fmt: skip
     assert list(found) == names
-    assert [found[name] for name in names[:5]] == [1, "run", "validate", True, "FT"]
-    assert [found[n] for n in names[5:9]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
+    assert [found[name] for name in names[:6]] == [1, "run", "validate", True, None, "FT"]
+    assert [found[n] for n in names[6:10]] == [lm.name, lm.weights_hash, "CounterFact", schedule]
     assert set(found["protocols"]) == set(found["means"])
     assert found["protocols"]["efficacy/exact"] == f"tf_exact@{schedule}"
     assert found["protocols"]["all/score"] == f"cf_prob@{schedule}"
@@ -437,25 +443,57 @@ def test_a_report_reads_what_a_run_wrote(run, tmp_path):
     assert list(streamed.curve(stream, "efficacy/exact", "current")) == [2, 4, 5]
 
 
-@pytest.mark.parametrize("schedule", ["each", "stream"])
-def test_wandb_draws_over_the_number_of_edits(lm, data, tmp_path, schedule):
+def test_more_edits_may_be_in_force_than_are_asked(run, tmp_path):
+    """All cases are edited, the first batches evaluated."""
+    run(ft(), "epoch", limit_val_batches=1)
+    assert [(row["case_id"], row["num_edits"]) for row in rows(tmp_path / "run")] == [
+        ("108", 5),
+        ("109", 5),
+    ]
+
+
+@pytest.fixture
+def board(tmp_path):
+    """A logger to W&B whose run notes what it is given."""
+
     class Run:
         def __init__(self):
-            self.defined = []
+            self.axes, self.logged = {}, []
 
         def define_metric(self, name, step_metric=None):
-            self.defined.append((name, step_metric))
+            assert name not in self.axes
+            self.axes[name] = step_metric
+
+        def log(self, metrics):
+            self.logged.append(metrics)
 
     class Logger(WandbLogger):
         experiment = Run()
 
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, barebones=False, logger=False)
-    trainer.loggers = [Logger(save_dir=tmp_path, offline=True)]
-    trainer.state.fn = "fit"
-    callback = EditCallback(ft(), schedule)
-    callback.setup(trainer, EditingModule(lm), "fit")
-    over = [name for name, step in Logger.experiment.defined if step == "edit/num_edits"]
-    assert over == ["current/*", "val/*"][: 1 + (schedule == "stream")]
+    return Logger(save_dir=tmp_path, offline=True)
+
+
+def test_wandb_draws_a_stream_over_its_edits(run, board):
+    run(ft(), "stream", "fit", logger=board)
+    axes = board.experiment.axes
+    assert axes["val/efficacy/exact"] == axes["current/efficacy/exact"] == "edit/num_edits"
+    assert axes["edit/seconds"] == "trainer/global_step"
+    logged = {name for metrics in board.experiment.logged for name in metrics}
+    assert logged - {"epoch", "trainer/global_step"} == set(axes)
+
+
+def test_wandb_gets_the_learning_curves(run, lm, board, tmp_path):
+    """Over the trainer's steps, and at the end the picture of a report."""
+    csv = CSVLogger(tmp_path / "run", "logs")
+    module = FineTune(lm, ft())
+    run(None, "epoch", "fit", module=module, logger=[csv, board], max_epochs=1)
+    axes = board.experiment.axes
+    assert axes["train/loss"] == axes["val/efficacy/exact"] == "trainer/global_step"
+    assert [type(image) for image in board.experiment.logged[-1]["learning curves"]] == [
+        wandb.Image
+    ]
+    # All that it was trained on is in force when it is asked.
+    assert {row["num_edits"] for row in rows(tmp_path / "run")} == {5}
 
 
 @pytest.mark.parametrize(("schedule", "verb"), [("epoch", "validate"), ("stream", "fit")])
@@ -475,6 +513,9 @@ def test_perplexity_is_taken_under_the_edits(run, lm, data, data_files, tmp_path
     assert abs(edited / base - 1) > 1e-3
     protocol = summary(tmp_path / "run")["protocols"]["text/perplexity"]
     assert protocol == f"nll@{schedule}"
+    if schedule == "stream":  # and at every evaluation, which a report draws over the edits
+        logged = read_run(tmp_path / "run").logged("val/text/perplexity", over="edit/num_edits")
+        assert list(logged) == [4, 5] and logged[5] == pytest.approx(edited, rel=1e-5)
 
 
 def test_perplexity_of_the_unedited_model(run, lm, data_files, tmp_path):

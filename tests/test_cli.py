@@ -12,6 +12,7 @@ import yaml
 
 from modules.lm import LanguageModel
 from pipeline import cli
+from pipeline.callbacks import EditCallback
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -224,6 +225,18 @@ def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
     assert found["edit"]["schedule"] == "epoch" and found["edit"]["editor"] is None
 
 
+def test_options_win_over_files_wherever_they_stand(parsed, tmp_path):
+    """``--data.limit`` needs the class that a file after it names."""
+    (tmp_path / "own.yaml").write_text("{edit: {schedule: epoch}, data: {init_args: {limit: 9}}}")
+    files = ["-c", "base/smollm2.yaml", "-c", "data/facts.yaml", "-c", "own.yaml"]
+    options = ["--data.limit", "3", "--edit.schedule", "batch"]
+    first, mixed = [*options, *files], [*files[:2], *options[:2], *files[2:], *options[2:]]
+    for args in (first, mixed):
+        found = parsed("validate", *args)
+        assert found == parsed("validate", *files, *options)
+        assert found["data"]["init_args"]["limit"] == 3 and found["edit"]["schedule"] == "batch"
+
+
 # ---------------------------------------------------------------------------- runs
 
 
@@ -256,6 +269,23 @@ def test_without_a_name_a_run_is_named_by_time(corrigenda, tiny, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-validate") and not (folder / "edits").exists()
     assert len((folder / "cases.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_seed_of_a_run_is_its_editors_too(corrigenda, tiny, tmp_path, monkeypatch):
+    """Unless the editor was given one; the data's own seed stays."""
+    seen, setup = [], EditCallback.setup
+
+    def note(self, trainer, *rest, **stage):
+        seen.append((self.editor.seed, trainer.datamodule.seed, torch.initial_seed()))
+        setup(self, trainer, *rest, **stage)
+
+    monkeypatch.setattr(EditCallback, "setup", note)
+    lora = ["--edit.editor", "LoRA", "--edit.editor.targets", "all", "--edit.editor.steps", "1"]
+    for name, args in (("a", []), ("b", ["--edit.editor.seed", "7"])):
+        args = [*tiny, *lora, *args, "--data.limit", "1", "--seed_everything", "3"]
+        assert corrigenda("validate", *args, "--run_dir", name) == 0
+        assert json.loads((tmp_path / name / "summary.json").read_text())["seed"] == 3
+    assert seen == [(3, 0, 3), (7, 0, 3)]
 
 
 def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny):

@@ -1,4 +1,4 @@
-"""Studies whose runs are a small script: what it is told to do is its first argument."""
+"""Studies whose runs are a small script that is told what to do."""
 
 import json
 import sys
@@ -9,11 +9,13 @@ import pytest
 from pipeline import compare as study_runner
 from pipeline.compare import compare, read_study, run_command
 from pipeline.errors import UserError
+from pipeline.report import report
 
-# Usage: fake.py <verb> <what to do> [anything] --run_dir DIR [--ckpt_path last]
+# Usage: fake.py <verb> [anything] <what to do> [anything] --run_dir DIR [--ckpt_path last]
 FAKE = """
 import json, os, pathlib, signal, sys, time
-what, folder = sys.argv[2], pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+what = next(word for word in sys.argv if word in ("ok", "fail", "die", "interrupt", "silent"))
 folder.mkdir(parents=True, exist_ok=True)
 with (folder.parent / "calls.txt").open("a") as calls:
     calls.write(" ".join([folder.name, *sys.argv[1:]]) + "\\n")
@@ -26,11 +28,16 @@ if what == "interrupt":
     time.sleep(0.2)
     (folder / "closed").touch()
     sys.exit(1)
+last = sys.argv[::-1].index("--seed_everything") if "--seed_everything" in sys.argv else 0
+seed = int(sys.argv[len(sys.argv) - last]) if last else 1
 row = {"case_id": "1", "fingerprint": "f", "phase": "val", "num_edits": 1,
-       "metrics": {"efficacy/exact": 1.0}, "probes": []}
+       "metrics": {"efficacy/exact": float(seed < 5)}, "probes": []}
 (folder / "cases.jsonl").write_text(json.dumps(row) + "\\n")
-summary = {"format": 1, "finished": True, "editor": None, "means": {}, "budget": {},
+summary = {"format": 1, "finished": True, "editor": None, "means": {}, "budget": {}, "seed": seed,
            "protocols": {"efficacy/exact": "tf_exact@each"}}
+if sys.argv[1] == "fit":
+    (folder / "logs" / "version_0").mkdir(parents=True, exist_ok=True)
+    (folder / "logs" / "version_0" / "metrics.csv").write_text("step,train/loss\\n0,1.5\\n")
 if what != "silent":
     (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -60,8 +67,8 @@ def study(tmp_path, monkeypatch):
     return write
 
 
-def calls(tmp_path):
-    path = tmp_path / "out" / "calls.txt"
+def calls(tmp_path, folder="out"):
+    path = tmp_path / folder / "calls.txt"
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -87,15 +94,16 @@ def test_runs_in_order_then_reports(study, tmp_path, capfd):
     )
     compare(file)
     out = tmp_path / "out"
-    common = "--limit 30 --name two words --run_dir"
+    common = "--limit 30 --name two words"  # first, so that a run's own arguments win
     assert calls(tmp_path) == [
-        f"train fit ok {common} {out}/train",
-        f"b validate ok --ckpt_path {out}/train/best.ckpt {common} {out}/b",
-        f"a validate ok --seed 3 true {common} {out}/a",
+        f"train fit {common} ok --run_dir {out}/train",
+        f"b validate {common} ok --ckpt_path {out}/train/best.ckpt --run_dir {out}/b",
+        f"a validate {common} ok --seed 3 true --run_dir {out}/a",
     ]
     text = (out / "report.csv").read_text()
     assert [line.split(",")[0] for line in text.splitlines()] == ["run", "b", "a"]
     assert "Difference to b" in (out / "report.md").read_text()
+    assert ">train</text>" in (out / "report.html").read_text()  # its learning curve
     printed = capfd.readouterr().out
     assert "[2/3] b" in printed
     assert f"report: {out / 'report.html'}" in printed
@@ -203,6 +211,34 @@ def test_only_some(study, tmp_path, capfd):
     assert "not finished: a" in capfd.readouterr().out
     with pytest.raises(UserError, match="no run 'x'; its runs are train, a, b"):
         compare(file, only=["x"])
+
+
+def test_every_run_once_per_seed(study, tmp_path, capfd):
+    """Each seed has a folder of its own, which is what {out} stands for; the report is over all."""
+    use = "validate ok --ckpt_path {out}/train/best.ckpt --seed_everything 9"
+    file = study(("train", "fit ok", {"report": False}), ("a", use), ("b", "validate ok"))
+    compare(file, only=["train", "a"], seeds=[3, 5, 3])
+    out = tmp_path / "out"
+    for seed in (3, 5):
+        given, folder = f"--seed_everything {seed} --run_dir", out / f"seed-{seed}"
+        assert calls(tmp_path, folder) == [
+            f"train fit ok {given} {folder}/train",
+            f"a validate ok --ckpt_path {folder}/train/best.ckpt --seed_everything 9 {given} {folder}/a",
+        ]
+    printed = capfd.readouterr().out
+    assert "[3/4] seed-5/train" in printed and "not finished: seed-3/b, seed-5/b" in printed
+    assert (out / "report.csv").read_text().splitlines()[1].split(",")[4:6] == ["1", "0.5"]
+    # More seeds later, and the report again by hand.
+    compare(file, only=["train", "a"], seeds=[3, 5, 7])
+    assert [len(calls(tmp_path, f"out/seed-{seed}")) for seed in (3, 5, 7)] == [2, 2, 2]
+    text = (out / "report.csv").read_text()
+    assert text.splitlines()[1].split(",")[5] == str(1 / 3)
+    assert (
+        "| a | none |" in (out / "report.md").read_text()
+        and "3, 5, 7" in (out / "report.md").read_text()
+    )
+    report([out], tmp_path / "again")
+    assert (tmp_path / "again" / "report.csv").read_text() == text
 
 
 def test_a_run_made_by_hand_is_trusted(study, tmp_path):

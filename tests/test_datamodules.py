@@ -632,6 +632,17 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert all(sorted(one, key=int) == ids(numbered(20)) for one in orders)
 
 
+def test_training_order_goes_by_the_seed_of_the_run(split):
+    """The data's own seed decides which cases there are."""
+
+    def order(run, data):
+        torch.manual_seed(run)
+        module = ZsRE(train_path=split.train_path, val_fraction=0, seed=data)
+        return served(attach(module).train_dataloader())
+
+    assert order(0, 0) == order(0, 1) != order(1, 0)
+
+
 def test_loader_can_be_iterated_again_and_abandoned():
     loader = CaseLoader(numbered(7), 2)
     assert len(loader) == 4

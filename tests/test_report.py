@@ -9,11 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import UserError
 from pipeline.report import report, write_atomically
 from pipeline.report.comparison import Comparison, join
+from pipeline.report.curves import learning_figure, learning_picture, retention_figure, size_figure
+from pipeline.report.logs import curve, read_training
 from pipeline.report.runs import read_runs
+from pipeline.report.style import palette
 from pipeline.report.tables import print_headline
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +103,7 @@ def two_runs(tmp_path):
 
 
 def compared(folders, baseline=None) -> Comparison:
-    runs, notes = read_runs(folders)
+    runs, _, notes = read_runs(folders)
     return join(runs, baseline, notes)
 
 
@@ -143,7 +147,8 @@ def test_differences_are_paired(two_runs):
 def test_csv(two_runs, tmp_path, capsys):
     report(two_runs, tmp_path / "out", "base")
     text = (tmp_path / "out" / "report.csv").read_text()
-    assert text.splitlines()[0] == "run,editor,metric,protocol,n,mean,ci_low,ci_high"
+    header = "run,editor,metric,protocol,n,mean,ci_low,ci_high,seeds,sd_over_seeds"
+    assert text.splitlines()[0] == header
     rows = {(line["run"], line["metric"]): line for line in read_csv(tmp_path / "out")}
     assert len(rows) == 7
     assert rows["rome", "efficacy/exact"]["protocol"] == "tf_exact@each"
@@ -291,9 +296,7 @@ def test_mixed_protocols_are_refused(tmp_path):
     words = ("efficacy/exact", "tf_exact@each in a, c", "tf_exact@stream in b")
     refuses([a, b, c], *words)
     unused = {"locality/agreement": "other@each"}
-    assert compared([a, write_run(tmp_path / "d", rows, unused)]).protocols == {
-        "efficacy/exact": "tf_exact@each"
-    }
+    assert compared([a, write_run(tmp_path / "d", rows, unused)]).measured == ["efficacy/exact"]
 
 
 def test_whole_run_values_have_no_interval(tmp_path):
@@ -316,7 +319,79 @@ def test_whole_run_values_have_no_interval(tmp_path):
         "mean": "0.81",
         "ci_low": "",
         "ci_high": "",
+        "seeds": "1",
+        "sd_over_seeds": "",
     }
+
+
+@pytest.fixture
+def seeded_runs(tmp_path):
+    """MEND under two seeds: efficacy of three cases 1 1 0 and 1 0 0, a perplexity of 8 and 10."""
+    made = []
+    for seed, values in ((3, (1.0, 1.0, 0.0)), (4, (1.0, 0.0, 0.0))):
+        rows = [row(case, efficacy_exact=value) for case, value in enumerate(values)]
+        means, folder = {"text/perplexity": 5.0 + seed}, tmp_path / f"seed-{seed}" / "mend"
+        made.append(write_run(folder, rows, means=means, seed=seed))
+    return made
+
+
+def test_seeds_are_averaged_case_by_case(seeded_runs, tmp_path, capsys):
+    comparison = compared(seeded_runs)
+    (mend,) = comparison.runs
+    assert [seed.name for seed in mend.seeds] == ["mend, seed 3", "mend, seed 4"]
+    assert {case: row.metrics["efficacy/exact"] for case, row in mend.last.items()} == {
+        "0": 1.0, "1": 0.5, "2": 0.0
+    }  # fmt: skip
+    efficacy = comparison.estimates["mend"]["efficacy/exact"]
+    # 2/3 and 1/3: their mean, and their standard deviation as a sample's.
+    assert efficacy.mean == pytest.approx(0.5) and efficacy.n == 3
+    assert efficacy.sd == pytest.approx((1 / 3) / 2**0.5)
+    perplexity = comparison.estimates["mend"]["text/perplexity"]
+    assert (perplexity.mean, perplexity.sd) == (pytest.approx(8.5), pytest.approx(0.5**0.5))
+    report(seeded_runs, tmp_path / "out")
+    lines = {line["metric"]: line for line in read_csv(tmp_path / "out")}
+    assert lines["efficacy/exact"]["seeds"] == "2"
+    assert float(lines["text/perplexity"]["sd_over_seeds"]) == pytest.approx(0.5**0.5)
+    assert "mend  50.0 ± 23.6" in capsys.readouterr().out
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| mend | 50.0 ± 23.6 [0.0, 100.0] |" in text and "| 3, 4 |" in text
+    assert "±: standard deviation over seeds" in text
+
+
+def test_one_seed_has_no_deviation(seeded_runs, tmp_path):
+    report(seeded_runs[:1], tmp_path / "out")
+    assert "±" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_case_counts_where_every_seed_has_it(seeded_runs, tmp_path):
+    rows = [row(1, efficacy_exact=1.0), row(2), row(7, efficacy_exact=1.0)]
+    more = write_run(tmp_path / "seed-9" / "mend", rows, seed=9)
+    comparison = compared([*seeded_runs, more])
+    assert comparison.case_ids == ["1", "2"]
+    efficacy = comparison.estimates["mend"]["efficacy/exact"]
+    assert (efficacy.mean, efficacy.n) == (pytest.approx(2 / 3), 1)
+    assert "text/perplexity" not in comparison.estimates["mend"]
+
+
+def test_runs_of_one_name_differ_in_their_seed_alone(seeded_runs, tmp_path):
+    words = ("two runs are called 'mend'", "seed alone")
+    for number, changes in enumerate([{"seed": 3}, {}, {"seed": 9, "model_hash": "cd34"}]):
+        folder = tmp_path / str(number) / "mend"
+        refuses(
+            [*seeded_runs, write_run(folder, [row(1, efficacy_exact=1.0)], **changes)],
+            *words,
+            folder,
+        )
+    other = write_run(tmp_path / "o" / "mend", [row(1, "z", efficacy_exact=1.0)], seed=9)
+    refuses([*seeded_runs, other], "case 1 asked different things", "mend, seed 9")
+
+
+def test_a_folder_of_seeds_is_expanded(seeded_runs, tmp_path):
+    (tmp_path / "seed-10" / "cut").mkdir(parents=True)
+    (tmp_path / "seed-10" / "cut" / "config.yaml").write_text("{}")
+    comparison = compared([tmp_path])
+    assert [seed.seed for seed in comparison.runs[0].seeds] == [3, 4]
+    assert comparison.notes == ["seed-10/cut is unfinished and was left out."]
 
 
 def test_a_stream_shows_its_last_evaluation_and_curves(tmp_path):
@@ -331,6 +406,161 @@ def test_a_stream_shows_its_last_evaluation_and_curves(tmp_path):
     assert "| grace | 1 | 100.0 |" in text
     assert "| grace | 2 | 50.0 |" in text
     assert "trailing mean" in (tmp_path / "out" / "report.html").read_text()
+
+
+def write_log(folder, rows, version=0):
+    """logs/version_N/metrics.csv: a line per row, empty where a row lacks a metric."""
+    path = folder / "logs" / f"version_{version}" / "metrics.csv"
+    path.parent.mkdir(parents=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def drawn(figure):
+    """Title of each panel to the lines in it: their label, x and y."""
+    return {
+        axes.get_title("left") or axes.get_title(): [
+            (
+                line.get_label(),
+                list(map(float, line.get_xdata())),
+                list(map(float, line.get_ydata())),
+            )
+            for line in axes.get_lines()
+        ]
+        for axes in figure.axes
+    }
+
+
+@pytest.fixture
+def training(tmp_path):
+    """Four steps of training with a validation after every second, resumed after the third."""
+    folder = tmp_path / "in" / "training"
+    first = [{"step": i, "train/loss": 9.0, "train/kl": 2.0 * i} for i in range(4)]
+    first.insert(2, {"step": 1, "val/efficacy/exact": 0.5, "edit/num_edits": 1})
+    write_log(folder, first)
+    again = [{"step": 3, "train/loss": 7.0, "train/kl": 1.0}]
+    again += [{"step": step, "val/efficacy/exact": step / 10} for step in (1, 3)]
+    write_log(folder, again, version=10)
+    write_log(folder, [{"step": 3, "train/loss": 8.0}], version=9)
+    return folder
+
+
+def test_learning_curves(training):
+    """Where a resumed run repeats a step, what it logged last counts; steps are counted as done."""
+    found = read_training(training)
+    assert found.name == "training" and found.best is None
+    panels = drawn(learning_picture(found))
+    assert list(panels) == ["train · loss", "train · kl", "val · efficacy · exact"]
+    raw, smooth = panels["train · loss"]
+    assert raw[1:] == ([1, 2, 3, 4], [9, 9, 9, 7])
+    assert smooth == ("training", [1, 2, 3, 4], [9, 9, 9, 8.5])
+    assert panels["val · efficacy · exact"] == [("training", [2, 4], [10, 30])]
+
+
+def test_the_best_checkpoint_is_marked(training):
+    """By the steps it had seen, which need not be a multiple of anything."""
+    (training / "checkpoints").mkdir()
+    best = training / "checkpoints" / "best.ckpt"
+    torch.save({"global_step": 3, "state_dict": {}}, best)
+    star = drawn(learning_picture(read_training(training)))["val · efficacy · exact"][1]
+    assert star[1:] == ([2], [10])
+    best.write_bytes(b"PK")
+    assert read_training(training).best is None
+
+
+def test_half_a_line_of_a_log_is_left_out(training):
+    with (training / "logs" / "version_10" / "metrics.csv").open("a") as file:
+        file.write("4,1e-")
+    assert curve(read_training(training).log, "train/loss") == {0: 9, 1: 9, 2: 9, 3: 7}
+
+
+def test_only_what_trained_has_learning_curves(two_runs, training, tmp_path):
+    """Of a study also the runs that it keeps out of the tables."""
+    write_log(two_runs[0], [{"step": 0, "val/efficacy/exact": 1.0}])
+    assert read_training(two_runs[0]) is None and read_training(two_runs[1]) is None
+    report(two_runs, tmp_path / "without")
+    assert "train · loss" not in (tmp_path / "without" / "report.html").read_text()
+    (training / "config.yaml").write_text("{}")
+    runs = {"rome": {}, "base": {}, "training": {"report": False}}
+    (tmp_path / "in" / "study.json").write_text(json.dumps({"format": 1, "runs": runs}))
+    report([tmp_path / "in"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "train · loss" in text and ">training</text>" in text
+    assert "training" not in (tmp_path / "out" / "report.csv").read_text()
+    page = Page()
+    page.feed(text)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+
+
+def test_a_line_per_seed(two_runs, training, tmp_path):
+    report(two_runs, tmp_path / "out", training=[training, training])
+    assert (tmp_path / "out" / "report.html").read_text().count(">training</text>") == 1
+    comparison = join(read_runs(two_runs)[0], None, trainings=[read_training(training)] * 2)
+    lines = drawn(learning_figure(comparison, {"training": "red"}))["train · kl"]
+    assert [label for label, *_ in lines if not label.startswith("_")] == ["training"] * 2
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """One editor with 1, 10 and 100 edits in force, under three schedules, and no editor."""
+    made = [write_run(tmp_path / "none", [row(c, num_edits=0, **{"efficacy_exact": 0.0}) for c in "ab"],
+                      editor=None, means={"text/perplexity": 20.0})]  # fmt: skip
+    for size, schedule in ((100, "epoch"), (1, "each"), (10, "batch")):
+        rows = [row(c, num_edits=size, efficacy_exact=1 / size) for c in "ab"]
+        protocols = {name: f"{how.partition('@')[0]}@{schedule}" for name, how in PROTOCOLS.items()}
+        summary = {"schedule": schedule, "means": {"text/perplexity": 20.0 + size}}
+        made.append(write_run(tmp_path / f"memit@{size}", rows, protocols, **summary))
+    return made
+
+
+def test_sizes_of_a_batch_make_a_line(sizes):
+    comparison = compared(sizes)
+    colours = palette([run.name for run in comparison.runs])
+    assert len(set(colours.values())) == 2
+    panels = drawn(size_figure(comparison, colours))
+    assert list(panels) == ["efficacy · exact", "text · perplexity"]
+    assert panels["efficacy · exact"][0] == ("memit", [1, 10, 100], pytest.approx([100, 10, 1]))
+    memit, none = panels["text · perplexity"]
+    assert memit == ("memit", [1, 10, 100], [21, 30, 120])
+    assert (none[0], none[2]) == ("none", [20, 20])
+    assert size_figure(compared(sizes[:2]), colours) is None
+
+
+def test_sizes_stand_in_one_table_that_says_so(sizes, tmp_path):
+    report(sizes, tmp_path / "out", "none")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| run | edits in force | efficacy exact |" in text
+    assert "| none | 0 | 0.0 [" in text and "| memit@100 | 100 | 1.0 [" in text
+    protocols = {line["run"]: line["protocol"] for line in read_csv(tmp_path / "out")
+                 if line["metric"] == "efficacy/exact"}  # fmt: skip
+    assert protocols == {"none": "tf_exact@each", "memit@100": "tf_exact@epoch",
+                         "memit@1": "tf_exact@each", "memit@10": "tf_exact@batch"}  # fmt: skip
+
+
+def test_schedules_differ_only_among_sizes(sizes, tmp_path):
+    """A run that does not say that it is one of several sizes, and a stream, stay apart."""
+    plain = write_run(tmp_path / "rome", [row(c, efficacy_exact=1.0) for c in "ab"])
+    assert len(compared([sizes[0], plain]).runs) == 2
+    words = ("tf_exact@epoch in memit@100", "tf_exact@each in rome", "NAME@SIZE")
+    refuses([sizes[1], plain], *words)
+    stream = {"efficacy/exact": "tf_exact@stream"}
+    rows = [row(c, num_edits=2, efficacy_exact=1.0) for c in "ab"]
+    refuses([*sizes, write_run(tmp_path / "memit@2", rows, stream)], "tf_exact@stream in memit@2")
+
+
+def test_a_stream_s_perplexity_is_drawn_over_its_edits(tmp_path):
+    for seed in (1, 2):
+        folder = tmp_path / f"seed-{seed}" / "grace"
+        rows = [row(1, num_edits=size, efficacy_exact=1.0) for size in (1, 2)]
+        write_run(folder, rows, schedule="stream", seed=seed)
+        log = [{"step": 0, "edit/num_edits": 1, "current/efficacy/exact": 1.0}]
+        log += [{"step": n, "edit/num_edits": n, "val/text/perplexity": n * seed} for n in (1, 2)]
+        write_log(folder, log)
+    panels = drawn(retention_figure(compared([tmp_path]), {"grace": "red"}))
+    assert list(panels) == ["efficacy · exact", "text · perplexity"]
+    assert panels["text · perplexity"] == [("grace", [1, 2], [1.5, 3.0])]
 
 
 def test_a_last_batch_that_is_smaller_makes_no_curve(tmp_path):

@@ -10,29 +10,36 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.report.logs import read_training
 from pipeline.report.runs import is_finished, read_runs
 
 __all__ = ["is_finished", "report", "write_atomically"]
 
 
-def report(dirs: list[Path], out: Path, baseline: str | None = None) -> None:
+def report(
+    dirs: list[Path], out: Path, baseline: str | None = None, training: Sequence[Path] = ()
+) -> None:
     """Compare finished runs case by case: report.html, report.md, report.csv and a table on screen.
 
     Args:
         dirs: run folders, or folders that hold run folders.
         out: folder for the three files; an earlier report there is replaced.
         baseline: name of the run that the others are subtracted from.
+        training: folders of further runs, of which only the learning curves are drawn.
     """
-    runs, notes = read_runs(dirs)
+    runs, unreported, notes = read_runs(dirs)
     # Torch and matplotlib take seconds: after the mistakes that need neither.
     from pipeline.report.comparison import join
     from pipeline.report.page import as_html
     from pipeline.report.tables import as_csv, as_markdown, print_headline
 
-    comparison = join(runs, baseline, notes)
+    folders = [*training, *unreported, *(one.path for run in runs for one in run.seeds or [run])]
+    trainings = [found for folder in folders if (found := read_training(folder))]
+    comparison = join(runs, baseline, notes, trainings)
     texts = {
         "report.csv": as_csv(comparison),
         "report.md": as_markdown(comparison),

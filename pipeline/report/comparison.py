@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from modules.metrics import bootstrap_interval, harmonic_score, paired_difference
 from pipeline.errors import UserError
+from pipeline.report.logs import Training
 from pipeline.report.runs import Row, Run
 
 HEADLINE = (
@@ -23,16 +25,23 @@ HEADLINE = (
     "unrelated/agreement",
 )
 PREFERENCES = HEADLINE[1:6:2]
+PANELS = (HEADLINE[0:6:2], PREFERENCES)  # rows of three criteria
+CRITERIA = tuple(zip(*PANELS, strict=True))
+TOGETHER = ("each", "batch", "epoch")  # schedules that differ in how many edits are in force
 SEED = 0  # of the resampling, so that a report can be made again to the digit
 
 
 class Estimate(NamedTuple):
-    """A mean over ``n`` cases and its 95 % interval."""
+    """A mean over ``n`` cases and its 95 % interval, or one number for a whole run (``n`` is 0).
+
+    Of a run under several seeds it is the mean over them, and ``sd`` their standard deviation.
+    """
 
     mean: float
-    low: float
-    high: float
-    n: int
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,21 @@ class Comparison:
     runs: Sequence[Run]
     case_ids: Sequence[str]
     baseline: str | None
-    protocols: Mapping[str, str]
+    measured: Sequence[str]
     estimates: Mapping[str, Mapping[str, Estimate]]
     differences: Mapping[str, Mapping[str, Estimate]]
     scores: Mapping[str, float]
-    whole_run: Mapping[str, Mapping[str, float]]
     notes: Sequence[str]
+    trainings: Sequence[Training]
 
     def metrics(self, wanted: Iterable[str] = HEADLINE) -> list[str]:
         """Those of the wanted metrics that any run has for its cases."""
         return [name for name in wanted if any(name in found for found in self.estimates.values())]
+
+    @property
+    def num_seeds(self) -> int:
+        """The largest number of seeds that any run was made with."""
+        return max(len(run.seeds) or 1 for run in self.runs)
 
     @property
     def repeated_runs(self) -> list[Run]:
@@ -67,7 +81,12 @@ class Comparison:
         return {num_edits: fmean(values[num_edits]) for num_edits in sorted(values)}
 
 
-def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -> Comparison:
+def join(
+    runs: Sequence[Run],
+    baseline: str | None,
+    notes: Sequence[str] = (),
+    trainings: Sequence[Training] = (),
+) -> Comparison:
     """Runs over the cases they share, with intervals and paired differences to the baseline."""
     if baseline is not None and baseline not in (run.name for run in runs):
         names = ", ".join(run.name for run in runs)
@@ -79,19 +98,15 @@ def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -
     if any(len(run.last) > len(case_ids) for run in runs):
         differ = f"The runs' cases differ ({counts}): compared on the {len(case_ids)} they share."
         notes = [differ, *notes]
-    for run in runs[1:]:
-        _require_same_questions(runs[0], run, case_ids)
+    for single in (single for run in runs for single in run.seeds or [run]):
+        _require_same_questions(runs[0], single, case_ids)
     values = {run.name: _values(run, case_ids) for run in runs}
-    whole_run = {run.name: _whole_run_values(run) for run in runs}
-    estimates = {
-        name: {metric: _estimate(list(by_case.values())) for metric, by_case in of_run.items()}
-        for name, of_run in values.items()
-    }
+    estimates = {run.name: _estimates(run, case_ids) for run in runs}
     return Comparison(
         runs=runs,
         case_ids=case_ids,
         baseline=baseline,
-        protocols=_protocols(runs, {name: [*values[name], *whole_run[name]] for name in values}),
+        measured=_measured(runs, estimates),
         estimates=estimates,
         differences={
             name: _differences(of_run, values[baseline])
@@ -103,8 +118,8 @@ def join(runs: Sequence[Run], baseline: str | None, notes: Sequence[str] = ()) -
             for name, of_run in estimates.items()
             if all(metric in of_run for metric in PREFERENCES)
         },
-        whole_run=whole_run,
         notes=notes,
+        trainings=trainings,
     )
 
 
@@ -155,25 +170,53 @@ def _whole_run_values(run: Run) -> dict[str, float]:
     }
 
 
-def _protocols(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Metric to the one protocol all runs measured it by; a column of several is refused."""
-    columns: dict[str, dict[str, list[str]]] = {}
+def _measured(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> list[str]:
+    """All metrics, each of which must have been measured by one protocol in all runs."""
+    columns: dict[str, list[Run]] = {}
     for run in runs:
-        stated = run.summary.get("protocols") or {}
         for metric in metrics[run.name]:
-            column = columns.setdefault(metric, {})
-            column.setdefault(stated.get(metric, "unstated"), []).append(run.name)
+            columns.setdefault(metric, []).append(run)
     for metric, column in columns.items():
-        if len(column) > 1:
-            parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in column.items())
+        measures = {run.protocol(metric).partition("@")[0] for run in column}
+        schedules = {_schedule(run, metric) for run in column if run.is_edited}
+        if max(len(measures), len(schedules)) > 1:
+            stated: dict[str, list[str]] = {}
+            for run in column:
+                stated.setdefault(run.protocol(metric), []).append(run.name)
+            parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in stated.items())
+            hint = "" if len(measures) > 1 else " (or name sizes of a batch NAME@SIZE)"
             raise UserError(
-                f"{metric} was measured by different protocols: {parts}. Report these apart"
+                f"{metric} was measured by different protocols: {parts}. Report these apart{hint}"
             )
-    return {metric: next(iter(columns[metric])) for metric in sorted(columns)}
+    return sorted(columns)
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
-    return Estimate(fmean(values), *bootstrap_interval(values, SEED), len(values))
+def _schedule(run: Run, metric: str) -> str:
+    """When edits are in force; runs named by how many (``memit@100``) may differ in that."""
+    schedule = run.protocol(metric).partition("@")[2]
+    return "any number" if run.is_sized and schedule in TOGETHER else schedule
+
+
+def _estimates(run: Run, case_ids: Sequence[str]) -> dict[str, Estimate]:
+    """Metric to its mean over the cases, or over all of the run where it has no value per case."""
+    estimates = {
+        metric: Estimate(fmean(values), *bootstrap_interval(values, SEED), len(values))
+        for metric, by_case in _values(run, case_ids).items()
+        for values in [list(by_case.values())]
+    }
+    estimates |= {metric: Estimate(value) for metric, value in _whole_run_values(run).items()}
+    per_seed = [_means(seed, case_ids) for seed in run.seeds]
+    for metric, estimate in estimates.items():
+        means = [found[metric] for found in per_seed if metric in found]
+        if len(means) > 1:
+            estimates[metric] = estimate._replace(sd=stdev(means))
+    return estimates
+
+
+def _means(run: Run, case_ids: Sequence[str]) -> dict[str, float]:
+    by_metric = _values(run, case_ids)
+    means = {metric: fmean(by_case.values()) for metric, by_case in by_metric.items()}
+    return means | _whole_run_values(run)
 
 
 def _differences(

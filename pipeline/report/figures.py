@@ -6,40 +6,18 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from modules.metrics import trailing_mean
-from pipeline.report.comparison import HEADLINE, PREFERENCES, Comparison, Estimate
+from pipeline.report.comparison import PANELS, Comparison, Estimate
+from pipeline.report.curves import SMOOTH, TRAIL, learning_figure, retention_figure, size_figure
+from pipeline.report.style import INK, STYLE, Colours, palette, words
 from pipeline.report.tables import ABSENT, BUDGET, budget_text
 
-TRAIL = 10  # single edits are 0 or 1 and hide the trend
-PANELS = (HEADLINE[0:6:2], PREFERENCES)  # rows of three criteria
-MISSING = Estimate(math.nan, math.nan, math.nan, 0)  # draws nothing
-INK = "#0b0c0e"  # becomes the page's text colour, so that a dark page stays readable
-FAINT = "#8a919b"
-COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
+MISSING = Estimate(math.nan)  # draws nothing
 MARKERS = "osD^vPX*<>"
-STYLE: Any = {
-    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),
-    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.h_pad": 0.09,
-    "figure.constrained_layout.use": True,
-    "grid.alpha": 0.25,
-    "savefig.transparent": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,
-}
 
 
 def pictures(comparison: Comparison) -> list[tuple[str, str]]:
@@ -48,29 +26,24 @@ def pictures(comparison: Comparison) -> list[tuple[str, str]]:
         _headline_figure: "Mean and 95 % interval over the cases.",
         _trade_off_figure: "Up and right is better: new wordings follow, other facts stay.",
         _budget_figure: "What an edit costs, as each run measured it.",
-        _curve_figure: "Solid: all cases edited so far. "
+        retention_figure: "Solid: all cases edited so far. "
         f"Dotted: those just edited, trailing mean of {TRAIL}.",
+        size_figure: "The same cases, with more and more edits in force at once. "
+        "Bands: 95 % intervals over the cases.",
+        learning_figure: "Training. Losses: every logged step, faint, and the trailing mean of "
+        f"{SMOOTH}. Criteria: on the cases of validation; a star marks the best checkpoint.",
     }
+    names = [run.name for run in comparison.runs] + [one.name for one in comparison.trainings]
+    colours = palette(names, grey=comparison.baseline)
     drawn: list[tuple[str, str]] = []
     with matplotlib.rc_context(STYLE):
         for make, caption in makers.items():
-            if figure := make(comparison):
+            if figure := make(comparison, colours):
                 drawn.append((caption, _as_svg(figure, prefix=f"f{len(drawn)}")))
     return drawn
 
 
-def _colours(comparison: Comparison) -> list[str]:
-    """A colour per run; the baseline is grey."""
-    others = [run.name for run in comparison.runs if run.name != comparison.baseline]
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(others)}
-    return [colours.get(run.name, FAINT) for run in comparison.runs]
-
-
-def _words(metric: str) -> str:
-    return metric.replace("/", " · ")
-
-
-def _headline_figure(comparison: Comparison) -> Figure | None:
+def _headline_figure(comparison: Comparison, colours: Colours) -> Figure | None:
     """A panel per headline metric, criteria across, a bar per run."""
     grid = [line for line in PANELS if comparison.metrics(line)]
     if not grid:
@@ -78,21 +51,24 @@ def _headline_figure(comparison: Comparison) -> Figure | None:
     figure = Figure(figsize=(9.6, len(grid) * (0.75 + 0.27 * len(comparison.runs))))
     panels = figure.subplots(len(grid), 3, squeeze=False, sharex=True, sharey=True)
     for axes, metric in zip(panels.flat, sum(grid, ()), strict=True):
-        axes.set(title=_words(metric), xlim=(0, 122), xticks=range(0, 101, 25))
+        axes.set(title=words(metric), xlim=(0, 122), xticks=range(0, 101, 25))
         bars = []
         for position, run in enumerate(comparison.runs):
-            mean, low, high, _ = comparison.estimates[run.name].get(metric, MISSING)
+            mean, low, high, *_ = comparison.estimates[run.name].get(metric, MISSING)
             axes.plot([100 * low, 100 * high], [position] * 2, color=INK, linewidth=1.2)
             if math.isnan(mean):
                 bars.append((0.0, 2.0, ABSENT))
             else:
                 bars.append((100 * mean, 100 * max(mean, high) + 2, f"{100 * mean:.1f}"))
-        _draw_bars(axes, comparison, bars)
+        _draw_bars(axes, comparison, colours, bars)
     return figure
 
 
 def _draw_bars(
-    axes: Axes, comparison: Comparison, bars: Sequence[tuple[float, float, str]]
+    axes: Axes,
+    comparison: Comparison,
+    colours: Colours,
+    bars: Sequence[tuple[float, float, str]],
 ) -> None:
     """A bar per run: its length, and where its number stands, and that as text."""
     names = [run.name for run in comparison.runs]
@@ -102,12 +78,13 @@ def _draw_bars(
     axes.tick_params(axis="both", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.barh(range(len(names)), lengths, height=0.66, color=_colours(comparison), alpha=0.85)
+    filled = [colours[name] for name in names]
+    axes.barh(range(len(names)), lengths, height=0.66, color=filled, alpha=0.85)
     for position, (end, text) in enumerate(zip(ends, texts, strict=True)):
         axes.text(end, position, text, va="center", fontsize=9)
 
 
-def _trade_off_figure(comparison: Comparison) -> Figure | None:
+def _trade_off_figure(comparison: Comparison, colours: Colours) -> Figure | None:
     """Generality against locality, a point per run with both intervals."""
     pairs = [line[1:] for line in PANELS if len(comparison.metrics(line[1:])) == 2]
     if not pairs:
@@ -115,11 +92,10 @@ def _trade_off_figure(comparison: Comparison) -> Figure | None:
     figure = Figure(figsize=(2.6 + 3.5 * len(pairs), 3.6))
     panels = figure.subplots(1, len(pairs), squeeze=False)[0]
     for axes, (across, up) in zip(panels, pairs, strict=True):
-        axes.set(xlabel=_words(across), ylabel=_words(up))
+        axes.set(xlabel=words(across), ylabel=words(up))
         axes.set(xlim=(-4, 104), ylim=(-4, 104), aspect="equal")
-        for index, (run, colour) in enumerate(
-            zip(comparison.runs, _colours(comparison), strict=True)
-        ):
+        for index, run in enumerate(comparison.runs):
+            colour = colours[run.name]
             of_run = comparison.estimates[run.name]
             x, y = of_run.get(across, MISSING), of_run.get(up, MISSING)
             marker = MARKERS[index % len(MARKERS)]
@@ -131,7 +107,7 @@ def _trade_off_figure(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _budget_figure(comparison: Comparison) -> Figure | None:
+def _budget_figure(comparison: Comparison, colours: Colours) -> Figure | None:
     """A panel per budget column any run has, a bar per run."""
     runs = comparison.runs
     keys = [key for key in BUDGET if any(run.budget.get(key) for run in runs)]
@@ -145,30 +121,7 @@ def _budget_figure(comparison: Comparison) -> Figure | None:
         axes.set(title=BUDGET[key][0], xlim=(0, 1.6 * largest), xticks=[])
         ends = [value + 0.03 * largest for value in values]
         texts = [budget_text(run, key) for run in runs]
-        _draw_bars(axes, comparison, list(zip(values, ends, texts, strict=True)))
-    return figure
-
-
-def _curve_figure(comparison: Comparison) -> Figure | None:
-    """Efficacy, generality and locality over the number of edits, for runs evaluated repeatedly."""
-    columns = zip(*PANELS, strict=True)
-    metrics = [found[0] for column in columns if (found := comparison.metrics(column))]
-    if not comparison.repeated_runs or not metrics:
-        return None
-    figure = Figure(figsize=(1.4 + 2.75 * len(metrics), 3))
-    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        axes.set(title=_words(metric), ylim=(-4, 104), xlabel="edits")
-        for run, colour in zip(comparison.runs, _colours(comparison), strict=True):
-            if not run.is_repeated:
-                continue
-            retained = comparison.curve(run, metric, "val")
-            current = comparison.curve(run, metric, "current")
-            means = [100 * mean for mean in retained.values()]
-            smooth = [100 * mean for mean in trailing_mean(list(current.values()), TRAIL)]
-            axes.plot(list(retained), means, "o-", color=colour, markersize=3.5, label=run.name)
-            axes.plot(list(current), smooth, ":", color=colour)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        _draw_bars(axes, comparison, colours, list(zip(values, ends, texts, strict=True)))
     return figure
 
 

@@ -90,11 +90,13 @@ def _cell(text: str) -> str:
 def _cases(comparison: Comparison) -> str:
     """The first probe of each criterion of the first cases, and every run's answer to it."""
     shown = comparison.case_ids[:MAX_CASES_SHOWN]
+    of_seed = ", answers of the first seed" if comparison.num_seeds > 1 else ""
     header = ["case", "criterion", "prompt", "target", *(run.name for run in comparison.runs)]
     rows = (row for case in shown for row in _case(comparison.runs, case))
     return (
         f"<details><summary>Cases ({len(shown)} of {len(comparison.case_ids)})</summary>\n"
-        "<p class=soft>The first probe of each criterion. Green: as it should be. Red: not.</p>\n"
+        f"<p class=soft>The first probe of each criterion{of_seed}. "
+        "Green: as it should be. Red: not.</p>\n"
         f"{_grid(header, rows, style=' class=text')}</details>"
     )
 

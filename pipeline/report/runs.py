@@ -1,18 +1,23 @@
-"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked."""
+"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked; several seeds of a run as one."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.report.logs import curve, read_log
 
+K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
+SHARED_BY_SEEDS = ("editor", "model_hash", "dataset", "schedule")  # of summary.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once."""
+    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once.
+
+    Where it stands for several ``seeds``, its values are means over them.
+    """
 
     name: str
     path: Path
     summary: Mapping[str, Any]
     rows: Sequence[Row]
+    seeds: Sequence[Run] = ()
 
     @cached_property
     def last(self) -> dict[str, Row]:
@@ -47,52 +56,124 @@ class Run:
         return sum(row.phase == "val" for row in self.rows) > len(self.last)
 
     @property
+    def family(self) -> str:
+        """Runs of one family, ``memit@1`` and ``memit@100``, differ in how many edits are in force."""
+        return self.name.partition("@")[0]
+
+    @property
+    def is_sized(self) -> bool:
+        return "@" in self.name
+
+    @property
+    def edits_in_force(self) -> int:
+        """Edits the model bore while cases were asked; a last batch may have had fewer."""
+        return max(row.num_edits for row in self.last.values())
+
+    @property
+    def is_edited(self) -> bool:
+        return self.summary.get("editor") is not None
+
+    @property
+    def seed(self) -> int | None:
+        return self.summary.get("seed")
+
+    def logged(self, metric: str, over: str) -> dict[float, float]:
+        """One logged value over another; where all seeds have it, their mean."""
+        return _means([curve(read_log(run.path), metric, over) for run in self.seeds or [self]])
+
+    def protocol(self, metric: str) -> str:
+        """How the metric was measured, and after the ``@`` under which schedule."""
+        return (self.summary.get("protocols") or {}).get(metric, "unstated")
+
+    @property
     def budget(self) -> Mapping[str, float | None]:
         return self.summary.get("budget") or {}
 
 
-def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these folders, in this order, and notes on what was left out."""
+def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[Path], list[str]]:
+    """The runs in these folders, in this order, folders of unreported ones, notes on what was left out."""
     notes: list[str] = []
     folders: dict[Path, Path] = {}
+    unreported: list[Path] = []
     for folder in dirs:
-        found = [folder] if (folder / "summary.json").exists() else _expand(folder, notes)
+        found = [folder]
+        if not (folder / "summary.json").exists():
+            found, others = _expand(folder, notes)
+            unreported += others
         for path in found:
             folders.setdefault(path.resolve(), path)
-    by_name: dict[str, Run] = {}
+    by_name: dict[str, list[Run]] = {}
     for run in map(read_run, folders.values()):
-        if run.name in by_name:
+        by_name.setdefault(run.name, []).append(run)
+    runs = [found[0] if len(found) == 1 else _pool(found) for found in by_name.values()]
+    return runs, unreported, notes
+
+
+def _pool(runs: Sequence[Run]) -> Run:
+    """One run under several seeds as one: the rows and numbers that all have, as means."""
+    for one, other in combinations(runs, 2):
+        alike = all(one.summary.get(key) == other.summary.get(key) for key in SHARED_BY_SEEDS)
+        if not alike or None in (one.seed, other.seed) or one.seed == other.seed:
             raise UserError(
-                f"two runs are called {run.name!r}: {by_name[run.name].path} and {run.path}; "
-                "rename one folder"
+                f"two runs are called {one.name!r}: {one.path} and {other.path}; "
+                "rename one folder (runs of one name may differ in their seed alone)"
             )
-        by_name[run.name] = run
-    return list(by_name.values()), notes
+    first = runs[0]
+    tables = [{(row.case_id, row.phase, row.num_edits): row for row in run.rows} for run in runs]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    rows = [
+        replace(tables[0][key], metrics=_means([table[key].metrics for table in tables]))
+        for key in shared
+    ]
+    means = {k: _means([run.summary.get(k) or {} for run in runs]) for k in ("means", "budget")}
+    seeds = [replace(run, name=f"{run.name}, seed {run.seed}") for run in runs]
+    return Run(first.name, first.path, {**first.summary, **means}, rows, seeds)
 
 
-def _expand(folder: Path, notes: list[str]) -> list[Path]:
-    """The finished, scored runs one level below ``folder``; a study's order and choice are kept."""
+def _means(mappings: Sequence[Mapping[K, Any]]) -> dict[K, float]:
+    """The mean of every number that all of them have."""
+    return {
+        key: fmean(mapping[key] for mapping in mappings)
+        for key in mappings[0]
+        if all(isinstance(mapping.get(key), int | float) for mapping in mappings)
+    }
+
+
+def _expand(folder: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
+    """The finished, scored runs below ``folder`` in a study's order, and those it does not report."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name run folders or a folder of them")
+    seeds = sorted(folder.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
+    runs, unreported = [], []
+    members = [member for part in (folder, *seeds) for member in _members(part).items()]
+    for path, is_reported in members:
+        name = path.relative_to(folder)
+        if not is_reported:
+            unreported.append(path)
+        elif not is_finished(path):
+            notes.append(f"{name} is unfinished and was left out.")
+        elif not (path / "cases.jsonl").exists():
+            notes.append(f"{name} scored no cases and was left out.")
+        else:
+            runs.append(path)
+    if runs:
+        return runs, unreported
+    if _has_any(folder, *FILES):
+        raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
+    raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
+
+
+def _members(folder: Path) -> dict[Path, bool]:
+    """Run folders one level below in a study's order, and whether it wants them reported."""
     study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
     if (folder / "study.json").exists():
         study = _read_json(folder / "study.json").get("runs", {})
     names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
-    runs = []
-    for path in (folder / name for name in names):
-        if not study.get(path.name, {}).get("report", True) or not _has_any(path, *FILES):
-            continue
-        if not is_finished(path):
-            notes.append(f"{path.name} is unfinished and was left out.")
-        elif not (path / "cases.jsonl").exists():
-            notes.append(f"{path.name} scored no cases and was left out.")
-        else:
-            runs.append(path)
-    if runs:
-        return runs
-    if _has_any(folder, *FILES):
-        raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
-    raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
+    return {
+        folder / name: study.get(name, {}).get("report", True)
+        for name in names
+        if _has_any(folder / name, *FILES)
+    }
 
 
 def _has_any(folder: Path, *names: str) -> bool:

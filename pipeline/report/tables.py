@@ -36,15 +36,19 @@ def all_tables(comparison: Comparison) -> list[Table]:
 def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
     """A row per run, a column per headline metric any run has, and the score."""
     metrics, scores = comparison.metrics(), comparison.scores
+    sized = any(run.is_sized for run in comparison.runs)
     rows = []
     for run in comparison.runs:
         of_run = comparison.estimates[run.name]
         cells = [_percent(of_run.get(metric), interval=interval) for metric in metrics]
         if scores:
             cells.append(f"{100 * scores[run.name]:.1f}" if run.name in scores else ABSENT)
-        rows.append([run.name, *cells])
+        rows.append([run.name, *([f"{run.edits_in_force:,}"] if sized else []), *cells])
     header = _header("run", metrics) + (["score"] if scores else [])
-    note = f"×100, mean over {len(comparison.case_ids)} cases with 95 % interval."
+    if sized:
+        header.insert(1, "edits in force")
+    over_seeds = " ± standard deviation over seeds" if comparison.num_seeds > 1 else ""
+    note = f"×100, mean over {len(comparison.case_ids)} cases{over_seeds} with 95 % interval."
     return Table("Headline", header, rows, note)
 
 
@@ -69,6 +73,8 @@ def _percent(estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1
     if estimate is None:
         return ABSENT
     text = f"{100 * estimate.mean:{mean}}"
+    if estimate.sd is not None:
+        text += f" ± {100 * estimate.sd:.1f}"
     ends = f" [{100 * estimate.low:{interval}}, {100 * estimate.high:{interval}}]"
     return text + ends if interval else text
 
@@ -106,8 +112,9 @@ def _run_table(comparison: Comparison) -> Table:
         num_edits = run.budget.get("num_edits")
         edits = ABSENT if num_edits is None else f"{num_edits:,.0f}"
         editor = run.summary.get("editor") or "none"
-        rows.append([run.name, editor, *stated, edits, str(len(run.last))])
-    header = ["run", "editor", "model", "dataset", "schedule", "edits", "cases scored"]
+        seeds = [ABSENT if one.seed is None else str(one.seed) for one in run.seeds or [run]]
+        rows.append([run.name, editor, *stated, edits, str(len(run.last)), ", ".join(seeds)])
+    header = ["run", "editor", "model", "dataset", "schedule", "edits", "cases scored", "seed"]
     return Table("Runs", header, rows)
 
 
@@ -130,20 +137,17 @@ def _curve_table(comparison: Comparison) -> Table:
 def _metric_table(comparison: Comparison) -> Table:
     """Every metric of every run, as it is (not ×100)."""
     rows = []
-    for metric, protocol in comparison.protocols.items():
+    for metric in comparison.measured:
         for run in comparison.runs:
             estimate = comparison.estimates[run.name].get(metric)
-            whole = comparison.whole_run[run.name].get(metric)
-            if estimate:
-                interval = f"[{estimate.low:.4g}, {estimate.high:.4g}]"
-                cells = [f"{estimate.mean:.4g}", interval, str(estimate.n)]
-            elif whole is not None:
-                cells = [f"{whole:.4g}", ABSENT, ABSENT]
-            else:
+            if estimate is None:
                 continue
-            rows.append([metric, run.name, *cells, protocol])
+            mean, low, high, num_cases, sd = estimate
+            spread = ABSENT if sd is None else f"{sd:.4g}"
+            cells = [f"[{low:.4g}, {high:.4g}]", str(num_cases)] if num_cases else [ABSENT, ABSENT]
+            rows.append([metric, run.name, f"{mean:.4g}", spread, *cells, run.protocol(metric)])
     note = "Not scaled. Rows without n are one number for the whole run, over its own cases."
-    header = ["metric", "run", "mean", "95 % interval", "n", "protocol"]
+    header = ["metric", "run", "mean", "sd over seeds", "95 % interval", "n", "protocol"]
     return Table("All metrics", header, rows, note)
 
 
@@ -169,6 +173,11 @@ def legend(comparison: Comparison) -> list[str]:
         "[low, high]: 95 % bootstrap interval over the cases. It covers the choice of cases, "
         "not another seed or order of edits."
     )
+    if comparison.num_seeds > 1:
+        lines.append(
+            "±: standard deviation over seeds. The mean before it is the mean over seeds, the "
+            "interval resamples cases by their means over seeds."
+        )
     points = [
         estimate.n
         for of_run in comparison.estimates.values()
@@ -182,6 +191,11 @@ def legend(comparison: Comparison) -> list[str]:
             f"{alike} alike, up to {100 * (1 - 0.05 ** (1 / alike)):.0f} % of others "
             "may still differ."
         )
+    if any(run.is_sized for run in comparison.runs):
+        lines.append(
+            "edits in force: how many the model bore at once when it was asked. Their schedules "
+            "differ (each, batch, epoch) and are in the table of all metrics."
+        )
     if comparison.baseline is None:
         lines.append("No baseline was named (--baseline), so no differences are shown.")
     return lines
@@ -191,16 +205,15 @@ def as_csv(comparison: Comparison) -> str:
     """One line per run and metric; n and the interval are empty where a run states one number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "editor", "metric", "protocol", "n", "mean", "ci_low", "ci_high"])
+    header = ["run", "editor", "metric", "protocol", "n", "mean", "ci_low", "ci_high"]
+    writer.writerow([*header, "seeds", "sd_over_seeds"])
     for run in comparison.runs:
-        estimates, whole = comparison.estimates[run.name], comparison.whole_run[run.name]
-        for metric, protocol in comparison.protocols.items():
-            start = [run.name, run.summary.get("editor"), metric, protocol]
-            if metric in estimates:
-                mean, low, high, num_cases = estimates[metric]
-                writer.writerow([*start, num_cases, mean, low, high])
-            elif metric in whole:
-                writer.writerow([*start, "", whole[metric], "", ""])
+        estimates = comparison.estimates[run.name]
+        for metric in sorted(estimates):
+            mean, low, high, num_cases, sd = estimates[metric]
+            start = [run.name, run.summary.get("editor"), metric, run.protocol(metric)]
+            cells = [num_cases, mean, low, high] if num_cases else ["", mean, "", ""]
+            writer.writerow([*start, *cells, len(run.seeds) or 1, sd])
     return text.getvalue()
 
 
@@ -228,6 +241,7 @@ def _markdown_table(table: Table) -> str:
 
 def print_headline(comparison: Comparison, stream: TextIO, width: int | None = None) -> None:
     """The headline as aligned text; the narrower the terminal, the less of the intervals."""
+    over_seeds = " and ± over seeds" if comparison.num_seeds > 1 else ""
     width = width or shutil.get_terminal_size((120, 24)).columns
     intervals = {
         "z.1f": "95 % intervals over the cases",
@@ -236,7 +250,7 @@ def print_headline(comparison: Comparison, stream: TextIO, width: int | None = N
     }
     for interval, about in intervals.items():
         lines = _aligned(headline_table(comparison, interval))
-        note = f"×100, means over {len(comparison.case_ids)} cases; {about}."
+        note = f"×100, means over {len(comparison.case_ids)} cases{over_seeds}; {about}."
         if max(map(len, lines)) <= width:
             break
     stream.write("\n".join(["", *lines, "", note, *comparison.notes]) + "\n")

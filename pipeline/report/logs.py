@@ -1,0 +1,64 @@
+"""What a run logged step by step: ``logs/version_N/metrics.csv``, one for every time it was started."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+Log = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The log of a run that trained, and how many steps its best checkpoint had seen, if known."""
+
+    name: str
+    log: Log
+    best: int | None = None
+
+
+def read_training(folder: Path) -> Training | None:
+    """What ``fit`` logged in a run folder; None where nothing was trained."""
+    log = read_log(folder)
+    if not any("train/loss" in row for row in log):
+        return None
+    return Training(folder.resolve().name, log, _steps(folder / "checkpoints" / "best.ckpt"))
+
+
+def read_log(folder: Path) -> Log:
+    """All rows, in the order they were written."""
+    files = (folder / "logs").glob("version_*/metrics.csv")
+    rows = []
+    for file in sorted(files, key=lambda file: (len(file.parent.name), file.parent.name)):
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            rows += [_numbers(row) for row in csv.DictReader(lines)]
+    return rows
+
+
+def _numbers(row: Mapping[str, str | None]) -> dict[str, float]:
+    """The cells that hold a number; a run that was killed may have left half a line."""
+    numbers = {}
+    for name, text in row.items():
+        with suppress(TypeError, ValueError):
+            numbers[name] = float(text or "")
+    return numbers
+
+
+def curve(log: Log, metric: str, over: str = "step") -> dict[float, float]:
+    """The metric in the order of ``over``; where a resumed run repeats a place, the later counts."""
+    values = {row[over]: row[metric] for row in log if over in row and metric in row}
+    return dict(sorted(values.items()))
+
+
+def _steps(checkpoint: Path) -> int | None:
+    """Steps taken when a checkpoint was written; None if there is none that can be read."""
+    import torch  # takes seconds
+
+    try:  # mapped, so that the tensors are not read
+        return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError):
+        return None

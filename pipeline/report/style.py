@@ -1,0 +1,40 @@
+"""How pictures look: colours, words and what matplotlib is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Colours = Mapping[str, str]  # by name of a run
+INK = "#0b0c0e"  # becomes the page's text colour, so that a dark page stays readable
+FAINT = "#8a919b"
+COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
+STYLE: Any = {
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.09,
+    "figure.constrained_layout.use": True,
+    "grid.alpha": 0.25,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,
+}
+
+
+def palette(names: Iterable[str], grey: str | None = None) -> Colours:
+    """A colour per name, the same for ``memit@1`` and ``memit@100``; one name is grey."""
+    family = {name: name.partition("@")[0] for name in names if name != grey}
+    order = list(dict.fromkeys(family.values()))
+    colours = {name: COLOURS[order.index(family[name]) % len(COLOURS)] for name in family}
+    return colours if grey is None else colours | {grey: FAINT}
+
+
+def words(metric: str) -> str:
+    return metric.replace("/", " · ").replace("_", " ")
