@@ -54,7 +54,9 @@ class EditCallback(Callback):
         self.num_edits = 0  # in force on the model that is evaluated
         self.made, self.seconds, self.touched = 0, 0.0, 0  # edits made, time they took, size of one
         self.bytes = 0  # of all edits made
-        self.asked = self.asked_seconds = self.plain_seconds = 0.0  # queries, with the edits and without
+        self.asked = self.asked_seconds = self.plain_seconds = (
+            0.0  # queries, with the edits and without
+        )
         self.prepare_seconds = 0.0
         self.current: list[CaseResult] = []  # of the stream's last step
         self._handles: list[EditHandle] = []

@@ -65,7 +65,8 @@ class Demonstrated(MemoryPatch):
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
         asked = self._rewrite(prompts, [max_new_tokens] * len(prompts))
-        return self.lm.generate(asked, max_new_tokens, **options)
+        with self.lm.common_start():
+            return self.lm.generate(asked, max_new_tokens, **options)
 
     def _rewrite(self, prompts: Sequence[str], reserves: Sequence[int]) -> list[str]:
         newest = list(self.memory.newest(self.end).values())
