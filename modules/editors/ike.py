@@ -88,8 +88,8 @@ class IKE(MemoryEditor):
 
     Args:
         pool: its training cases become demonstrations; a data module with no case that is evaluated.
-        num_demonstrations: before the copy of the new fact itself, 0 for that alone; an eighth of them copy, three eighths
-            update, the rest retain.
+        num_demonstrations: before the copy of the new fact itself, 0 for that alone; an eighth of them copy,
+            three eighths update, the rest retain.
         encoder: finds the most similar records: ``minilm``, another sentence encoder's hub id or folder, or
             ``lm`` for the language model's own hidden states.
         seed: of the choice among a record's wordings, and of the order of the three parts.

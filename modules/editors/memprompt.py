@@ -12,9 +12,9 @@ For an edit the key is its prompt and the clarification states the new fact.
 Departures from the authors' code: they train their encoder on pairs of questions and ask for a cosine above
 0.9; here it is taken as it is, and the threshold 0.7 is chosen for MiniLM (of our own facts' val split it
 finds 94 % of the paraphrases and 0.3 % of the same statements about other subjects); correcting a question
-again replaces the correction; there is no block of worked examples before the question (the clarification
-may hold one, see the configuration for the small model); in a short text five letters are most of it, so two texts that differ in half
-of their letters or more are never alike.
+again replaces the correction; no worked examples stand before the question, unless the clarification holds
+one, as in the small model's configuration; in a short text five letters are most of it, so two texts that
+differ in half of their letters or more are never alike.
 """
 
 from __future__ import annotations
