@@ -161,7 +161,8 @@ class LanguageModel(nn.Module):
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
         self._shares_start = False
-        self._start: tuple[list[int], DynamicCache] | None = None  # tokens, their keys and values
+        # Tokens, where they were run, and their keys and values.
+        self._start: tuple[list[int], torch.device, DynamicCache] | None = None
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""
@@ -447,16 +448,16 @@ class LanguageModel(nn.Module):
         All of them, newly computed, unless what was kept has at least half.
         """
         as_it_was = all(isinstance(handle, TextPatch) for handle in self.handles)
-        kept, cache = self._start or ([], None)
-        if as_it_was and cache is not None and cache.layers[0].keys.device == self.device:
-            alike = min(_common_prefix(kept, ids), start)
+        if as_it_was and self._start and self._start[1] == self.device:
+            alike = min(_common_prefix(self._start[0], ids), start)
             if 2 * alike >= start > 0:
-                return alike, cache
-        cache = run_start(self.net, ids[:start]) if start > 0 else None
+                return alike, self._start[2]
+        ids_1T = torch.tensor([ids[:start]], device=self.device)
+        cache = run_start(self.net, ids_1T) if start > 0 else None
         if cache is None:
             return 0, None
         if as_it_was and can_be_cut(cache):
-            self._start = ids[:start], cache
+            self._start = ids[:start], self.device, cache
         return start, cache
 
     def _remembered(self, rows: Rows) -> Tail:

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, P tokens before the touched one, S from it on, D width
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -179,12 +179,11 @@ class Tail:
 
 
 @torch.no_grad()
-def run_start(net: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
-    """Keys and values of one row of tokens; None where a layer keeps a running state instead."""
+def run_start(net: PreTrainedModel, ids_1T: Tensor) -> DynamicCache | None:
+    """Keys and values of a single row; None where a layer keeps a running state instead."""
     cache = DynamicCache(config=net.config)
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
-    ids_1T = torch.tensor([list(ids)], device=net.get_input_embeddings().weight.device)
     net.get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
     return cache
 
@@ -192,7 +191,7 @@ def run_start(net: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
 def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
     """A cache of so many rows that begins as a single row's does, which stays as it is."""
     part = _branch(cache)
-    for layer in cast("list[DynamicLayer]", part.layers):
+    for layer in cast("list[Any]", part.layers):
         layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
     part.batch_repeat_interleave(rows)
     return part
