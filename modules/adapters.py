@@ -91,6 +91,11 @@ class Adapter(nn.Module, ABC):
         """How many numbers it holds."""
         return sum(buffer.numel() for buffer in self.buffers())
 
+    @property
+    def num_bytes(self) -> int:
+        """What those take."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
     def is_kin(self, other: Adapter) -> bool:
         """Whether the other is an earlier or later state of the same memory."""
         return type(self) is type(other) and self.settings == other.settings
@@ -187,6 +192,11 @@ class ModulePatch(EditHandle):
     def num_parameters(self) -> int:
         """How many numbers the memory has grown by."""
         return self.adapter.size - (self.older.adapter.size if self.older else 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the memory has grown by."""
+        return self.adapter.num_bytes - (self.older.adapter.num_bytes if self.older else 0)
 
     def absorb(self, newer: ModulePatch) -> None:
         """Takes over the memory of the newest patch, which extends this one's: one undo for both."""

@@ -119,6 +119,11 @@ class Delta:
             for u in self.updates.values()
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors take, in memory and in a file."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     def detach(self) -> Delta:
         """The same update outside the autograd graph."""
         cut = {
@@ -323,6 +328,16 @@ class EditHandle(ABC):
         self.lm = lm
         lm.handles.append(self)
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the edit touches in the network or adds beside it."""
+        return 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What has to be kept for the edit to stay in force."""
+        return 0
+
     @abstractmethod
     def swap(self) -> None:
         """Exchanges edited and original; twice is a no-op."""
@@ -413,6 +428,14 @@ class WeightPatch(EditHandle):
     def swap(self) -> None:
         for name, spare in self._spare.items():
             self._spare[name] = exchange(self.lm.net, name, spare)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.delta.num_parameters
+
+    @property
+    def num_bytes(self) -> int:
+        return self.delta.num_bytes
 
     def save(self, path: Path) -> None:
         self.delta.save(path)

@@ -29,13 +29,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from datamodules.records import Edit
 from modules.adapters import Asked, ModulePatch
 from modules.editing import Delta, EditHandle, TextPatch, side_branches
 from modules.structure import Structure, find_structure, read_parameter, sizes
-from modules.tail import Tail
+from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,8 @@ class LanguageModel(nn.Module):
         self.num_boundary_merges = 0
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
         self._shares_start = False
+        # Tokens, where they were run, and their keys and values.
+        self._start: tuple[list[int], torch.device, DynamicCache] | None = None
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""
@@ -222,10 +224,10 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def common_start(self) -> Iterator[None]:
-        """Inside, what all scored rows begin with is computed once: for prompts after the same long text.
+        """Inside, what all rows begin with is computed once: for questions after the same long text.
 
-        Only for edits in weights and texts: what hooks a module sees the beginning apart from the rest, and
-        a single row of it.
+        It is kept for the next call as long as nothing but the texts is edited. Not done beside what hooks
+        a module, which would see the beginning apart from the rest, and a single row of it.
         """
         self._shares_start, outer = self.reuse_prefix, self._shares_start
         try:
@@ -348,21 +350,23 @@ class LanguageModel(nn.Module):
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
         width = int((rows.length_B - rows.start_B).max())
-        routed = any(isinstance(handle, ModulePatch) for handle in self.handles)
-        shared = self._shares_start and not deltas and not routed
-        start = rows.common_start() if shared else 0
+        start, begun = 0, None
+        if self._may_share(deltas):
+            start, begun = self._begun(rows.ids_BT[0].tolist(), rows.common_start())
         pieces = []
         for chunk_B in self._chunks(rows, start):
             with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
                 part = rows.select(chunk_B)
-                pieces.append((chunk_B, self._score_chunk(part, width, full, start)))
+                pieces.append((chunk_B, self._score_chunk(part, width, full, start, begun)))
         order = torch.cat([chunk for chunk, _ in pieces]).argsort()
         fields = [torch.cat(column)[order] for column in zip(*(p for _, p in pieces), strict=True)]
         return TargetScores(*fields)
 
-    def _score_chunk(self, rows: Rows, width: int, full: bool, start: int) -> list[Tensor]:
+    def _score_chunk(
+        self, rows: Rows, width: int, full: bool, start: int, begun: DynamicCache | None
+    ) -> list[Tensor]:
         row_N, position_N = rows.answer_positions()
-        tail = self._after(start, rows) if start else self._remembered(rows)
+        tail = self._after(start, rows, begun) if begun else self._remembered(rows)
         with self.asking(rows.prompt_BT):
             logits_NV = tail.logits(row_N, position_N)
         logprob_NV = logits_NV.float().log_softmax(-1)
@@ -422,9 +426,39 @@ class LanguageModel(nn.Module):
         mean = total / count
         return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
-    def _after(self, start: int, rows: Rows) -> Tail:
+    def _after(self, start: int, rows: Rows, begun: DynamicCache) -> Tail:
         """The tail of these rows from token ``start`` on, all rows being alike before."""
-        return self.tail(rows, layer=0, start_B=torch.full_like(rows.start_B, start))
+        start_B = torch.full_like(rows.start_B, start)
+        ids_BT, mask_BT = rows.ids_BT, rows.mask_BT
+        return Tail(self.net, self.structure, ids_BT, mask_BT, 0, start_B, begun=begun)
+
+    def _may_share(self, deltas: Sequence[Delta] | None) -> bool:
+        """Whether a common start may be computed apart from the rest."""
+        routed = any(isinstance(handle, ModulePatch) for handle in self.handles)
+        return self._shares_start and not deltas and not routed
+
+    @property
+    def _sees_all(self) -> bool:
+        """Whether every block attends to all tokens, as far as caches do not say."""
+        return "local" not in getattr(self.net.config, "attention_layers", ())  # GPT-Neo
+
+    def _begun(self, ids: list[int], start: int) -> tuple[int, DynamicCache | None]:
+        """How many of a row's first ``start`` tokens are at hand, and their keys and values.
+
+        All of them, newly computed, unless what was kept has at least half.
+        """
+        as_it_was = all(isinstance(handle, TextPatch) for handle in self.handles)
+        if as_it_was and self._start and self._start[1] == self.device:
+            alike = min(_common_prefix(self._start[0], ids), start)
+            if 2 * alike >= start > 0:
+                return alike, self._start[2]
+        ids_1T = torch.tensor([ids[:start]], device=self.device)
+        cache = run_start(self.net, ids_1T) if start > 0 else None
+        if cache is None:
+            return 0, None
+        if as_it_was and can_be_cut(cache):
+            self._start = ids[:start], self.device, cache
+        return start, cache
 
     def _remembered(self, rows: Rows) -> Tail:
         """The tail of these rows; kept while a :meth:`shared_prefix` is open."""
@@ -479,23 +513,42 @@ class LanguageModel(nn.Module):
                 )
         ids = self.encode([prompt.rstrip() for prompt in prompts])
         owner_B = _owners(deltas, owners, len(ids))
+        start, begun = 0, None
+        if self._may_share(deltas):
+            same = min(_common_prefix(ids[0], row) for row in ids)
+            start, begun = self._begun(ids[0], min(same, *(len(row) - 1 for row in ids)))
+            if begun and not (can_be_cut(begun) and self._sees_all):
+                start, begun = 0, None  # padding behind the start would count in a local window
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         texts = [""] * len(ids)
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
             with self.side_by_side(deltas, owner_B[chunk]):
-                new = self._generate_chunk([ids[i] for i in chunk], max_new_tokens, top_k, stop)
+                rows = [ids[i] for i in chunk]
+                new = self._generate_chunk(rows, max_new_tokens, top_k, stop, start, begun)
             for i, row in zip(chunk, new, strict=True):
                 texts[i] = _before(stop, self.decode(row))
         return texts
 
     def _generate_chunk(
-        self, ids: list[list[int]], max_new_tokens: int, top_k: int | None, stop: Sequence[str]
+        self,
+        ids: list[list[int]],
+        max_new_tokens: int,
+        top_k: int | None,
+        stop: Sequence[str],
+        start: int,
+        begun: DynamicCache | None,
     ) -> Tensor:
-        flipped = pad_sequence([torch.tensor(row[::-1]) for row in ids], batch_first=True)
-        width = flipped.shape[1]
+        """New tokens of each row; padding stands behind the ``start`` tokens that all begin with."""
+        rest = [torch.tensor(row[start:][::-1]) for row in ids]
+        rest_BS = pad_sequence(rest, batch_first=True).flip(1)
         length_B = torch.tensor([len(row) for row in ids])
-        mask_BT = (torch.arange(width) >= width - length_B[:, None]).long()
+        width = int(length_B.max())
+        column_T = torch.arange(width)
+        mask_BT = ((column_T >= width - length_B[:, None] + start) | (column_T < start)).long()
+        same_BP = torch.tensor(ids[0][:start], dtype=torch.long).expand(len(ids), -1)
+        ids_BT = torch.cat([same_BP, rest_BS], 1)
+        cache = None if begun is None else first_tokens(begun, start, len(ids))
         sampling = (
             {"do_sample": True, "top_k": top_k, "temperature": 1.0}
             if top_k
@@ -511,8 +564,9 @@ class LanguageModel(nn.Module):
         mask_BT = mask_BT.to(self.device)
         with self.asking(mask_BT.bool()):
             out = self.net.generate(
-                flipped.flip(1).to(self.device),
+                ids_BT.to(self.device),
                 attention_mask=mask_BT,
+                past_key_values=cache,
                 generation_config=transformers.GenerationConfig(
                     max_new_tokens=max_new_tokens,
                     eos_token_id=self.tokenizer.eos_token_id,

@@ -125,6 +125,14 @@ class MemoryPatch(TextPatch):
         """For each query the edit whose key is nearest, and the cosine."""
         return self.memory.nearest(queries, self.end)
 
+    @property
+    def num_bytes(self) -> int:
+        """Its facts in words, and the vectors that they are found by once something was looked up."""
+        words = sum(len(sentence(edit).encode()) for edit in self.edits)
+        found_by = self.memory.retriever
+        vectors = found_by.nbytes / len(found_by) if found_by else 0
+        return words + round(vectors * len(self.edits))
+
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, the model answers as if nothing of this memory were there."""

@@ -55,6 +55,7 @@ class Tail:
         start_B: first token of each row that may change; what comes before is kept as keys and values.
             Without it all tokens run.
         reuse: False recomputes everything in every call, head included: the plain way, for comparison.
+        begun: what :func:`run_start` kept of the tokens before ``start_B``, alike in all rows.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Tail:
         layer: int,
         start_B: Tensor | None = None,
         reuse: bool = True,
+        begun: DynamicCache | None = None,
     ) -> None:
         self.net, self.structure, self.layer, self.reuse = net, structure, layer, reuse
         self.blocks = cast(nn.ModuleList, net.get_submodule(structure.blocks))
@@ -78,11 +80,11 @@ class Tail:
             return
         with torch.no_grad():
             if start_B is not None and int(start_B.max()) > 0:
-                self._split(start_B)
+                self._split(start_B, begun)
             if layer > 0:
                 self._store()
 
-    def _split(self, start_B: Tensor) -> None:
+    def _split(self, start_B: Tensor, begun: DynamicCache | None) -> None:
         """Cuts rows at ``start_B``, lines the cuts up, and keeps keys and values of what is before them.
 
         Leaves them whole where a layer keeps a running state instead, which can be neither cut nor branched.
@@ -100,20 +102,16 @@ class Tail:
         ids = ids_BT.gather(1, column.clamp(0, ids_BT.shape[1] - 1))
         mask = inside.to(mask_BT.dtype)
         positions = column.clamp(min=0)
-        core = self.net.get_decoder()
-        alike = len(ids) > 1 and bool(
-            (ids[:, :before] == ids[:1, :before]).all() and mask.all(0)[:before].all()
-        )
-        some = slice(1) if alike else slice(None)
-        core(
-            input_ids=ids[some, :before],
-            attention_mask=mask[some, :before],
-            position_ids=positions[some, :before],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        if alike:  # computed for the first row, the same in all
-            cache.batch_repeat_interleave(len(ids))
+        if begun is not None:
+            cache = first_tokens(begun, before, len(ids))
+        else:
+            self.net.get_decoder()(
+                input_ids=ids[:, :before],
+                attention_mask=mask[:, :before],
+                position_ids=positions[:, :before],
+                past_key_values=cache,
+                use_cache=True,
+            )
         self._ids, self._mask, self._positions = ids[:, before:], mask, positions[:, before:]
         self._cache, self.offset_B = cache, start_B
 
@@ -178,6 +176,30 @@ class Tail:
         finally:
             for i, block in enumerate(originals):
                 self.blocks[i] = block
+
+
+@torch.no_grad()
+def run_start(net: PreTrainedModel, ids_1T: Tensor) -> DynamicCache | None:
+    """Keys and values of a single row; None where a layer keeps a running state instead."""
+    cache = DynamicCache(config=net.config)
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    net.get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
+    """A cache of so many rows that begins as a single row's does, which stays as it is."""
+    part = _branch(cache)
+    for layer in cast("list[Any]", part.layers):
+        layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
+    part.batch_repeat_interleave(rows)
+    return part
+
+
+def can_be_cut(cache: DynamicCache) -> bool:
+    """Whether every layer keeps all tokens, and nothing but them."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _branch(cache: DynamicCache) -> DynamicCache:

@@ -28,6 +28,7 @@ from pipeline.report.logs import read_training
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of summary.json and cases.jsonl
+QUERIES_TIMED = 8  # of the edits made together
 
 
 # Edits that a checkpoint holds, by kind; each kind's edits in a row can be made one.
@@ -52,6 +53,10 @@ class EditCallback(Callback):
         self.editor, self.schedule, self.save_edits = editor, schedule, save_edits
         self.num_edits = 0  # in force on the model that is evaluated
         self.made, self.seconds, self.touched = 0, 0.0, 0  # edits made, time they took, size of one
+        self.bytes = 0  # of all edits made
+        self.asked = self.asked_seconds = self.plain_seconds = (
+            0.0  # queries, with the edits and without
+        )
         self.prepare_seconds = 0.0
         self.current: list[CaseResult] = []  # of the stream's last step
         self._handles: list[EditHandle] = []
@@ -110,6 +115,7 @@ class EditCallback(Callback):
         ]
         for delta, case in zip(module.case_deltas, batch, strict=True):
             self.touched = max(self.touched, delta.num_parameters)
+            self.bytes += delta.num_bytes
             self._save(trainer, delta, case.case_id)
 
     @contextmanager
@@ -126,24 +132,33 @@ class EditCallback(Callback):
         self, trainer: Trainer, module: EditingModule, cases: list[EditCase], name: str
     ) -> EditHandle:
         editor = self._prepare(module)
+        edits = [edit for case in cases for edit in case.edits]
         with self._timed(len(cases)), editing_mode():
-            handle = editor.edit(module.lm, [edit for case in cases for edit in case.edits])
-        if isinstance(handle, WeightPatch):
-            self.touched = max(self.touched, handle.delta.num_parameters)
-        elif isinstance(handle, ModulePatch):
-            self.touched = max(self.touched, handle.num_parameters)
+            handle = editor.edit(module.lm, edits)
+        self._time_queries(module, edits)
+        self.touched = max(self.touched, handle.num_parameters)
+        self.bytes += handle.num_bytes
         self._save(trainer, handle, name)
         return handle
 
+    def _time_queries(self, module: EditingModule, edits: list[Edit]) -> None:
+        """Asks for a few of the edits that have just been made, and asks the unedited model the same."""
+        some = edits[:QUERIES_TIMED]
+        prompts, targets = [edit.text for edit in some], [edit.target_new for edit in some]
+        start = _now()
+        module.lm.score(prompts, targets)
+        middle = _now()
+        with module.lm.pristine():
+            module.lm.score(prompts, targets)
+        self.asked += len(some)
+        self.asked_seconds += middle - start
+        self.plain_seconds += _now() - middle
+
     @contextmanager
     def _timed(self, count: int) -> Iterator[None]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = _now()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - start
+        self.seconds += _now() - start
         self.made += count
 
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
@@ -279,6 +294,8 @@ class EditCallback(Callback):
             "made": self.made,
             "seconds": self.seconds,
             "touched": self.touched,
+            "bytes": self.bytes,
+            "queries": [self.asked, self.asked_seconds, self.plain_seconds],
             "forgotten": self._forgotten.state_dict(),
         }
 
@@ -292,6 +309,8 @@ class EditCallback(Callback):
         self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
         self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
+        self.bytes = state["bytes"]
+        self.asked, self.asked_seconds, self.plain_seconds = state["queries"]
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
@@ -317,6 +336,13 @@ def _boards(trainer: Trainer) -> list[WandbLogger]:
     """Loggers to W&B, in the process that writes."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     return boards if trainer.is_global_zero else []
+
+
+def _now() -> float:
+    """Seconds, with what an accelerator still has to do finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_gib() -> float:
@@ -452,6 +478,9 @@ class RunWriter(Callback):
                 "prepare_seconds": edit.prepare_seconds or None,
                 "peak_gib": peak_gib(),
                 "parameters_touched": edit.touched or None,
+                "bytes_per_edit": edit.bytes / edit.made if edit.made else None,
+                "seconds_per_query": edit.asked_seconds / edit.asked if edit.asked else None,
+                "query_overhead": edit.asked_seconds / edit.plain_seconds if edit.asked else None,
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": time.perf_counter() - self._started,
             },

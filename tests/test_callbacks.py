@@ -387,8 +387,11 @@ def test_memories_are_kept_and_can_be_put_in_force_again(
     fresh = tiny_lm("gpt2")
     patches = [ModulePatch.load(fresh, file) for file in files]
     assert [len(patch.metadata["edits"]) for patch in patches] == sizes
-    assert summary(tmp_path / "run")["budget"]["parameters_touched"] > 0
-    if schedule == "stream":  # the last file holds all of it
+    budget = summary(tmp_path / "run")["budget"]
+    assert budget["parameters_touched"] > 0 and budget["query_overhead"] > 0
+    whole = patches[-1:] if schedule == "stream" else patches  # the last file holds all of it
+    assert budget["bytes_per_edit"] == sum(p.adapter.num_bytes for p in whole) / 5
+    if schedule == "stream":
         base = [
             result.metrics
             for result in EditingModule(tiny_lm("gpt2")).evaluate(data.evaluation_cases())

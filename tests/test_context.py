@@ -478,7 +478,7 @@ def test_the_banded_distance_is_the_whole_one():
 
 
 def test_wrong_settings_are_one_clear_line():
-    with pytest.raises(ValueError, match="one {} for the fact"):
+    with pytest.raises(ValueError, match="a {} for the fact"):
         MemPrompt(clarification="Note:")
     with pytest.raises(ValueError, match="a cosine"):
         MemPrompt(threshold=5)
@@ -512,3 +512,20 @@ def test_a_run_from_the_command_line(
     saved = sorted((tmp_path / "run/edits").iterdir())
     assert len(saved) == (limit if schedule == "each" else 1)
     assert sum(len(json.loads(path.read_text())["edits"]) for path in saved) == limit
+
+
+def test_without_demonstrations_no_pool_is_read(lm):
+    """The fact and its own copy alone; for small models."""
+    pool = Pool()
+    handle = ike(pool=pool, num_demonstrations=0).edit(lm, [PARIS])
+    fact = "Ada Quill was born in Paris"
+    assert handle.rewrite(["Ada is from"]) == [
+        f"New Fact: {fact}\nPrompt: {fact}\n\nNew Fact: {fact}\nPrompt: Ada is from"
+    ]
+    assert not pool.asked
+
+
+def test_a_clarification_may_name_the_fact_twice(lm):
+    handle = memprompt(clarification="{}\n{}\n").edit(lm, [PARIS])
+    fact = "Ada Quill was born in Paris"
+    assert handle.rewrite([PARIS.text]) == [f"{fact}\n{fact}\n{PARIS.text}"]

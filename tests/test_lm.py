@@ -486,6 +486,38 @@ def test_a_common_start_changes_no_score_and_runs_once(tiny_lm, family):
         )
 
 
+def test_a_common_start_changes_no_generated_token(tiny_lm, family):
+    lm = tiny_lm(family)
+    text = "Ada Quill was the first to see Lake Onna. "
+    prompts = [text + end for end in ("She was born in", "Her house is the", "It is", "It")]
+    plain = lm.generate(prompts, 6)
+    with lm.common_start():
+        assert lm.generate(prompts, 6) == plain
+        assert lm.generate(prompts[1:2], 6) == plain[1:2]
+        assert lm.generate(prompts[::-1], 6, batch_size=3) == plain[::-1]
+
+
+def test_a_common_start_is_kept_while_the_network_is_as_it_was(tiny_lm):
+    lm = tiny_lm("llama")
+    text = "Ada Quill was the first to see Lake Onna. "
+    prompts, targets = [text + "She was born in", text + "It is"], ["Paris", "seven"]
+    widths = []
+    block = lm.net.get_submodule(lm.structure.block_name(0))
+    block.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape[1]))
+    with lm.common_start():
+        lm.score(prompts, targets)
+        first = widths[0]
+        widths.clear()
+        lm.generate(prompts, 1)
+        lm.score(prompts[::-1], targets)
+        assert max(widths) < first
+        update = torch.full_like(lm.net.get_parameter(lm.structure.out_name(0) + ".weight"), 0.01)
+        patch = WeightPatch(lm, Delta({lm.structure.out_name(0) + ".weight": update}))
+        edited = lm.score(prompts, targets).logprob_BM
+    torch.testing.assert_close(edited, lm.score(prompts, targets).logprob_BM, rtol=0, atol=1e-4)
+    patch.remove()
+
+
 def test_the_common_start_leaves_what_predicts_the_first_target(tiny_lm):
     lm = tiny_lm()
     same = lm.rows(["The capital is"] * 2, ["Paris", "Paris"])

@@ -175,7 +175,7 @@ class GRACE(ModuleEditor):
         layer: int,
         projection: Literal["in", "out"] = "out",
         epsilon: float | None = None,
-        scale: float = 0.5,
+        scale: float = 0.3,
         replace: Literal["last", "prompt", "all"] = "last",
         steps: int = 100,
         lr: float = 1.0,

@@ -65,7 +65,8 @@ class Demonstrated(MemoryPatch):
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
         asked = self._rewrite(prompts, [max_new_tokens] * len(prompts))
-        return self.lm.generate(asked, max_new_tokens, **options)
+        with self.lm.common_start():
+            return self.lm.generate(asked, max_new_tokens, **options)
 
     def _rewrite(self, prompts: Sequence[str], reserves: Sequence[int]) -> list[str]:
         newest = list(self.memory.newest(self.end).values())
@@ -87,8 +88,8 @@ class IKE(MemoryEditor):
 
     Args:
         pool: its training cases become demonstrations; a data module with no case that is evaluated.
-        num_demonstrations: before the copy of the new fact itself; an eighth of them copy, three eighths
-            update, the rest retain.
+        num_demonstrations: before the copy of the new fact itself, 0 for that alone; an eighth of them copy,
+            three eighths update, the rest retain.
         encoder: finds the most similar records: ``minilm``, another sentence encoder's hub id or folder, or
             ``lm`` for the language model's own hidden states.
         seed: of the choice among a record's wordings, and of the order of the three parts.
@@ -118,7 +119,7 @@ class IKE(MemoryEditor):
         """Encodes the pool, once per encoder; kept in the cache folder."""
         super().prepare(lm)
         encoder = self.encoder(lm)
-        if encoder.hash in self._indices:
+        if encoder.hash in self._indices or not self.num_demonstrations:
             return
         self._cases = self._cases or [c for c in self.pool.cases("train") if _has_all_parts(c)]
         facts = [sentence(case.edits[0]) for case in self._cases]
@@ -134,7 +135,7 @@ class IKE(MemoryEditor):
         """What is shown before questions about this edit, the most similar last, then the edit's own copy."""
         place = self.encoder(lm).hash, edit
         if place not in self._chosen:
-            cases = self._similar(self._indices[place[0]], edit)
+            cases = self._similar(place[0], edit)
             roles = _roles(len(cases))
             random.Random(f"{self.seed} {edit.text}").shuffle(roles)
             shown = [self._show(case, role) for case, role in zip(cases, roles, strict=True)]
@@ -144,10 +145,11 @@ class IKE(MemoryEditor):
             ]
         return self._chosen[place]
 
-    def _similar(self, index: Retriever, edit: Edit) -> list[EditCase]:
+    def _similar(self, encoder: str, edit: Edit) -> list[EditCase]:
         """The most similar records about other subjects, nearest first."""
         if not self.num_demonstrations:
             return []
+        index = self._indices[encoder]
         same = {n for n, c in enumerate(self._cases) if _subject(c.edits[0]) == _subject(edit)}
         wanted = self.num_demonstrations + len(same)
         if wanted > len(index):

@@ -208,7 +208,8 @@ class SelfChecked(MemoryPatch):
             if not still:
                 break
             own = None if owners is None else [owners[n] for n in still]
-            self._round([reasonings[n] for n in still], deltas, own)
+            with self.lm.common_start():
+                self._round([reasonings[n] for n in still], deltas, own)
         self.editor.counts["questions"] += len(reasonings)
         self.editor.counts["format_failures"] += sum(reasoning.failed for reasoning in reasonings)
         self.editor.counts["out_of_rounds"] += sum(reasoning.is_open for reasoning in reasonings)

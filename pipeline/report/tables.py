@@ -101,6 +101,8 @@ BUDGET: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "seconds_per_edit": ("seconds per edit", "{:.3g}".format),
     "peak_gib": ("peak memory (GiB)", "{:.2f}".format),
     "parameters_touched": ("parameters touched", "{:,.0f}".format),
+    "bytes_per_edit": ("bytes per edit", "{:,.0f}".format),
+    "query_overhead": ("time per query, unedited = 1", "{:.2f}".format),
     "training_seconds": ("training time", _duration),
 }
 
