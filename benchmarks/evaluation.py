@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks.side_by_side import ratio
 from datamodules.records import EditCase
@@ -13,7 +13,7 @@ from modules.lm import LanguageModel
 from modules.moments import Corpus
 
 
-def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     cases, module = cases[:16], EditingModule(lm)
     corpus = Corpus("facts", max(50_000, 10 * lm.structure.inner_width))
     editor = ROME(lm.structure.num_layers // 10, corpus=corpus, steps=2)
@@ -36,4 +36,4 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]
     for a, b in zip(plain(), ours(), strict=True):
         if any(abs(a[name] - b[name]) > 1e-3 for name in a):
             raise AssertionError(f"the two ways differ: {a} and {b}")
-    return [ratio(f"evaluation of {len(cases)} edited cases", plain, ours, rounds)]
+    yield ratio(f"evaluation of {len(cases)} edited cases", plain, ours, rounds)

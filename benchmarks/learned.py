@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks.side_by_side import ratio
 from datamodules.records import EditCase
@@ -10,7 +10,7 @@ from modules.editors.mend import MEND
 from modules.lm import LanguageModel
 
 
-def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     editor = MEND(lm)
     chosen = ([c.edits[0] for c in cases[:8]], [c.probes["generality"][0] for c in cases[:8]],
               [c.probes["unrelated"][0] for c in cases[:8]])  # fmt: skip
@@ -26,4 +26,4 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]
     if any(abs(a - b) > 1e-2 * max(1, abs(a)) for a, b in zip(plain, ours, strict=True)):
         raise AssertionError(f"the two ways differ: {plain} and {ours}")
     name = "MEND, one training step of 8 edits"
-    return [ratio(name, lambda: step(False), lambda: step(True), rounds)]
+    yield ratio(name, lambda: step(False), lambda: step(True), rounds)

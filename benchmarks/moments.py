@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
 
 
-def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     layers = list(range(1, 6))
     tokens = max(6_000, 2 * lm.structure.inner_width)
 
@@ -35,4 +35,4 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]
     apart, together = plain(), ours()
     for layer in layers:
         torch.testing.assert_close(apart[layer], together[layer], rtol=1e-4, atol=1e-6)
-    return [ratio("second moments, five layers", plain, ours, rounds)]
+    yield ratio("second moments, five layers", plain, ours, rounds)

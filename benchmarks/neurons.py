@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from modules.editors.kn import attributions
 from modules.lm import LanguageModel
 
 
-def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]:
+def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     edit = cases[0].edits[0]
     asked = lm.rows([edit.text], [str(edit.target_true)])
 
@@ -24,4 +24,4 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> list[str]
     found = ((plain - ours).norm() / plain.norm()).item()
     require_close(found, 1e-3)
     name = f"KN, attributions in all layers, 10 points (agree to {found:.0e})"
-    return [ratio(name, lambda: run(False), lambda: run(True), rounds)]
+    yield ratio(name, lambda: run(False), lambda: run(True), rounds)
