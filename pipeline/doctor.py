@@ -55,8 +55,8 @@ class Proposal:
 def doctor(
     lm: LanguageModel,
     out: Path | None = None,
-    facts: int = 8,
-    samples: int = 5,
+    facts: int = 5,
+    samples: int = 3,
     tokens: int | None = None,
 ) -> None:
     """Looks a model over: roles, tokenizer traps, memory, where to edit, and one edit in and out again.
