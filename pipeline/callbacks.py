@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -159,8 +159,11 @@ class EditCallback(Callback):
         if trainer.sanity_checking:
             return
         is_tuned = pl_module.method_name is not None and pl_module.trains_on == "edits"
+        if self.schedule != "epoch" and not is_tuned:
+            return
+        cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
+        pl_module.edited = _prompts(cases)
         if self.schedule == "epoch" if self.editor else is_tuned:
-            cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
             self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
             if self.editor:
                 self._handles = [self._edit(trainer, pl_module, cases, "all")]
@@ -173,6 +176,8 @@ class EditCallback(Callback):
         batch_idx: int,
         *_: object,
     ) -> None:
+        if self.schedule == "batch":
+            pl_module.edited = _prompts(batch)
         if self.editor is None or trainer.sanity_checking:
             return
         if self.schedule == "each":
@@ -244,6 +249,7 @@ class EditCallback(Callback):
         self._done |= {case.case_id: None for case in batch}
         self.num_edits = len(self._done)
         pl_module.only_cases = set(self._done)
+        pl_module.edited |= _prompts(batch)
         self.current = pl_module.evaluate(batch)
         self._remember(self.current, "current")
         names = {name for result in self.current for name in result.metrics}
@@ -295,6 +301,8 @@ class EditCallback(Callback):
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
+        cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
+        pl_module.edited = _prompts([case for case in cases if case.case_id in self._done])
 
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:
@@ -317,6 +325,10 @@ def _boards(trainer: Trainer) -> list[WandbLogger]:
     """Loggers to W&B, in the process that writes."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     return boards if trainer.is_global_zero else []
+
+
+def _prompts(cases: Sequence[EditCase]) -> frozenset[str]:
+    return frozenset(edit.text for case in cases for edit in case.edits)
 
 
 def peak_gib() -> float:
