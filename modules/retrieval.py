@@ -66,7 +66,7 @@ class SentenceEncoder(Encoder):
         self.name, self.hash = self._net.name, self._net.weights_hash()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        return self._net.encode(texts, ENCODED_TOGETHER).cpu()
+        return self._net.encode(texts).cpu()
 
 
 class LanguageModelStates(Encoder):
@@ -126,7 +126,7 @@ class Retriever:
         probes: cells that a query looks into.
     """
 
-    def __init__(self, encoder: Encoder, exact_up_to: int = EXACT_UP_TO, probes: int = 16) -> None:
+    def __init__(self, encoder: Encoder, exact_up_to: int = EXACT_UP_TO, probes: int = 32) -> None:
         self.encoder, self.exact_up_to, self.probes = encoder, exact_up_to, probes
         self.texts: list[str] = []
         self.cells: Cells | None = None
@@ -162,8 +162,9 @@ class Retriever:
         """
         if texts:
             new_ND = self.encoder.encode(texts) if known is None else known["vectors"]
-            if known and "cells" in known and not len(self):
-                self.cells = Cells(known["centres"], known["cells"], known["ends"])
+            if known and "members" in known and not len(self):
+                member_N = known["members"]
+                self.cells = Cells(known["centres"], known["ends"], member_N, new_ND[member_N])
             self._append(new_ND)
             self.texts += texts
             self._text_bytes += sum(len(text.encode()) for text in texts)
@@ -202,7 +203,7 @@ class Retriever:
         end = len(self) if among is None else among
         self._index(end)
         start = time.perf_counter()
-        found = self._nearest(self.encoder.encode(queries), k, end)
+        found = self.nearest(self.encoder.encode(queries), k, end)
         self._seconds += time.perf_counter() - start
         self._queries += len(queries)
         return found
@@ -214,7 +215,8 @@ class Retriever:
             self.cells = Cells.of(self.vectors_ND[:end])
             log.info("indexed %d entries in %.1f s", end, time.perf_counter() - start)
 
-    def _nearest(self, query_BD: Tensor, k: int, end: int) -> tuple[Tensor, Tensor]:
+    def nearest(self, query_BD: Tensor, k: int, end: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`search`, of vectors and with the index as it is."""
         entries_ND = self.vectors_ND[:end]
         if self.cells is None or end <= self.exact_up_to:
             return nearest(query_BD, entries_ND, k)
@@ -224,8 +226,8 @@ class Retriever:
         """Vectors of some of the entries, and the index if it is of no others, to be stored."""
         tensors = {"vectors": self.vectors_ND[begin:end]}
         if self.cells is not None and begin == 0 and len(self.cells) <= len(tensors["vectors"]):
-            index = self.cells
-            tensors |= {"centres": index.centre_CD, "cells": index.member_N, "ends": index.end_C}
+            cells = self.cells
+            tensors |= {"centres": cells.centre_CD, "ends": cells.end_C, "members": cells.member_N}
         return tensors
 
     def save(self, path: str | Path) -> None:

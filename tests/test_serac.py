@@ -337,6 +337,12 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
     assert {"Where is zlpha", "two and two", "alpha speaks"} <= outside
     assert len(set(pairs.queries)) <= 3 * len(cases)  # each case is asked in one way throughout
     assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
+    elsewhere = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
+    kin = {"alpha": [elsewhere, cases[-1]]}  # the last may mean the same: it names no relation
+    known = Pairs.to_train(cases, random.Random(0), 50, kin)
+    about = set(zip(known.entries, known.queries, known.inside, strict=True))
+    assert ("Where is alpha", "alpha eats", False) in about
+    assert ("Where is alpha", "Say Alpha", False) not in about
     few = Pairs.to_train(cases, random.Random(0), 1)
     assert sum(e == "Where is alpha" for e in few.entries) == 3
     again = Pairs.to_train(cases, random.Random(0), 1)
@@ -443,7 +449,7 @@ def test_padding_does_not_change_a_vector(encoder_folder):
     encoder = TextEncoder(encoder_folder)
     texts = ["ada", "the long way to the old town of ruritania", "9?"]
     alone = torch.cat([encoder.encode([text]) for text in texts])
-    torch.testing.assert_close(encoder.encode(texts, batch_size=2), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(texts, batch_size=2), alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.norm(dim=1), torch.ones(3))
 
 
@@ -550,7 +556,7 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
+def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder, capsys):
     """The three commands as a user gives them."""
     scope, told = summary(trained / "scope"), summary(trained / "counterfactual")
     assert [scope["editor"], told["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
@@ -568,6 +574,11 @@ def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
         assert found["means"]["efficacy/exact"] is not None
     saved = [Remembered.load(path) for path in (trained / "each" / "edits").iterdir()]
     assert len(saved) == 5 and all(len(memory.edits) == 1 for memory in saved)
+    capsys.readouterr()
+    assert corrigenda("edits", "show", trained / "epoch" / "edits" / "all.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "editor  SERAC" in said and said.count("edit    ") == 5
+    assert "memory  5 edits as text, vectors of the encoder " in said
 
 
 def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
