@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,8 +33,8 @@ from torchmetrics.classification import BinaryAUROC
 from datamodules.records import EditCase
 from modules.editing import EditError
 from modules.encoder import TextEncoder
-from modules.evaluation import UNMOVED
 from modules.learned import read_checkpoint
+from modules.pairs import Kin, Pairs, subject_of, unmoved
 from modules.search import nearest
 
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
@@ -130,91 +129,7 @@ FORMS: dict[str, type[Distance] | type[CrossEncoder]] = {
 }
 
 
-# ---------------------------------------------------------------------------- pairs
-
-Kin = dict[str, list[EditCase]]  # cases by subject
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Edits' prompts, prompts asked, and whether the second is in the scope of the first."""
-
-    entries: list[str]
-    queries: list[str]
-    inside: list[bool]
-
-    @classmethod
-    def of(cls, triples: Sequence[tuple[str, str, bool]]) -> Pairs:
-        return cls(*map(list, zip(*triples, strict=True)))
-
-    @classmethod
-    def to_train(
-        cls, batch: Sequence[EditCase], draw: random.Random, count: int, kin: Kin | None = None
-    ) -> Pairs:
-        """One phrasing of each case, and up to ``count`` hard and ``count`` easy negatives.
-
-        Hard: something else about the subject, a locality probe, and how cases of the same relation are asked.
-        Easy: an unrelated probe, and how the rest of the batch is asked. Each case is asked in one way
-        throughout, so that there are few texts.
-        """
-        asked = [draw.choice(case.phrasings).prompt for case in batch]
-        triples = []
-        for case, prompt in zip(batch, asked, strict=True):
-            text = case.edits[0].text
-            triples.append((text, prompt, True))
-            for criterion, alike in (("locality", True), ("unrelated", False)):
-                probes = case.probes.get(criterion, ())
-                pool = [draw.choice(probes).prompt] if probes else []
-                pool += [
-                    its
-                    for other, its in zip(batch, asked, strict=True)
-                    if _same_relation(case, other) is alike
-                ]
-                if alike and (some := _unlike(case, (kin or {}).get(_subject(case), ()))):
-                    pool.append(draw.choice(draw.choice(some).phrasings).prompt)
-                others = draw.sample(pool, min(count, len(pool)))
-                triples += [(text, its, False) for its in others if its != text]
-        return cls.of(triples)
-
-    @classmethod
-    def to_validate(cls, cases: Sequence[EditCase]) -> Pairs:
-        """All phrasings of each case, its probes that must not move, and the next case's own prompt."""
-        triples = []
-        for i, case in enumerate(cases):
-            text = case.edits[0].text
-            triples += [(text, probe.prompt, True) for probe in case.phrasings]
-            triples += [(text, prompt, False) for prompt in _unmoved(case)]
-            other = cases[(i + 1) % len(cases)]
-            if _same_relation(case, other) is not None:
-                triples.append((text, other.edits[0].text, False))
-        return cls.of(triples)
-
-
-def _subject(case: EditCase) -> str:
-    return case.edits[0].subject.casefold()
-
-
-def _unmoved(case: EditCase) -> list[str]:
-    return [probe.prompt for name in UNMOVED for probe in case.probes.get(name, ())]
-
-
-def _same_relation(case: EditCase, other: EditCase) -> bool | None:
-    """Whether another case has the relation of this one; None where it may even mean the same.
-
-    Cases about the same subject and the same or an unnamed relation may, and are no negatives.
-    """
-    mine, its = case.edits[0], other.edits[0]
-    alike = mine.relation is not None and mine.relation == its.relation
-    if _subject(case) == _subject(other) and (
-        alike or mine.relation is None or its.relation is None
-    ):
-        return None
-    return alike
-
-
-def _unlike(case: EditCase, others: Sequence[EditCase]) -> list[EditCase]:
-    """Those of another relation."""
-    return [other for other in others if _same_relation(case, other) is False]
+# ---------------------------------------------------------------------------- training
 
 
 def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[float, float]:
@@ -236,9 +151,6 @@ def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[fl
     best = (balance_L == balance_L.max()).nonzero()[:, 0]
     middle = best[len(best) // 2]
     return middles_L[middle].item(), balance_L[middle].item()
-
-
-# ---------------------------------------------------------------------------- training
 
 
 class ScopeClassifier(LightningModule):
@@ -293,7 +205,7 @@ class ScopeClassifier(LightningModule):
         """Sorts the training cases by subject: few batches hold two of one subject."""
         self._kin = {}
         for case in self.trainer.datamodule.cases("train"):  # type: ignore[attr-defined]
-            self._kin.setdefault(_subject(case), []).append(case)
+            self._kin.setdefault(subject_of(case), []).append(case)
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
         """Balanced cross-entropy: the mean over pairs within scope plus the mean over pairs without."""
@@ -343,7 +255,7 @@ class ScopeClassifier(LightningModule):
         entries = list(dict.fromkeys(case.edits[0].text for case in cases))
         known = set(entries)
         asked = [(p.prompt, case.edits[0].text) for case in cases for p in case.phrasings]
-        asked += [(prompt, "") for c in cases for prompt in _unmoved(c) if prompt not in known]
+        asked += [(prompt, "") for c in cases for prompt in unmoved(c) if prompt not in known]
         queries = [prompt for prompt, _ in asked]
         near = nearest(_rows(queries, vectors), _rows(entries, vectors), self.scorer.num_candidates)
         score_B, index_B = self.best(queries, entries, *near)

@@ -109,5 +109,4 @@ class Cells:
                 found.append(nearest(query_D[None], entries_ND, k))
             else:
                 found.append((best.values[None], number_M[best.indices][None]))
-        scores, indices = zip(*found, strict=True)
-        return torch.cat(scores), torch.cat(indices)
+        return torch.cat([score for score, _ in found]), torch.cat([index for _, index in found])

@@ -20,8 +20,9 @@ from modules.editors.serac import SERAC
 from modules.encoder import TextEncoder
 from modules.lm import ModelError
 from modules.memory import Remembered
+from modules.pairs import Pairs
 from modules.retrieval import SentenceEncoder
-from modules.scope import Pairs, ScopeClassifier, best_threshold
+from modules.scope import ScopeClassifier, best_threshold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
