@@ -117,7 +117,9 @@ class EditMemory:
 
     def encode(self) -> Retriever:
         """The retriever, with the keys of all edits."""
-        self.retriever = retriever = self.retriever or Retriever(self._find())
+        if self.retriever is None:  # an empty one is false, and has counted its look-ups
+            self.retriever = Retriever(self._find())
+        retriever = self.retriever
         retriever.add(self.keys[len(retriever) :])
         self.most_bytes = max(self.most_bytes, retriever.nbytes)
         return retriever

@@ -168,6 +168,7 @@ class Retriever:
             self._append(new_ND)
             self.texts += texts
             self._text_bytes += sum(len(text.encode()) for text in texts)
+            self._index()
 
     def _append(self, new_ND: Tensor) -> None:
         end = len(self) + len(new_ND)
@@ -201,19 +202,19 @@ class Retriever:
             among: only the first so many entries.
         """
         end = len(self) if among is None else among
-        self._index(end)
+        self._index()
         start = time.perf_counter()
         found = self.nearest(self.encoder.encode(queries), k, end)
         self._seconds += time.perf_counter() - start
         self._queries += len(queries)
         return found
 
-    def _index(self, end: int) -> None:
+    def _index(self) -> None:
         """Makes the index where it is due: none yet, or a fifth as many entries again since."""
-        if end > max(self.exact_up_to, 1.2 * len(self.cells or ())):
+        if len(self) > max(self.exact_up_to, 1.2 * len(self.cells or ())):
             start = time.perf_counter()
-            self.cells = Cells.of(self.vectors_ND[:end])
-            log.info("indexed %d entries in %.1f s", end, time.perf_counter() - start)
+            self.cells = Cells.of(self.vectors_ND)
+            log.info("indexed %d entries in %.1f s", len(self), time.perf_counter() - start)
 
     def nearest(self, query_BD: Tensor, k: int, end: int) -> tuple[Tensor, Tensor]:
         """As :meth:`search`, of vectors and with the index as it is."""

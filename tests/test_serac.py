@@ -265,6 +265,8 @@ def test_another_network_may_answer(tiny_lm, tiny_folder, make, tmp_path):
 def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
     lm = tiny_lm()
     editor, path = make(lm), tmp_path / "memory.safetensors"
+    editor.prepare(lm)
+    editor.memory(lm).encode().exact_up_to = 2  # so that there is an index
     handle = editor.edit(lm, EDITS)
     asked = PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]
     after, vectors = full(lm, *asked), handle.memory.retriever.vectors_ND.clone()
@@ -274,6 +276,7 @@ def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
         context.setattr(TextEncoder, "encode", None)  # no vector is made again
         back = editor.restore(lm, path)
     assert back.edits == EDITS and torch.equal(back.memory.retriever.vectors_ND, vectors)
+    assert len(Remembered.load(path).known["members"]) == len(back.memory.retriever.cells) == 3
     assert equal(full(lm, *asked), after)
     more = editor.edit(lm, [Edit("{} is", "The sea", "deep")])
     more.save(tmp_path / "more.safetensors")  # a handle's file holds its own edits
