@@ -47,9 +47,9 @@ class Pairs:
                     for other, its in zip(batch, asked, strict=True)
                     if _same_relation(case, other) is alike
                 ]
-                if alike and (some := _unlike(case, (kin or {}).get(subject_of(case), ()))):
-                    pool.append(draw.choice(draw.choice(some).phrasings).prompt)
                 others = draw.sample(pool, min(count, len(pool)))
+                if alike:
+                    others += _something_else(case, batch, asked, kin or {}, draw)
                 triples += [(text, its, False) for its in others if its != text]
         return cls.of(triples)
 
@@ -91,6 +91,17 @@ def _same_relation(case: EditCase, other: EditCase) -> bool | None:
     return alike
 
 
-def _unlike(case: EditCase, others: Sequence[EditCase]) -> list[EditCase]:
-    """Those of another relation."""
-    return [other for other in others if _same_relation(case, other) is False]
+def _something_else(
+    case: EditCase, batch: Sequence[EditCase], asked: Sequence[str], kin: Kin, draw: random.Random
+) -> list[str]:
+    """A question of another relation about the case's subject: one that is asked, else one put together."""
+    mine = case.edits[0]
+    real = [c for c in kin.get(subject_of(case), ()) if _same_relation(case, c) is False]
+    if real:
+        return [draw.choice(draw.choice(real).phrasings).prompt]
+    made = [
+        its.replace(other.edits[0].subject, mine.subject)
+        for other, its in zip(batch, asked, strict=True)
+        if mine.relation and other.edits[0].relation not in (None, mine.relation)
+    ]
+    return [draw.choice(made)] if made else []

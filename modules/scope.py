@@ -176,7 +176,7 @@ class ScopeClassifier(LightningModule):
         self,
         encoder: str = "minilm",
         form: Literal["distance", "cross"] = "distance",
-        lr: float = 2e-5,
+        lr: float = 5e-5,
         lr_head: float = 1e-2,
         num_negatives: int = 4,
     ) -> None:
