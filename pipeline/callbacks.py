@@ -65,7 +65,7 @@ class EditCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
-        if pl_module.perplexity and self.editor and self.schedule in ("each", "batch"):
+        if self.editor and self.schedule in ("each", "batch") and pl_module.perplexity:
             raise ValueError(
                 f"the schedule {self.schedule!r} has no edits in force over the whole evaluation, of which a "
                 "text's perplexity could be taken: set --edit.schedule epoch or stream, or leave out "
