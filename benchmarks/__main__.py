@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from benchmarks import evaluation, learned, memit, moments, neurons, values
+from benchmarks import evaluation, learned, memit, moments, neurons, retrieval, values
 from benchmarks.side_by_side import HEADER
 from datamodules.facts import Facts
 from modules.lm import LanguageModel
@@ -25,6 +25,7 @@ SCRIPTS = {
     "moments": moments,
     "learned": learned,
     "evaluation": evaluation,
+    "retrieval": retrieval,
 }
 
 

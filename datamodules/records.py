@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 SLOT = "{}"
+REPHRASED = ("generality", "question")  # criteria that ask for an edit in other words
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class EditCase:
     edits: tuple[Edit, ...]
     probes: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     generation_prompts: tuple[str, ...] = ()
+
+    @property
+    def phrasings(self) -> tuple[Probe, ...]:
+        """The ways to ask for the first edit: its own prompt, paraphrases, the question."""
+        edit = self.edits[0]
+        others = [p for name in REPHRASED for p in self.probes.get(name, ())]
+        return (Probe(edit.text, edit.target_new), *others)
 
     @property
     def fingerprint(self) -> str:

@@ -184,6 +184,15 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
     part.replace(path)
 
 
+def file_format(path: str | Path) -> str | None:
+    """What kind of file of ours this is; None where it is none, or not there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return None
+
+
 def read_tensors(
     path: str | Path, wanted: str, kind: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -528,18 +537,6 @@ class TextPatch(EditHandle):
             yield
         finally:
             self._aside -= 1
-
-    def record(self) -> dict[str, Any]:
-        """What the edit consists of, as JSON values."""
-        return {}
-
-    def save(self, path: Path) -> None:
-        """Writes :meth:`record` as JSON, atomically; the path's ending becomes ``.json``."""
-        path = Path(path).with_suffix(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False), encoding="utf-8")
-        part.replace(path)
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """What is asked in place of each prompt; the prompts themselves by default."""

@@ -60,25 +60,26 @@ class TextEncoder(nn.Module):
         ).to(self.device)
         return self.net(**batch).last_hidden_state, batch["attention_mask"]
 
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """vectors_BD of length one, differentiable in the weights."""
-        states_BTD, mask_BT = self._states(list(texts))
-        weight_BT1 = mask_BT[..., None].to(states_BTD.dtype)
-        return normalize((states_BTD * weight_BT1).sum(1) / weight_BT1.sum(1), dim=1)
+    def forward(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """vectors_BD of length one, differentiable in the weights; texts of like length are read together."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = [torch.empty(0, self.width, device=self.device)]
+        for begin in range(0, len(order), batch_size):
+            chunk = [texts[i] for i in order[begin : begin + batch_size]]
+            states_BTD, mask_BT = self._states(chunk)
+            weight_BT1 = mask_BT[..., None].to(states_BTD.dtype)
+            mean_BD = (states_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+            parts.append(normalize(mean_BD.float(), dim=1))
+        return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """states_BD of the first token of each pair, read together."""
         return self._states(list(left), list(right))[0][:, 0]
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """vectors_BD as of :meth:`forward`, for many texts, without gradient."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        vectors_BD = torch.empty(len(texts), self.width, device=self.device)
-        for begin in range(0, len(order), batch_size):
-            chunk = order[begin : begin + batch_size]
-            vectors_BD[chunk] = self([texts[i] for i in chunk]).float()
-        return vectors_BD
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """vectors_BD as of :meth:`forward`, without gradient."""
+        return self(texts)
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -2,7 +2,8 @@
 
 What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
 ``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
-``agreement``, ``kl`` and ``drawdown`` follow. With ``generate_tokens`` answers are also generated freely
+``agreement``, ``kl`` and ``drawdown`` follow. With several edits in force, what must stay for one of them and is
+the prompt of another is not asked. With ``generate_tokens`` answers are also generated freely
 (``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
 the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -53,7 +54,7 @@ PROTOCOLS = {
     "wild_f1": "wild",
     "wild_same": "wild",
     "auc": "pairs",
-    "pair_accuracy": "pairs",
+    "routed": "routing",
     "perplexity": "nll",
     "perplexity_increase": "nll",
 }
@@ -102,13 +103,14 @@ class _Asked:
     probe_B: list[Probe]
 
     @classmethod
-    def of(cls, cases: Sequence[EditCase], compared: bool) -> _Asked:
+    def of(cls, cases: Sequence[EditCase], compared: bool, edited: Set[str]) -> _Asked:
         flat = [
             (c, criterion, probe)
             for c, case in enumerate(cases)
             for criterion, probes in case.probes.items()
             for probe in probes
             if probe.target and (criterion in COMPARED) == compared
+            if criterion not in UNMOVED or probe.prompt not in edited
         ]
         return cls(*map(list, zip(*flat, strict=True))) if flat else cls([], [], [])
 
@@ -143,6 +145,7 @@ class EditingModule(LightningModule):
         self.case_deltas: list[Delta] | None = None  # one update per case of the batch
         self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
         self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
+        self.edited: Set[str] = frozenset()  # prompts of the edits in force, which are to move
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._metrics: dict[str, metrics.CaseMetric] = {}
         self._text_means: dict[str, float] = {}
@@ -270,7 +273,7 @@ class EditingModule(LightningModule):
         shared = self.case_deltas is None
         layer = self.lm.lowest_edited_layer(deltas or ())
         for compared in (True, False):
-            asked = _Asked.of(cases, compared)
+            asked = _Asked.of(cases, compared, self.edited)
             if asked.probe_B:
                 owners = [0] * len(asked.case_B) if shared else asked.case_B
                 with self.lm.shared_prefix(layer):

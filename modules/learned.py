@@ -15,6 +15,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -22,12 +23,25 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, WeightEditor, add_deltas
+from modules.editing import Delta, EditError, WeightEditor, add_deltas
 from modules.evaluation import UNMOVED, EditingModule
 from modules.lm import LanguageModel, Rows
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: str, key: str, kind: str) -> dict[str, Any]:
+    """A checkpoint of ours, with ``key`` in it; raises EditError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise EditError(f"{path}: not a readable checkpoint of a {kind} ({error})") from None
+    if key not in checkpoint:
+        raise EditError(
+            f"{path} is not a checkpoint of a {kind}: give one that its fit has written"
+        )
+    return checkpoint
 
 
 class LearnedEditor(EditingModule, WeightEditor):
@@ -187,14 +201,13 @@ class LearnedEditor(EditingModule, WeightEditor):
         for case in batch:
             edit = case.edits[0]
             edits.append(edit)
-            same = Probe(edit.text, edit.target_new)
-            phrasings = [*case.probes.get("generality", ()), *case.probes.get("question", ())]
-            outer.append(draw.choice(phrasings) if phrasings and draw.random() < 0.5 else same)
-            others = [
+            same, *others = case.phrasings
+            outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
+            kept = [
                 probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target
             ]
-            if others:
-                local.append(draw.choice(others))
+            if kept:
+                local.append(draw.choice(kept))
             else:
                 neighbour = batch[(batch.index(case) + 1) % len(batch)].edits[0]
                 local.append(Probe(neighbour.text, neighbour.target_true or neighbour.target_new))

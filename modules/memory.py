@@ -6,20 +6,26 @@ handle in force answers with all that came before it, and taking it out takes it
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from datamodules.records import Edit
-from modules.editing import EditError, Editor, TextPatch
+from modules.editing import EditError, Editor, TextPatch, read_tensors, write_tensors
 from modules.lm import LanguageModel
-from modules.retrieval import Encoder, Retriever, find_encoder
+from modules.retrieval import Encoder, Retriever, as_tensor, find_encoder, from_tensor
+
+FORMAT = "corrigenda-remembered-1"
 
 
 def sentence(edit: Edit) -> str:
@@ -62,7 +68,7 @@ class EditMemory:
     """Edits in the order they were made, found by the likeness of their keys.
 
     Keys are encoded when something is first looked up. Where one prompt was edited several times the newest
-    edit counts, whichever of them is nearest.
+    edit counts, whichever of them is nearest; prompts are the same but for case and spaces.
 
     Args:
         find: gives the encoder; called when something is first looked up.
@@ -73,36 +79,65 @@ class EditMemory:
         self.retriever: Retriever | None = None
         self.edits: list[Edit] = []
         self.keys: list[str] = []
-        self.largest = 0  # bytes of the retriever, at most so far
+        self._places: dict[str, list[int]] = {}  # of each prompt's edits, oldest first
+        self.most_entries = self.most_bytes = 0  # so far
 
     def __len__(self) -> int:
         return len(self.edits)
 
-    def add(self, edits: Sequence[Edit], keys: Sequence[str]) -> None:
-        """Further edits, with what each is found by."""
+    def add(
+        self, edits: Sequence[Edit], keys: Sequence[str], known: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Further edits, with what each is found by, and the tensors of their keys if they are known."""
+        if known is not None:
+            self.encode().add(keys, known)
+        for place, edit in enumerate(edits, start=len(self)):
+            self._places.setdefault(_same(edit), []).append(place)
         self.edits += edits
         self.keys += keys
+        self.most_entries = max(self.most_entries, len(self))
 
     def drop(self, count: int) -> None:
         """Forgets the newest ``count`` edits."""
         end = len(self) - count
         if self.retriever is not None:
             self.retriever.remove(range(end, len(self.retriever)))
+        for edit in reversed(self.edits[end:]):
+            self._places[_same(edit)].pop()
         del self.edits[end:], self.keys[end:]
 
     def newest(self, end: int) -> dict[str, Edit]:
         """The edit that counts for each prompt, among the first ``end``."""
         return {edit.text: edit for edit in self.edits[:end]}
 
+    def current(self, place: int, end: int) -> Edit:
+        """The newest edit of the same prompt, among the first ``end``."""
+        places = self._places[_same(self.edits[place])]
+        return self.edits[places[bisect_left(places, end) - 1]]
+
+    def encode(self) -> Retriever:
+        """The retriever, with the keys of all edits."""
+        if self.retriever is None:  # an empty one is false, and has counted its look-ups
+            self.retriever = Retriever(self._find())
+        retriever = self.retriever
+        retriever.add(self.keys[len(retriever) :])
+        self.most_bytes = max(self.most_bytes, retriever.nbytes)
+        return retriever
+
+    def search(self, queries: Sequence[str], k: int, end: int) -> tuple[Tensor, Tensor]:
+        """(cosine_BK, place_BK) of the nearest keys among the first ``end``, nearest first."""
+        return self.encode().search(queries, k, among=end)
+
     def nearest(self, queries: Sequence[str], end: int) -> list[tuple[Edit, float]]:
         """For each query the edit with the nearest key among the first ``end``, and the cosine."""
-        self.retriever = retriever = self.retriever or Retriever(self._find())
-        retriever.add(self.keys[len(retriever) :])
-        self.largest = max(self.largest, retriever.nbytes)
-        scores_BK, index_BK = retriever.search(queries, 1, among=end)
-        newest = self.newest(end)
-        found = [newest[self.edits[i].text] for i in index_BK[:, 0].tolist()]
+        scores_BK, index_BK = self.search(queries, 1, end)
+        found = [self.current(place, end) for place in index_BK[:, 0].tolist()]
         return list(zip(found, scores_BK[:, 0].tolist(), strict=True))
+
+
+def _same(edit: Edit) -> str:
+    """Equal for edits of the same prompt."""
+    return " ".join(edit.text.casefold().split())
 
 
 class MemoryPatch(TextPatch):
@@ -113,12 +148,18 @@ class MemoryPatch(TextPatch):
         end: how many of the memory's edits this handle answers with.
     """
 
-    def __init__(self, editor: MemoryEditor, lm: LanguageModel, edits: Sequence[Edit]) -> None:
+    def __init__(
+        self,
+        editor: MemoryEditor,
+        lm: LanguageModel,
+        edits: Sequence[Edit],
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if not edits:
             raise EditError(f"{type(editor).__name__} was given no edit to remember")
         super().__init__(lm)
         self.editor, self.edits, self.memory = editor, list(edits), editor.memory(lm)
-        self.memory.add(edits, [editor.key(edit) for edit in edits])
+        self.memory.add(edits, [editor.key(edit) for edit in edits], known)
         self.end = len(self.memory)
 
     def nearest(self, queries: Sequence[str]) -> list[tuple[Edit, float]]:
@@ -146,17 +187,51 @@ class MemoryPatch(TextPatch):
         super().remove()
         self.memory.drop(len(self.edits))
 
+    def absorb(self, newer: MemoryPatch) -> None:
+        """Takes a newer patch of the same memory into this one."""
+        if self.lm.handles[-2:] != [self, newer] or newer.memory is not self.memory:
+            raise EditError("only the newest edit can be absorbed, by the one before it")
+        self.edits += newer.edits
+        self.end = newer.end
+        self.lm.handles.pop()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the editor remembers the same edits again."""
-        return self.record()
+        return {"edits": [asdict(edit) for edit in self.edits]}
 
-    def record(self) -> dict[str, Any]:
-        """The edits of this handle alone."""
-        return {
-            "editor": type(self.editor).__name__,
-            "model": self.lm.name,
-            "edits": [asdict(edit) for edit in self.edits],
-        }
+    def save(self, path: Path) -> None:
+        """Writes the edits of this handle, with the vectors they are found by where those are there."""
+        retriever, header = self.memory.retriever, self.editor.origin(self.lm, ())
+        tensors = {"edits": as_tensor(self.state()["edits"])}
+        if retriever is not None and len(retriever) >= self.end:
+            tensors |= retriever.tensors(self.end - len(self.edits), self.end)
+            header |= {"encoder": retriever.encoder.hash}
+        write_tensors(path, tensors, {"format": FORMAT, "memory": json.dumps(header)})
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What :meth:`MemoryPatch.save` wrote.
+
+    Attributes:
+        edits: in the order they were made.
+        known: the vectors of their keys, and the index over them; empty where there are none.
+        metadata: editor, model, hashes of its weights and of the vectors' encoder.
+    """
+
+    edits: list[Edit]
+    known: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Remembered:
+        """The edits of a file; raises EditError for any other file."""
+        tensors, header = read_tensors(path, FORMAT, "memory of edits")
+        try:
+            edits = [Edit(**fields) for fields in from_tensor(tensors.pop("edits"))]
+            return cls(edits, tensors, json.loads(header["memory"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EditError(f"{path}: a damaged memory file ({error})") from None
 
 
 class MemoryEditor(Editor):
@@ -198,13 +273,20 @@ class MemoryEditor(Editor):
         self.prepare(lm)
         return self.patch(self, lm, edits)
 
+    def restore(self, lm: LanguageModel, path: str | Path) -> MemoryPatch:
+        """Puts edits that :meth:`MemoryPatch.save` wrote in force; another encoder's vectors are made anew."""
+        self.prepare(lm)
+        saved = Remembered.load(path)
+        fits = saved.metadata.get("encoder") == self.encoder(lm).hash
+        return self.patch(self, lm, saved.edits, saved.known if fits else None)
+
     def numbers(self) -> dict[str, float]:
-        """What was counted, the memory's size and the time of one look-up."""
-        used = [m for m in self._memories.values() if m.retriever is not None]
+        """What was counted, the memory's size at most and the mean time of a look-up, encoding included."""
+        memories = list(self._memories.values())
+        seconds = [m.retriever.seconds for m in memories if m.retriever is not None]
         return {
             **self.counts,
-            "memory_bytes": max((memory.largest for memory in used), default=0),
-            "seconds_per_lookup": max(
-                (m.retriever.seconds for m in used if m.retriever), default=0.0
-            ),
+            "memory_entries": max((memory.most_entries for memory in memories), default=0),
+            "memory_bytes": max((memory.most_bytes for memory in memories), default=0),
+            "lookup_milliseconds": 1000 * max(seconds, default=0.0),
         }

@@ -1,8 +1,7 @@
 """Texts by likeness: encoders of sentences, and one retriever for whatever is looked up.
 
 A text becomes a unit vector (mean of its tokens' last states, normalised), so that the dot product of two is
-their cosine. Search is exact: a product with every stored vector, in pieces; 100,000 entries of 384 numbers
-are 150 MB and some hundredths of a second.
+their cosine. Search is exact up to EXACT_UP_TO entries, and by :class:`~modules.search.Cells` beyond.
 
 Shapes: N entries, B queries, D width of a vector, K results.
 """
@@ -14,24 +13,25 @@ import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modules.editing import write_tensors
+from modules.editing import read_tensors, write_tensors
 from modules.encoder import TextEncoder
 from modules.hooks import capture, first
 from modules.lm import LanguageModel, cache_dir
+from modules.search import Cells, nearest
 
 log = logging.getLogger(__name__)
 
-FORMAT = "corrigenda-retriever-1"
+FORMAT = "corrigenda-retriever-2"
 ENCODED_TOGETHER = 64
-SEARCHED_TOGETHER = 65536  # entries whose scores are held at once
+EXACT_UP_TO = 20_000  # entries
 
 
 class Encoder(ABC):
@@ -54,17 +54,19 @@ class SentenceEncoder(Encoder):
     """A Hugging Face encoder, read by the mean over a text's tokens.
 
     Args:
-        name: ``minilm``, which comes as a Python package, a hub id, or a local folder.
-        device: where it runs.
+        net: ``minilm``, which comes as a Python package, a hub id, a local folder, or the network itself.
+        device: where it runs; a network stays where it is.
     """
 
-    def __init__(self, name: str = "minilm", device: str | torch.device = "cpu") -> None:
-        self.name = name
-        self._net = TextEncoder(name).to(device).requires_grad_(False)
-        self.hash = self._net.weights_hash()
+    def __init__(
+        self, net: str | TextEncoder = "minilm", device: str | torch.device = "cpu"
+    ) -> None:
+        self._net = net if isinstance(net, TextEncoder) else TextEncoder(net).to(device)
+        self._net.requires_grad_(False)
+        self.name, self.hash = self._net.name, self._net.weights_hash()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        return self._net.encode(texts, ENCODED_TOGETHER).cpu()
+        return self._net.encode(texts).cpu()
 
 
 class LanguageModelStates(Encoder):
@@ -114,35 +116,22 @@ def _mean(states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- look-up
 
 
-def nearest(queries_BD: Tensor, entries_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(cosine_BK, index_BK) of the k nearest entries, nearest first; fewer where there are fewer.
-
-    Exact: a product of unit vectors, a chunk of the entries at a time.
-    """
-    k = min(k, len(entries_ND))
-    scores = [queries_BD.new_zeros(len(queries_BD), 0)]
-    indices = [torch.zeros(len(queries_BD), 0, dtype=torch.long, device=queries_BD.device)]
-    for begin in range(0, len(entries_ND), SEARCHED_TOGETHER):
-        part_BN = queries_BD @ entries_ND[begin : begin + SEARCHED_TOGETHER].T
-        best = part_BN.topk(min(k, part_BN.shape[1]))
-        scores.append(best.values)
-        indices.append(best.indices + begin)
-    scores_BM, order_BM = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
-    index_BM = torch.cat(indices, 1).gather(1, order_BM)
-    return scores_BM[:, :k], index_BM[:, :k]
-
-
 class Retriever:
-    """Texts and their vectors; finds those nearest to a query by cosine, exactly.
+    """Texts and their vectors; finds those nearest to a query by cosine.
 
     Args:
         encoder: makes the vectors of entries and queries.
+        exact_up_to: with more entries than this an index is used; entries that came after it was made are
+            searched exactly, until they are so many that it is made anew.
+        probes: cells that a query looks into.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, exact_up_to: int = EXACT_UP_TO, probes: int = 32) -> None:
+        self.encoder, self.exact_up_to, self.probes = encoder, exact_up_to, probes
         self.texts: list[str] = []
+        self.cells: Cells | None = None
         self._room_ND = torch.zeros(0, 0)  # grows by doubling; the first len(self) rows count
+        self._text_bytes = 0
         self._seconds, self._queries = 0.0, 0
 
     def __len__(self) -> int:
@@ -155,19 +144,31 @@ class Retriever:
 
     @property
     def nbytes(self) -> int:
-        """Size of the vectors and the texts."""
-        return self.vectors_ND.nbytes + sum(len(text.encode()) for text in self.texts)
+        """Size of the vectors, the index and the texts."""
+        cells = 0 if self.cells is None else self.cells.nbytes
+        return self.vectors_ND.nbytes + cells + self._text_bytes
 
     @property
     def seconds(self) -> float:
         """Mean time of looking up one query, encoding included; 0 before the first."""
         return self._seconds / self._queries if self._queries else 0.0
 
-    def add(self, texts: Sequence[str]) -> None:
-        """New entries, numbered on from the last."""
+    def add(self, texts: Sequence[str], known: Mapping[str, Tensor] | None = None) -> None:
+        """New entries, numbered on from the last.
+
+        Args:
+            texts: what they are found by.
+            known: what :meth:`tensors` returned for them, so that they need not be encoded.
+        """
         if texts:
-            self._append(self.encoder.encode(texts))
+            new_ND = self.encoder.encode(texts) if known is None else known["vectors"]
+            if known and "members" in known and not len(self):
+                member_N = known["members"]
+                self.cells = Cells(known["centres"], known["ends"], member_N, new_ND[member_N])
+            self._append(new_ND)
             self.texts += texts
+            self._text_bytes += sum(len(text.encode()) for text in texts)
+            self._index()
 
     def _append(self, new_ND: Tensor) -> None:
         end = len(self) + len(new_ND)
@@ -185,7 +186,10 @@ class Retriever:
         }  # an index that is not there raises IndexError
         keep = [i for i in range(len(self)) if i not in gone]
         self._room_ND = self.vectors_ND[keep]
+        self._text_bytes -= sum(len(self.texts[i].encode()) for i in gone)
         self.texts = [self.texts[i] for i in keep]
+        if self.cells is not None and min(gone, default=len(self)) < len(self.cells):
+            self.cells = None
 
     def search(
         self, queries: Sequence[str], k: int, among: int | None = None
@@ -197,39 +201,52 @@ class Retriever:
             k: how many; fewer come back where there are fewer entries.
             among: only the first so many entries.
         """
+        end = len(self) if among is None else among
+        self._index()
         start = time.perf_counter()
-        scores_BK, index_BK = nearest(self.encoder.encode(queries), self.vectors_ND[:among], k)
+        found = self.nearest(self.encoder.encode(queries), k, end)
         self._seconds += time.perf_counter() - start
         self._queries += len(queries)
-        return scores_BK, index_BK
+        return found
+
+    def _index(self) -> None:
+        """Makes the index where it is due: none yet, or a fifth as many entries again since."""
+        if len(self) > max(self.exact_up_to, 1.2 * len(self.cells or ())):
+            start = time.perf_counter()
+            self.cells = Cells.of(self.vectors_ND)
+            log.info("indexed %d entries in %.1f s", len(self), time.perf_counter() - start)
+
+    def nearest(self, query_BD: Tensor, k: int, end: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`search`, of vectors and with the index as it is."""
+        entries_ND = self.vectors_ND[:end]
+        if self.cells is None or end <= self.exact_up_to:
+            return nearest(query_BD, entries_ND, k)
+        return self.cells.search(query_BD, entries_ND, k, self.probes)
+
+    def tensors(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        """Vectors of some of the entries, and the index if it is of no others, to be stored."""
+        tensors = {"vectors": self.vectors_ND[begin:end]}
+        if self.cells is not None and begin == 0 and len(self.cells) <= len(tensors["vectors"]):
+            cells = self.cells
+            tensors |= {"centres": cells.centre_CD, "ends": cells.end_C, "members": cells.member_N}
+        return tensors
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written atomically; texts and encoder are in its header."""
-        header = {"encoder": self.encoder.name, "hash": self.encoder.hash, "texts": self.texts}
-        metadata = {"format": FORMAT, "retriever": json.dumps(header, ensure_ascii=False)}
-        write_tensors(path, {"vectors": self.vectors_ND}, metadata)
+        """One safetensors file, written atomically; the encoder is in its header."""
+        header = {"format": FORMAT, "encoder": self.encoder.name, "hash": self.encoder.hash}
+        write_tensors(path, {**self.tensors(), "texts": as_tensor(self.texts)}, header)
 
     @classmethod
     def load(cls, path: str | Path, encoder: Encoder) -> Retriever:
         """What :meth:`save` wrote; raises ValueError for another encoder's vectors or another file."""
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such retriever file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path}: not a retriever of this project (wanted {FORMAT!r})")
-                header = json.loads(metadata["retriever"])
-                vectors_ND = file.get_tensor("vectors")
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a readable retriever file ({error})") from None
+        tensors, header = read_tensors(path, FORMAT, "retriever")
         if header["hash"] != encoder.hash:
             raise ValueError(
                 f"{path}: its vectors are of the encoder {header['encoder']!r} with weights "
                 f"{header['hash']}, not of {encoder.name!r} with weights {encoder.hash}"
             )
         retriever = cls(encoder)
-        retriever.texts, retriever._room_ND = header["texts"], vectors_ND
+        retriever.add(from_tensor(tensors["texts"]), tensors)
         return retriever
 
     @classmethod
@@ -244,3 +261,14 @@ class Retriever:
         retriever.add(texts)
         retriever.save(path)
         return retriever
+
+
+def as_tensor(value: object) -> Tensor:
+    """JSON values as bytes in a tensor: the header of a safetensors file has a limit."""
+    text = json.dumps(value, ensure_ascii=False)
+    return torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
+
+
+def from_tensor(tensor: Tensor) -> Any:  # noqa: ANN401
+    """What :func:`as_tensor` was given."""
+    return json.loads(tensor.numpy().tobytes())

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -70,7 +70,7 @@ class EditCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
-        if pl_module.perplexity and self.editor and self.schedule in ("each", "batch"):
+        if self.editor and self.schedule in ("each", "batch") and pl_module.perplexity:
             raise ValueError(
                 f"the schedule {self.schedule!r} has no edits in force over the whole evaluation, of which a "
                 "text's perplexity could be taken: set --edit.schedule epoch or stream, or leave out "
@@ -174,8 +174,11 @@ class EditCallback(Callback):
         if trainer.sanity_checking:
             return
         is_tuned = pl_module.method_name is not None and pl_module.trains_on == "edits"
+        if self.schedule != "epoch" and not is_tuned:
+            return
+        cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
+        pl_module.edited = _prompts(cases)
         if self.schedule == "epoch" if self.editor else is_tuned:
-            cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
             self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
             if self.editor:
                 self._handles = [self._edit(trainer, pl_module, cases, "all")]
@@ -188,6 +191,8 @@ class EditCallback(Callback):
         batch_idx: int,
         *_: object,
     ) -> None:
+        if self.schedule == "batch":
+            pl_module.edited = _prompts(batch)
         if self.editor is None or trainer.sanity_checking:
             return
         if self.schedule == "each":
@@ -259,6 +264,7 @@ class EditCallback(Callback):
         self._done |= {case.case_id: None for case in batch}
         self.num_edits = len(self._done)
         pl_module.only_cases = set(self._done)
+        pl_module.edited |= _prompts(batch)
         self.current = pl_module.evaluate(batch)
         self._remember(self.current, "current")
         names = {name for result in self.current for name in result.metrics}
@@ -314,6 +320,9 @@ class EditCallback(Callback):
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)
+        if self._done:
+            cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
+            pl_module.edited = _prompts([case for case in cases if case.case_id in self._done])
 
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:
@@ -343,6 +352,10 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _prompts(cases: Sequence[EditCase]) -> frozenset[str]:
+    return frozenset(edit.text for case in cases for edit in case.edits)
 
 
 def peak_gib() -> float:

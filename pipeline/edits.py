@@ -1,7 +1,7 @@
 """Edits as files: what is in them, whether they hold, what they do, adding them up, handing them on.
 
-``show`` and ``merge`` read files only. ``verify``, ``apply`` and ``export`` load the base model that a
-file names; a base with other weights is refused.
+``show`` and ``merge`` read files only; ``show`` also reads memories of edits that are kept as text. ``verify``,
+``apply`` and ``export`` load the base model that a file names; a base with other weights is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,18 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from datamodules.records import Edit
-from modules.editing import Delta, LowRank, Update, WeightPatch, add_deltas, svd
+from modules.editing import (
+    Delta,
+    LowRank,
+    Update,
+    WeightPatch,
+    add_deltas,
+    file_format,
+    svd,
+)
 from modules.lm import LanguageModel, hash_weights
+from modules.memory import FORMAT as REMEMBERED
+from modules.memory import Remembered
 from modules.structure import is_linear, is_quantised
 from pipeline.errors import UserError
 
@@ -31,13 +41,12 @@ from pipeline.errors import UserError
 def show(files: Sequence[Path]) -> None:
     """Prints what is in files of edits: base model, editor, edits, and what each parameter's change is."""
     for file in files:
+        if file_format(file) == REMEMBERED:
+            _show_remembered(file)
+            continue
         delta = _read([file])[0]
         meta = delta.metadata
-        _print(str(file))
-        _print(f"  base    {meta.get('model', 'unknown')}, weights {meta.get('base', 'unknown')}")
-        _print(f"  editor  {meta.get('editor', 'unknown')}")
-        for edit in _edits(delta):
-            _print(f"  edit    {_line(edit)}")
+        _show_origin(file, meta, _edits(delta))
         for name, update in delta.updates.items():
             _, values_r, _ = svd(update)
             _print(f"  change  {name} {_shape(update)}: {_kind(update)}, rank {len(values_r)}, "
@@ -45,6 +54,23 @@ def show(files: Sequence[Path]) -> None:
         for lost in meta.get("requantized", []):
             for name, share in lost.items():
                 _print(f"  packed  {name}: {share:.2f} of the update lost by packing it again")
+
+
+def _show_remembered(file: Path) -> None:
+    """A memory of edits that are kept as text: IKE, MemPrompt, MeLLo, SERAC."""
+    saved = Remembered.load(file)
+    _show_origin(file, saved.metadata, saved.edits)
+    size = sum(tensor.nbytes for tensor in saved.known.values())
+    found = f"vectors of the encoder {saved.metadata['encoder']}" if saved.known else "no vectors"
+    _print(f"  memory  {len(saved.edits)} edits as text, {found}, {size:,} bytes")
+
+
+def _show_origin(file: Path, meta: Mapping[str, Any], edits: Sequence[Edit]) -> None:
+    _print(str(file))
+    _print(f"  base    {meta.get('model', 'unknown')}, weights {meta.get('base', 'unknown')}")
+    _print(f"  editor  {meta.get('editor', 'unknown')}")
+    for edit in edits:
+        _print(f"  edit    {_line(edit)}")
 
 
 def merge(files: Sequence[Path], out: Path) -> None:
@@ -290,6 +316,12 @@ def _complete(out: Path) -> Iterator[Path]:
 
 def _read(files: Sequence[Path]) -> list[Delta]:
     """The files' deltas; raises UserError where they belong to different base models."""
+    for file in files:
+        if file_format(file) == REMEMBERED:
+            raise UserError(
+                f"{file} is a memory of {Remembered.load(file).metadata['editor']}, which holds edits as text and "
+                "changes no weight: `edits show` prints it, the editor's restore() puts it in force"
+            )
     deltas = [Delta.load(file) for file in files]
     bases = [(d.metadata.get("model"), d.metadata.get("base")) for d in deltas]
     for file, (name, base) in zip(files, bases, strict=True):

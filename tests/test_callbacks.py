@@ -36,13 +36,14 @@ class Spy(Callback):
     """Notes what is in force while cases are evaluated; raises where it is told to."""
 
     def __init__(self, fail_at=None):
-        self.seen, self.fail_at, self.steps = [], fail_at, 0
+        self.seen, self.edited, self.fail_at, self.steps = [], [], fail_at, 0
 
     def on_validation_batch_start(self, trainer, module, batch, *_):
         deltas = module.case_deltas and [len(delta.updates) for delta in module.case_deltas]
         kept = [getattr(handle, "delta", handle) for handle in module.lm.handles]
         edits = [edit.metadata["edits"] for edit in kept]
         self.seen.append((len(batch), deltas, [len(made) for made in edits]))
+        self.edited.append(len(module.edited))
         if self.fail_at == "validation":
             raise RuntimeError("on purpose")
 
@@ -163,6 +164,8 @@ def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_ed
     kept = weights(lm)
     spy, trainer = run(editor, schedule)
     assert spy.seen == seen
+    # what is edited beside a case itself, where all prompts are different
+    assert spy.edited == (num_edits[::2] if schedule in ("batch", "epoch") else [0, 0, 0])
     assert unchanged(lm, kept)
     assert [row["num_edits"] for row in rows(tmp_path / "run")] == num_edits
     module = trainer.lightning_module

@@ -11,6 +11,7 @@ from datamodules.records import Edit
 from modules.editing import Delta, LowRank, WeightPatch, add_deltas, svd
 from modules.editors.finetune import FT
 from modules.editors.lora import LoRA
+from modules.editors.memprompt import MemPrompt
 from modules.hooks import hooked
 from modules.lm import LanguageModel
 from modules.structure import read_parameter
@@ -112,6 +113,19 @@ def test_show_needs_no_model(edits, saved, tmp_path):
     rank = torch.linalg.matrix_rank(full.float()).item()
     assert f"{name} [32, 80]: dense, rank {rank}, norm {full.norm():.4g}\n" in said
     assert "packed  model.x: 0.25 of the update lost" in said
+
+
+def test_a_memory_of_edits_is_shown_and_told_apart(edits, saved, tiny_lm, tmp_path):
+    lm, file = tiny_lm("gpt2"), tmp_path / "memory.safetensors"
+    MemPrompt(lookup="distance").edit(lm, [ONE, OTHER]).save(file)
+    said = edits("show", file, saved("llama"))
+    assert f"base    {lm.name}, weights {lm.weights_hash}\n  editor  MemPrompt" in said
+    assert "edit    The capital of {Zorbania} is -> Quill Port" in said
+    assert "memory  2 edits as text, no vectors" in said and "editor  LoRA" in said
+    for verb in (["verify", file], ["apply", file], ["merge", file, saved("llama"), "--out", "x"]):
+        message = edits(*verb, status=2)
+        assert "memory.safetensors is a memory of MemPrompt, which holds edits as text" in message
+        assert message.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------- verify and apply

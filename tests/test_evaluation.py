@@ -251,6 +251,21 @@ def test_only_some_cases_are_asked(lm, cases):
     assert module.validation_step(cases, 0) == {"results": []}
 
 
+def test_what_must_stay_is_not_asked_where_it_is_edited(lm, cases):
+    module = EditingModule(lm)
+    case = cases[0]
+    kept = [probe.prompt for probe in case.probes["locality"]]
+    module.edited = {kept[0], case.edits[0].text}
+
+    def asked(criterion):
+        (result,) = module.evaluate([case])
+        return [p["prompt"] for p in result.probes if p["criterion"] == criterion]
+
+    assert asked("locality") == kept[1:] and asked("efficacy") == [case.edits[0].text]
+    module.edited = set(kept)
+    assert not asked("locality") and "locality/agreement" not in module.evaluate([case])[0].metrics
+
+
 def test_known_is_what_the_unedited_model_answers(lm):
     learned = FT([0, 1], steps=80, lr=1e-2, stop_loss=1e-3).edit(
         lm, [Edit(EDIT.prompt, EDIT.subject, "seven")]

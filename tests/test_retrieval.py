@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from modules import encoder, retrieval
+from modules import encoder, search
 from modules.editing import Delta, WeightPatch
 from modules.lm import ModelError
 from modules.retrieval import Encoder, LanguageModelStates, Retriever, SentenceEncoder, find_encoder
@@ -47,7 +47,7 @@ def test_search_is_exact_however_it_is_cut(monkeypatch):
     cosine_BN = Random().encode(queries) @ Random().encode(retriever.texts).T
     expected = cosine_BN.sort(dim=1, descending=True)
     for together in (65536, 500, 77, 3):
-        monkeypatch.setattr(retrieval, "SEARCHED_TOGETHER", together)
+        monkeypatch.setattr(search, "SEARCHED_TOGETHER", together)
         scores_BK, index_BK = retriever.search(queries, 7)
         assert torch.equal(index_BK, expected.indices[:, :7])
         torch.testing.assert_close(scores_BK, expected.values[:, :7])
@@ -113,7 +113,7 @@ def test_a_saved_retriever_is_the_same_and_knows_its_encoder(tmp_path):
     with pytest.raises(ValueError, match="not a retriever of this project"):
         Retriever.load(path, Bag())
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a readable retriever file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         Retriever.load(path, Bag())
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

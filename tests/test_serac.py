@@ -12,21 +12,17 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from datamodules.records import Edit, EditCase, Probe
+from modules.counterfactual import CounterfactualModel, in_front
 from modules.editing import Delta as WeightDelta
 from modules.editing import EditError, LowRank, WeightPatch, editing_mode
 from modules.editors.lora import LoRA
-from modules.editors.serac import (
-    SERAC,
-    CounterfactualModel,
-    Memory,
-    Pairs,
-    ScopeClassifier,
-    in_front,
-    phrasings,
-)
+from modules.editors.serac import SERAC
 from modules.encoder import TextEncoder
 from modules.lm import ModelError
-from modules.retrieval import nearest
+from modules.memory import Remembered
+from modules.pairs import Pairs
+from modules.retrieval import SentenceEncoder
+from modules.scope import ScopeClassifier, best_threshold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -164,11 +160,11 @@ def lm_scores_with(lm, editor, prompts, targets):
 def test_an_empty_memory_leaves_everything(lm, make, monkeypatch):
     base = full(lm, PROMPTS, TARGETS)
     editor = make(lm)
-    handle = editor.edit(lm, [])
+    assert editor.numbers()["memory_entries"] == 0
+    editor.edit(lm, EDITS).remove()
     monkeypatch.setattr(TextEncoder, "forward", None)  # nobody is even asked
     assert equal(full(lm, PROMPTS, TARGETS), base)
-    assert editor.numbers()["memory_entries"] == 0
-    handle.remove()
+    assert len(editor.memory(lm)) == 0 and editor.numbers()["memory_entries"] == 3
 
 
 def test_a_threshold_is_strict(lm, make):
@@ -187,13 +183,13 @@ def test_routing_finds_the_nearest_and_order_does_not_matter(tiny_lm, make):
     editor.scope.scorer.log_scale.data.fill_(-9.0)  # everything is within some scope
     many = [Edit("{} is one of them", f"Number {i}", f"n{i}") for i in range(40)]
     asked = ["Ruritania", "Ada plays", "Number 7 was one", "the voyage"]
-    vector = editor.scope.scorer.embed
+    vector = editor.scope.scorer.finder.encode
     texts = [e.text for e in EDITS + many]
     nearest = (vector(asked) @ vector(texts).T).argmax(1)
     found = []
     for order in (EDITS + many, many[::-1] + EDITS[::-1]):
         handle = editor.edit(lm, order)
-        found.append(editor.route(handle.memory, asked))
+        found.append(handle.route(asked))
         handle.remove()
     assert found[0] == [(EDITS + many)[i] for i in nearest.tolist()] == found[1]
 
@@ -205,9 +201,11 @@ def test_a_query_is_encoded_once_and_the_memory_never_again(tiny_lm, make, monke
     handle = editor.edit(lm, EDITS)
     seen, forward = [], TextEncoder.forward
     monkeypatch.setattr(TextEncoder, "forward", lambda self, t: seen.extend(t) or forward(self, t))
-    editor.route(handle.memory, [*ELSEWHERE, ELSEWHERE[0]])
+    handle.route([*ELSEWHERE, ELSEWHERE[0]])
     assert sorted(seen) == sorted(ELSEWHERE)
-    assert editor.numbers()["seconds_per_lookup"] > 0 and editor.numbers()["memory_entries"] == 3
+    numbers = editor.numbers()
+    assert numbers["lookup_milliseconds"] > 0 and numbers["memory_entries"] == 3
+    assert numbers["memory_bytes"] == 3 * 32 * 4 + sum(map(len, PROMPTS))
 
 
 def test_later_edits_share_the_memory_and_come_off_first(tiny_lm, make):
@@ -216,14 +214,18 @@ def test_later_edits_share_the_memory_and_come_off_first(tiny_lm, make):
     first = editor.edit(lm, EDITS[:2])
     again = Edit("The capital of {} is", "Ruritania", "Zenda")
     second = editor.edit(lm, [again, EDITS[2]])
-    assert second.memory.edits == [again, EDITS[1], EDITS[2]]
-    assert first.memory.edits == EDITS[:2]
+    assert second.memory is first.memory and len(first.memory) == 4
+    assert second.route(PROMPTS) == [again, EDITS[1], EDITS[2]]
+    assert first.route(PROMPTS[:2]) == EDITS[:2]
     with pytest.raises(EditError, match="1 later edit"):
         first.remove()
     second.remove()
-    assert editor.route(lm.handles[-1].memory, PROMPTS)[0] == EDITS[0]
+    assert first.route(PROMPTS)[0] == EDITS[0]
     first.absorb(editor.edit(lm, [again]))
-    assert lm.handles == [first] and first.memory.edits[0] == again
+    assert lm.handles == [first] and first.route(PROMPTS)[0] == again
+    assert first.state()["edits"][-1]["target_new"] == "Zenda"
+    first.remove()
+    assert len(editor.memory(lm)) == 0
 
 
 def test_psi_is_of_the_base_whatever_else_is_in_force(tiny_lm, make):
@@ -260,61 +262,49 @@ def test_another_network_may_answer(tiny_lm, tiny_folder, make, tmp_path):
 # ---------------------------------------------------------------------------- memory
 
 
-def test_a_saved_memory_reloads(tiny_lm, make, tmp_path):
+def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
     lm = tiny_lm()
-    editor = make(lm)
+    editor, path = make(lm), tmp_path / "memory.safetensors"
+    editor.prepare(lm)
+    editor.memory(lm).encode().exact_up_to = 2  # so that there is an index
     handle = editor.edit(lm, EDITS)
-    after = full(lm, PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"])
-    handle.save(tmp_path / "memory.safetensors")
+    asked = PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]
+    after, vectors = full(lm, *asked), handle.memory.retriever.vectors_ND.clone()
+    handle.save(path)
     handle.remove()
-    back = editor.restore(lm, tmp_path / "memory.safetensors")
-    assert back.memory.edits == EDITS
-    assert torch.equal(back.memory.vectors_ND, handle.memory.vectors_ND)
-    assert equal(full(lm, PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]), after)
+    with monkeypatch.context() as context:
+        context.setattr(TextEncoder, "encode", None)  # no vector is made again
+        back = editor.restore(lm, path)
+    assert back.edits == EDITS and torch.equal(back.memory.retriever.vectors_ND, vectors)
+    assert len(Remembered.load(path).known["members"]) == len(back.memory.retriever.cells) == 3
+    assert equal(full(lm, *asked), after)
+    more = editor.edit(lm, [Edit("{} is", "The sea", "deep")])
+    more.save(tmp_path / "more.safetensors")  # a handle's file holds its own edits
+    assert [e.text for e in Remembered.load(tmp_path / "more.safetensors").edits] == ["The sea is"]
+    more.remove()
     back.remove()
-    memory, _ = Memory.load(tmp_path / "memory.safetensors")
-    memory.vectors_ND = torch.zeros_like(memory.vectors_ND)
-    memory.save(tmp_path / "foreign.safetensors", "another encoder")
-    made_anew = editor.restore(lm, tmp_path / "foreign.safetensors").memory
-    torch.testing.assert_close(made_anew.vectors_ND, handle.memory.vectors_ND)
+    monkeypatch.setattr(SentenceEncoder, "__init__", other_hash(SentenceEncoder.__init__))
+    foreign = make(lm)
+    foreign.restore(lm, path)
+    torch.testing.assert_close(foreign.memory(lm).encode().vectors_ND, vectors)
     (tmp_path / "no.safetensors").write_bytes(b"none")
-    with pytest.raises(EditError, match=r"no\.safetensors: not a readable memory"):
+    with pytest.raises(EditError, match=r"no\.safetensors: not a readable"):
         editor.restore(lm, tmp_path / "no.safetensors")
 
 
-def test_search_is_exact_across_chunks(monkeypatch):
-    monkeypatch.setattr("modules.retrieval.SEARCHED_TOGETHER", 7)
-    memory = Memory()
-    vectors = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
-    edits = [Edit("{} is", f"s{i}", "x") for i in range(30)]
-    memory.add(edits[:20], vectors[:20])
-    memory.add(edits[20:], vectors[20:])
-    queries = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    cosine, index = nearest(queries, memory.vectors_ND, 4)
-    wanted = (queries @ vectors.T).topk(4, dim=1)
-    assert torch.equal(index, wanted.indices)
-    torch.testing.assert_close(cosine, wanted.values)
-    assert nearest(queries, memory.vectors_ND, 99)[1].shape == (5, 30)
-    assert memory.nbytes > 30 * 8 * 4 and len(memory) == 30
+def other_hash(init):
+    def changed(self, *args):
+        init(self, *args)
+        self.hash = "another"
+
+    return changed
 
 
-def test_a_memory_of_a_hundred_thousand():
-    vectors = torch.nn.functional.normalize(torch.randn(100_000, 32), dim=1)
-    memory = Memory()
-    memory.add([Edit("{} is", f"s{i}", "x") for i in range(len(vectors))], vectors)
-    asked = torch.tensor([0, 40_000, 99_999])
-    cosine, index = nearest(vectors[asked], memory.vectors_ND, 2)
-    assert torch.equal(index[:, 0], asked)
-    torch.testing.assert_close(cosine[:, 0], torch.ones(3))
-    assert 12.8e6 < memory.nbytes < 14e6
-
-
-def test_of_equal_prompts_the_newest_counts_also_within_one_call():
-    memory = Memory()
+def test_of_equal_prompts_the_newest_counts_also_within_one_call(tiny_lm, make):
+    lm = tiny_lm()
     new = Edit("The  capital of {} is", "RURITANIA", "Zenda")
-    memory.add([EDITS[0], EDITS[1], new], torch.eye(3))
-    assert memory.edits == [new, EDITS[1]]
-    assert torch.equal(memory.vectors_ND, torch.eye(3)[[2, 1]])
+    handle = make(lm).edit(lm, [EDITS[0], EDITS[1], new])
+    assert handle.route(PROMPTS[:2]) == [new, EDITS[1]]
 
 
 # ---------------------------------------------------------------------------- scope
@@ -346,12 +336,21 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
     rows = list(zip(pairs.entries, pairs.queries, pairs.inside, strict=True))
     mine = [(q, inside) for e, q, inside in rows if e == "Where is alpha"]
     inside = [q for q, yes in mine if yes]
-    assert len(inside) == 1 and inside[0] in {p.prompt for p in phrasings(cases[0])}
+    assert len(inside) == 1 and inside[0] in {p.prompt for p in cases[0].phrasings}
     outside = {q for q, yes in mine if not yes}
     assert {"Where is zlpha", "two and two", "alpha speaks"} <= outside
+    assert len(set(pairs.queries)) <= 4 * len(cases)  # each case is asked in one way throughout
     assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
+    put = [q for e, q, yes in rows if e == "Where is bravo" and "bravo" in q and not yes]
+    assert put == ["bravo speaks"]  # of another relation, asked about another subject
+    elsewhere = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
+    kin = {"alpha": [elsewhere, cases[-1]]}  # the last may mean the same: it names no relation
+    known = Pairs.to_train(cases, random.Random(0), 50, kin)
+    about = set(zip(known.entries, known.queries, known.inside, strict=True))
+    assert ("Where is alpha", "alpha eats", False) in about
+    assert ("Where is alpha", "Say Alpha", False) not in about
     few = Pairs.to_train(cases, random.Random(0), 1)
-    assert sum(e == "Where is alpha" for e in few.entries) == 3
+    assert sum(e == "Where is alpha" for e in few.entries) == 4  # with something else about it
     again = Pairs.to_train(cases, random.Random(0), 1)
     assert again == few != Pairs.to_train(cases, random.Random(1), 1)
 
@@ -377,11 +376,39 @@ def test_a_classifier_learns_what_can_be_told_apart(encoder_folder, form, monkey
         losses.append(loss.item())
     assert validated()["scope/auc"] == pytest.approx(1.0, abs=1e-6) and before < 0.99
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert scope.means["scope/pair_accuracy"] > 0.9
+    assert scope.means["scope/routed"] > 0.9 and 0 < scope.threshold < 1
     if form == "cross":  # the encoder that finds candidates is as it came
         fresh = TextEncoder(encoder_folder)
         assert scope.scorer.selector.weights_hash() == fresh.weights_hash()
         assert scope.scorer.encoder.weights_hash() != fresh.weights_hash()
+
+
+def test_the_threshold_is_the_best_and_in_the_middle_of_its_kind():
+    inside = torch.tensor([True, True, True, False, False, False])
+    own = torch.tensor([True, True, False, False, False, False])
+    score = torch.tensor([0.9, 0.6, 0.8, 0.2, 0.4, 0.1])
+    threshold, balance = best_threshold(score, own, inside)
+    assert threshold == pytest.approx(0.5) and balance == pytest.approx((2 / 3 + 1) / 2)
+    score[4] = 0.7  # leaving one more alone is worth less than one of two that are found
+    threshold, balance = best_threshold(score[1:], own[1:], inside[1:])
+    assert 0.2 < threshold < 0.6 and balance == pytest.approx((1 / 2 + 2 / 3) / 2)
+    nothing_outside = best_threshold(score[:3], own[:3], inside[:3])
+    assert nothing_outside[0] < 0.6
+
+
+def test_what_must_not_move_is_no_negative_where_it_is_an_edit(encoder_folder, monkeypatch):
+    """A neighbour that is itself remembered is within scope: of its own edit."""
+    scope = ScopeClassifier(encoder_folder)
+    monkeypatch.setattr(scope, "log", lambda *_, **__: None)
+    one, other = toy_cases(("alpha", "zlpha"))
+    assert one.probes["locality"][0].prompt == other.edits[0].text
+    scope.validation_step([one, other], 0)
+    cases = list(scope._held_out)
+    texts = {p.prompt for c in cases for ps in c.probes.values() for p in ps}
+    texts |= {c.edits[0].text for c in cases}
+    vectors = {text: scope.scorer.finder.encode([text])[0] for text in texts}
+    _, _, inside = scope._routes(cases, vectors)
+    assert inside.sum() == 4 and (~inside).sum() == 2  # the unrelated probe of each
 
 
 def test_phi_is_one_for_the_same_text_and_falls_with_distance(encoder_folder):
@@ -391,7 +418,7 @@ def test_phi_is_one_for_the_same_text_and_falls_with_distance(encoder_folder):
     with torch.no_grad():
         log_phi, log_rest = scorer.log_scores([texts[0]] * 4, texts)
     torch.testing.assert_close(log_phi[0].exp(), torch.tensor(1.0), atol=1e-6, rtol=0)
-    vectors = scorer.embed(texts)
+    vectors = scorer.finder.encode(texts)
     cosine = vectors[:1] @ vectors.T
     assert torch.equal(cosine[0].argsort(), log_phi.argsort())
     torch.testing.assert_close(scorer.judge(texts[:1], [texts], cosine)[0], log_phi.exp())
@@ -428,7 +455,7 @@ def test_padding_does_not_change_a_vector(encoder_folder):
     encoder = TextEncoder(encoder_folder)
     texts = ["ada", "the long way to the old town of ruritania", "9?"]
     alone = torch.cat([encoder.encode([text]) for text in texts])
-    torch.testing.assert_close(encoder.encode(texts, batch_size=2), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(texts, batch_size=2), alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.norm(dim=1), torch.ones(3))
 
 
@@ -489,7 +516,7 @@ def test_wrong_checkpoints_are_refused(tiny_lm, make, scope_path, tmp_path):
 
 def run_config(data_files, model):
     monitor = (
-        "val/scope/auc" if model["class_path"] == "ScopeClassifier" else "val/generality/exact"
+        "val/scope/routed" if model["class_path"] == "ScopeClassifier" else "val/generality/exact"
     )
     best = {"filename": "best", "monitor": monitor, "mode": "max", "enable_version_counter": False}
     return {
@@ -535,12 +562,12 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
+def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder, capsys):
     """The three commands as a user gives them."""
     scope, told = summary(trained / "scope"), summary(trained / "counterfactual")
     assert [scope["editor"], told["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
     assert scope["model"] == encoder_folder and 0 <= scope["means"]["scope/auc"] <= 1
-    assert set(scope["protocols"]) == {"scope/auc", "scope/pair_accuracy"}
+    assert set(scope["protocols"]) == {"scope/auc", "scope/routed"}
     assert "generality/exact" in told["means"]
     assert not any("locality" in name for name in told["means"])
     for schedule, entries in (("epoch", 5), ("batch", 2), ("each", 1)):
@@ -549,10 +576,15 @@ def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder):
         assert status == 0
         found = summary(trained / schedule)
         assert found["editor"] == "SERAC" and found["numbers"]["memory_entries"] == entries
-        assert found["numbers"]["seconds_per_lookup"] > 0 < found["numbers"]["memory_bytes"]
+        assert found["numbers"]["lookup_milliseconds"] > 0 < found["numbers"]["memory_bytes"]
         assert found["means"]["efficacy/exact"] is not None
-    edits = {path.stem: Memory.load(path)[0] for path in (trained / "each" / "edits").iterdir()}
-    assert len(edits) == 5 and all(len(memory) == 1 for memory in edits.values())
+    saved = [Remembered.load(path) for path in (trained / "each" / "edits").iterdir()]
+    assert len(saved) == 5 and all(len(memory.edits) == 1 for memory in saved)
+    capsys.readouterr()
+    assert corrigenda("edits", "show", trained / "epoch" / "edits" / "all.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "editor  SERAC" in said and said.count("edit    ") == 5
+    assert "memory  5 edits as text, vectors of the encoder " in said
 
 
 def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
