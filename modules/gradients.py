@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from modules.hooks import Hook, hooked
+from modules.editing import LowRank
+from modules.hooks import Hook, first, hooked
 from modules.lm import LanguageModel, Rows
 from modules.tail import Tail
 
@@ -53,14 +55,17 @@ def gradient_factors(
 
         return hook
 
-    row_N, position_N = rows.answer_positions()
+    tokens_B = rows.length_B - rows.start_B
+    weight_B = 1 / tokens_B.new_zeros(num_edits).index_add(0, owner_B, tokens_B)[owner_B]
+    top = max(lm.structure.layer_of(name) for name in names) + 1
+    back_BTD = _kept_back(lm, tail.layer, rows, top)
     with torch.enable_grad(), hooked([(lm.net.get_submodule(n), watch(n)) for n in names]):
-        logprob_NV = tail.logits(row_N, position_N).float().log_softmax(-1)
-        target_N = rows.ids_BT[row_N, position_N + 1]
-        nll_N = -logprob_NV.gather(1, target_N[:, None])[:, 0]
-        edit_N = owner_B[row_N]
-        tokens_E = torch.bincount(edit_N, minlength=num_edits)
-        loss = (nll_N / tokens_E[edit_N]).sum()
+        if back_BTD is None:
+            loss = (_nll(tail, rows) * weight_B).sum()
+        else:
+            states_BTD = first(tail.through(top))
+            back_BTD = back_BTD[:, : states_BTD.shape[1]] * weight_B[:, None, None]
+            loss = (states_BTD * back_BTD.to(states_BTD.dtype)).sum()
         gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
     shape = (len(rows.ids_BT), -1)
     return {
@@ -68,6 +73,37 @@ def gradient_factors(
                d.reshape(*shape, d.shape[-1]).float())
         for name, d in zip(names, gradients, strict=True)
     }  # fmt: skip
+
+
+def _nll(tail: Tail, rows: Rows) -> Tensor:
+    """nll_B: the sum over each row's target tokens."""
+    row_N, position_N = rows.answer_positions()
+    target_N = rows.ids_BT[row_N, position_N + 1]
+    nll_N = cross_entropy(tail.logits(row_N, position_N).float(), target_N, reduction="none")
+    return nll_N.new_zeros(len(rows.ids_BT)).index_add(0, row_N, nll_N)
+
+
+def _kept_back(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Tensor | None:
+    """back_BTD, the gradient of each row's summed NLL in what enters block ``top``, where it can be kept."""
+    cache = lm.kept(lm.structure.num_layers)
+    if cache is None:
+        return None
+
+    def run(part: Rows) -> Tensor:
+        tail = lm.higher(lm.tail(part.read, layer), top)
+        with torch.enable_grad():
+            states_BTD = first(tail.stored).requires_grad_()
+            return torch.autograd.grad(_nll(tail, part).sum(), states_BTD)[0]
+
+    return cache.states(f"back to {top} from {layer}", rows, run)
+
+
+def by_owner(left_nO: Tensor, right_nI: Tensor, owner_n: Tensor, num_owners: int) -> list[LowRank]:
+    """Every owner's sum of ``left_n right_n'``, in its factors."""
+    order_n = owner_n.argsort(stable=True)
+    counts = torch.bincount(owner_n, minlength=num_owners).tolist()
+    parts = zip(left_nO[order_n].split(counts), right_nI[order_n].split(counts), strict=True)
+    return [LowRank(left_mO.T, right_mI) for left_mO, right_mI in parts]
 
 
 class Normaliser(nn.Module):
@@ -139,8 +175,8 @@ class PairNetwork(nn.Module, ABC):
         never move.
         """
 
-    def forward(self, x: Tensor, d: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """(x~, d~) of token pairs of map ``index``; the last dimensions are I and O."""
+    def forward(self, x: Tensor, d: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """(x~, d~) of token pairs of map ``index``, one for all or one each; the last dimensions are I and O."""
         y = torch.cat([self.normalise_x(x), self.normalise_d(d)], -1)
         blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
         for down, up, bias, scale, offset in blocks:

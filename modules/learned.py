@@ -16,11 +16,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, EditError, WeightEditor, add_deltas
@@ -83,7 +84,7 @@ class LearnedEditor(EditingModule, WeightEditor):
     @property
     @abstractmethod
     def lowest_layer(self) -> int:
-        """The lowest block with an edited matrix; blocks below run once per step, without gradient."""
+        """The lowest block with an edited matrix; what enters it is kept while the editor learns."""
 
     @abstractmethod
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
@@ -104,7 +105,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         rows = lm.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
         owner_B = torch.tensor(owners, device=lm.device)
         with torch.no_grad():
-            tail = lm.tail(rows, self.lowest_layer)
+            tail = lm.tail(rows.read, self.lowest_layer)
         return [d.detach() for d in self.deltas(tail, rows, owner_B, len(edits))]
 
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
@@ -129,6 +130,12 @@ class LearnedEditor(EditingModule, WeightEditor):
             )
 
     # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        self.lm.keep_prefix(self.lowest_layer, self.lm.structure.num_layers)
+
+    def on_fit_end(self) -> None:
+        self.lm.drop_prefix()
 
     def on_train_start(self) -> None:
         """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
@@ -218,50 +225,69 @@ class LearnedEditor(EditingModule, WeightEditor):
     ) -> tuple[Tensor, Tensor]:
         """(edit loss, locality KL): edit, outer and local rows share one pass through the lower blocks."""
         count = len(edits)
+        rows, tail = self._encoded(edits, outer, local)
+        index = torch.arange(3 * count, device=self.lm.device)
+        owner_E, inner, asked = index[:count], index[:count], index[count:]
+        deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, count)
+        asked_rows, asked_tail = rows.select(asked), tail.select(asked).trimmed()
+        answer_N, local_N = _training_positions(asked_rows, count)
+        with self.lm.side_by_side(deltas, torch.cat([owner_E, owner_E])):
+            logits = asked_tail.logits(*torch.cat([answer_N, local_N], 1))
+        answer_NV, local_NV = logits.split([answer_N.shape[1], local_N.shape[1]])
+        with torch.no_grad():
+            row_N, position_N = local_N
+            local_tail = asked_tail.select(index[count : 2 * count])
+            base_tail = self.lm.higher(local_tail, self.lm.structure.num_layers)
+            base_NV = base_tail.logits(row_N - count, position_N)
+        row_N, position_N = answer_N
+        target_N = asked_rows.ids_BT[row_N, position_N + 1]
+        nll_N = cross_entropy(answer_NV.float(), target_N, reduction="none")
+        return _mean_of_means(nll_N, row_N, count), drift(base_NV, local_NV).mean()
+
+    def _encoded(
+        self, edits: list[Edit], outer: list[Probe], local: list[Probe]
+    ) -> tuple[Rows, Tail]:
+        """Rows of edits, outer and local probes, in this order; the last token of local ones alone is read."""
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
-        rows = self.lm.rows(prompts, targets)
-        tail = self.lm.tail(rows, self.lowest_layer)
-        index = torch.arange(len(prompts), device=self.lm.device)
-        owner_E = torch.arange(count, device=self.lm.device)
-        inner = index[:count]
-        deltas = self.deltas(tail.select(inner), _part(rows, inner), owner_E, count)
-        asked, both = index[count:], torch.cat([owner_E, owner_E])
-        asked_rows, asked_tail = _part(rows, asked), tail.select(asked)
-        row_N, position_N = _training_positions(asked_rows, count)
-        is_local_N = row_N >= count
-        with self.lm.side_by_side(deltas, both):
-            logprob_NV = asked_tail.logits(row_N, position_N).float().log_softmax(-1)
-        with torch.no_grad():
-            local_tail = tail.select(index[2 * count :])
-            reads = (row_N[is_local_N] - count, position_N[is_local_N])
-            base_NV = local_tail.logits(*reads).float().log_softmax(-1)
-        target_N = asked_rows.ids_BT[
-            row_N, (position_N + 1).clamp(max=asked_rows.ids_BT.shape[1] - 1)
-        ]
-        nll_N = -logprob_NV[~is_local_N].gather(1, target_N[~is_local_N, None])[:, 0]
-        edit_loss = _mean_of_means(nll_N, row_N[~is_local_N], count)
-        drift_N = (base_NV.exp() * (base_NV - logprob_NV[is_local_N])).sum(-1)
-        return edit_loss, drift_N.mean()
+        rows, answers = self.lm.rows(prompts, targets), 2 * len(edits)
+        mask_BT = torch.cat([rows.read.mask_BT[:answers], rows.mask_BT[answers:]])
+        tail = self.lm.tail(Rows(rows.ids_BT, mask_BT, rows.start_B), self.lowest_layer)
+        return rows, tail
+
+
+class _Drift(torch.autograd.Function):
+    """The gradient in the edited logits, softmax(edited) - softmax(base), is made in passing and in place."""
+
+    @staticmethod
+    def forward(ctx: Any, base_NV: Tensor, edited_NV: Tensor) -> Tensor:  # noqa: ANN401
+        logprob_NV = edited_NV.float().log_softmax(-1)
+        base_NV = base_NV.float().log_softmax(-1)
+        probability_NV = base_NV.exp()
+        drift_N = torch.linalg.vecdot(probability_NV, base_NV.sub_(logprob_NV))
+        ctx.save_for_backward(logprob_NV.exp_().sub_(probability_NV))
+        ctx.dtype = edited_NV.dtype
+        return drift_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradient_N: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401
+        (difference_NV,) = ctx.saved_tensors
+        return None, (gradient_N[0][:, None] * difference_NV).to(ctx.dtype)
+
+
+def drift(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
+    """KL(base || edited) of logits, at each of N positions; differentiable in the edited ones, float32."""
+    return cast(Tensor, _Drift.apply(base_NV, edited_NV))
 
 
 def _training_positions(rows: Rows, count: int) -> tuple[Tensor, Tensor]:
-    """Answer positions of the first ``count`` rows, every position of the others."""
-    row_N, position_N = rows.answer_positions()
-    answers = row_N < count
-    real_row, real_position = rows.mask_BT.bool().nonzero(as_tuple=True)
-    local = real_row >= count
-    return (
-        torch.cat([row_N[answers], real_row[local]]),
-        torch.cat([position_N[answers], real_position[local]]),
-    )
+    """Rows and positions, [2, N] each: where the first ``count`` rows are answered, and all of the others."""
+    answer_N = torch.stack(rows.answer_positions())
+    local_N = rows.mask_BT.bool().nonzero().T
+    return answer_N[:, answer_N[0] < count], local_N[:, local_N[0] >= count]
 
 
 def _mean_of_means(values_N: Tensor, row_N: Tensor, count: int) -> Tensor:
     """Mean over rows of each row's mean."""
     sums = values_N.new_zeros(count).index_add(0, row_N, values_N)
     return (sums / torch.bincount(row_N, minlength=count)).mean()
-
-
-def _part(rows: Rows, index: Tensor) -> Rows:
-    return Rows(rows.ids_BT[index], rows.mask_BT[index], rows.start_B[index])

@@ -27,13 +27,15 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from datamodules.records import Edit
 from modules.adapters import Asked, ModulePatch
 from modules.editing import Delta, EditHandle, TextPatch, side_branches
+from modules.hooks import first, replace_first
+from modules.prefix_cache import PrefixCache, Shards
 from modules.structure import Structure, find_structure, read_parameter, sizes
 from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
@@ -69,6 +71,13 @@ class Rows:
         return self.mask_BT.sum(1)
 
     @property
+    def read(self) -> Rows:
+        """The rows without their last token, which no answer is read at; the columns stay."""
+        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+        mask_BT = self.mask_BT * (column_T < self.length_B[:, None] - 1)
+        return Rows(self.ids_BT, mask_BT, self.start_B)
+
+    @property
     def prompt_BT(self) -> Tensor:
         """True on the tokens before each row's target."""
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
@@ -85,6 +94,11 @@ class Rows:
         """Some of the rows, without columns that only hold padding."""
         width = int(self.mask_BT[row_R].sum(1).max())
         return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
+
+    def widened(self, width: int) -> Rows:
+        """The rows with padding up to a width."""
+        more = (0, width - self.ids_BT.shape[1])
+        return Rows(pad(self.ids_BT, more), pad(self.mask_BT, more), self.start_B)
 
     def common_start(self) -> int:
         """How many tokens all rows begin with alike, the one before the first target token left out."""
@@ -136,6 +150,8 @@ class LanguageModel(nn.Module):
         revision: commit or branch of a hub model.
         reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
             plain way, for comparison.
+        cache_memory_gib: most memory for what learned editors keep of the lower blocks, text by text.
+        cache_disk_gib: most disk space for the same, in the cache folder; 0 keeps nothing there.
     """
 
     def __init__(
@@ -147,6 +163,8 @@ class LanguageModel(nn.Module):
         revision: str | None = None,
         reuse_prefix: bool = True,
         requantize: bool = False,
+        cache_memory_gib: float = 2.0,
+        cache_disk_gib: float = 8.0,
     ) -> None:
         super().__init__()
         self.name, self.reuse_prefix, self.requantize = name, reuse_prefix, requantize
@@ -159,7 +177,10 @@ class LanguageModel(nn.Module):
         self.handles: list[EditHandle] = []
         self.asked: Asked | None = None
         self.num_boundary_merges = 0
+        self.cache_memory_gib, self.cache_disk_gib = cache_memory_gib, cache_disk_gib
+        self._scaled_together = quantization == "int8"  # the rows of a batch
         self._memo: tuple[int, dict[bytes, Tail]] | None = None
+        self._prefix: tuple[tuple[int, ...], PrefixCache] | None = None
         self._shares_start = False
         # Tokens, where they were run, and their keys and values.
         self._start: tuple[list[int], torch.device, DynamicCache] | None = None
@@ -221,6 +242,53 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self._memo = outer
+
+    def keep_prefix(self, *layers: int) -> None:
+        """From here on what enters these blocks is computed once per text, see :class:`PrefixCache`.
+
+        The number of blocks stands for what comes out of the last one. Until :meth:`drop_prefix` nothing
+        may hook the blocks below.
+        """
+        self.drop_prefix()
+        if self.reuse_prefix:
+            disk = int(self.cache_disk_gib * 2**30)
+            shards = Shards(cache_dir() / "prefixes", self._numerics(), disk) if disk else None
+            batch_tokens = 1 if self._scaled_together else CHUNK_TOKENS
+            memory = int(self.cache_memory_gib * 2**30)
+            kept = tuple(layer for layer in layers if layer > 0)
+            self._prefix = kept, PrefixCache(batch_tokens, memory, shards)
+
+    def drop_prefix(self) -> None:
+        """Lets go in memory of what :meth:`keep_prefix` has kept."""
+        if self._prefix is not None:
+            self._prefix[1].save()
+        self._prefix = None
+
+    def kept(self, layer: int) -> PrefixCache | None:
+        """The cache of what enters a block, if that is kept and nothing below is edited."""
+        layers, cache = self._prefix or ((), None)
+        same = self.reuse_prefix and all(handle.lowest_layer >= layer for handle in self.handles)
+        return cache if same and layer in layers else None
+
+    @cached_property
+    def _block_output(self) -> Any:  # noqa: ANN401
+        """What a block returns: in some families hidden states, in others a tuple of them and more."""
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return Tail(self.net, self.structure, one, one, layer=0).below(1)
+
+    def _numerics(self) -> dict[str, Any]:
+        """What states depend on besides text and layer, to their last bits."""
+        return {
+            "weights": self.weights_hash,
+            "attention": self.net.config._attn_implementation,
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{self.device.type} {torch.backends.cpu.get_cpu_capability()}",
+            "precision": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
     @contextmanager
     def common_start(self) -> Iterator[None]:
@@ -312,9 +380,32 @@ class LanguageModel(nn.Module):
 
     def tail(self, rows: Rows, layer: int, start_B: Tensor | None = None) -> Tail:
         """These rows with everything below block ``layer`` (and before ``start_B``) computed once."""
-        return Tail(
-            self.net, self.structure, rows.ids_BT, rows.mask_BT, layer, start_B, self.reuse_prefix
-        )
+        stored = self._kept_states(rows.ids_BT, rows.mask_BT, layer) if start_B is None else None
+        ids_BT, mask_BT, reuse = rows.ids_BT, rows.mask_BT, self.reuse_prefix
+        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, start_B, reuse, stored=stored)
+
+    def higher(self, tail: Tail, layer: int) -> Tail:
+        """The tail of the same rows, from a higher block on."""
+        if not self.reuse_prefix:
+            return tail
+        ids_BT, mask_BT = tail.ids_BT, tail.mask_BT
+        stored = self._kept_states(ids_BT, mask_BT, layer)
+        if stored is None:
+            stored = tail.below(layer)
+        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, stored=stored)
+
+    def _kept_states(self, ids_BT: Tensor, mask_BT: Tensor, layer: int) -> Any:  # noqa: ANN401
+        """What the block below ``layer`` gives for these rows, if that is kept."""
+        cache = self.kept(layer)
+        if cache is None:
+            return None
+        lower = max((n for n in range(1, layer) if self.kept(n)), default=0)
+
+        def run(rows: Rows) -> Tensor:
+            return first(self.tail(rows, lower).below(layer))
+
+        rows = Rows(ids_BT, mask_BT, ids_BT.new_zeros(len(ids_BT)))
+        return replace_first(self._block_output, cache.states(f"block {layer}", rows, run))
 
     def side_by_side(self, deltas: Sequence[Delta] | None, owner_B: Tensor | None) -> Any:  # noqa: ANN401
         """Context: row b runs through the model edited by ``deltas[owner_B[b]]``."""

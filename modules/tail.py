@@ -56,6 +56,7 @@ class Tail:
             Without it all tokens run.
         reuse: False recomputes everything in every call, head included: the plain way, for comparison.
         begun: what :func:`run_start` kept of the tokens before ``start_B``, alike in all rows.
+        stored: what the block below ``layer`` gives for these rows, where that is known.
     """
 
     def __init__(
@@ -68,22 +69,23 @@ class Tail:
         start_B: Tensor | None = None,
         reuse: bool = True,
         begun: DynamicCache | None = None,
+        stored: Any = None,  # noqa: ANN401  as the block returns it
     ) -> None:
         self.net, self.structure, self.layer, self.reuse = net, structure, layer, reuse
         self.blocks = cast(nn.ModuleList, net.get_submodule(structure.blocks))
         self.offset_B = torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device)
-        self._ids, self._mask = ids_BT, mask_BT
+        self.ids_BT, self.mask_BT = ids_BT, mask_BT
         self._positions: Tensor | None = None
         self._cache: DynamicCache | None = None
-        self._stored: Any = None
-        if not reuse:
+        self.stored = stored
+        if not reuse or stored is not None:
             return
-        with torch.no_grad():
-            if start_B is not None and int(start_B.max()) > 0:
-                self._split(start_B, begun)
-            if layer > 0:
-                self._store()
+        if start_B is not None and int(start_B.max()) > 0:
+            self._split(start_B, begun)
+        if layer > 0:
+            self.stored = self.below(layer)
 
+    @torch.no_grad()
     def _split(self, start_B: Tensor, begun: DynamicCache | None) -> None:
         """Cuts rows at ``start_B``, lines the cuts up, and keeps keys and values of what is before them.
 
@@ -92,7 +94,7 @@ class Tail:
         cache = DynamicCache(config=self.net.config)
         if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             return
-        ids_BT, mask_BT = self._ids, self._mask
+        ids_BT, mask_BT = self.ids_BT, self.mask_BT
         length_B = mask_BT.sum(1)
         before, after = int(start_B.max()), int((length_B - start_B).max())
         column = (
@@ -112,20 +114,27 @@ class Tail:
                 past_key_values=cache,
                 use_cache=True,
             )
-        self._ids, self._mask, self._positions = ids[:, before:], mask, positions[:, before:]
+        self.ids_BT, self.mask_BT, self._positions = ids[:, before:], mask, positions[:, before:]
         self._cache, self.offset_B = cache, start_B
 
-    def _store(self) -> None:
-        name = self.structure.block_name(self.layer - 1)
-        with capture({name: self.net.get_submodule(name)}, stop=True) as seen:
+    @torch.no_grad()
+    def below(self, layer: int) -> Any:  # noqa: ANN401  as the block returns it
+        """What the block below ``layer`` gives for these rows."""
+        output = self.through(layer)
+        return replace_first(output, first(output).detach())
+
+    def through(self, layer: int) -> Any:  # noqa: ANN401  as the block returns it
+        """The same, differentiable."""
+        name = self.structure.block_name(layer - 1)
+        last = {name: self.net.get_submodule(name)}
+        with self._stand_ins(), capture(last, stop=True) as seen:
             self.net(**self._inputs())
-        output = seen[name][1]
-        self._stored = replace_first(output, first(output).detach())
+        return seen[name][1]
 
     def _inputs(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {
-            "input_ids": self._ids,
-            "attention_mask": self._mask,
+            "input_ids": self.ids_BT,
+            "attention_mask": self.mask_BT,
             "use_cache": False,
         }
         if self._cache is not None:
@@ -142,20 +151,29 @@ class Tail:
             return self.net(**self._inputs()).logits[row_N, position_N]
         position_N = position_N - self.offset_B[row_N]
         with self._stand_ins(), read_at(self.net, row_N, position_N):
-            return self.net(**self._inputs()).logits[0]
+            return self.net(**self._inputs()).logits.squeeze(0)
 
     def select(self, row_R: Tensor) -> Tail:
         """The same tail for some of its rows, nothing recomputed."""
         part = copy.copy(self)
-        part._ids, part._mask = self._ids[row_R], self._mask[row_R]
+        part.ids_BT, part.mask_BT = self.ids_BT[row_R], self.mask_BT[row_R]
         part.offset_B = self.offset_B[row_R]
         if self._positions is not None:
             part._positions = self._positions[row_R]
         if self._cache is not None:
             part._cache = _branch(self._cache)
             part._cache.batch_select_indices(row_R)
-        if self._stored is not None:
-            part._stored = replace_first(self._stored, first(self._stored)[row_R])
+        if self.stored is not None:
+            part.stored = replace_first(self.stored, first(self.stored)[row_R])
+        return part
+
+    def trimmed(self) -> Tail:
+        """The same tail without columns that only hold padding; for rows that are not cut at ``start_B``."""
+        width = int(self.mask_BT.sum(1).max())
+        part = copy.copy(self)
+        part.ids_BT, part.mask_BT = self.ids_BT[:, :width], self.mask_BT[:, :width]
+        if self.stored is not None:
+            part.stored = replace_first(self.stored, first(self.stored)[:, :width])
         return part
 
     def run(self) -> None:
@@ -165,13 +183,13 @@ class Tail:
 
     @contextmanager
     def _stand_ins(self) -> Iterator[None]:
-        if self._stored is None:
+        if self.stored is None:
             yield
             return
         originals = [self.blocks[i] for i in range(self.layer)]
         try:
             for i, block in enumerate(originals):
-                self.blocks[i] = _StandIn(block, self._stored)
+                self.blocks[i] = _StandIn(block, self.stored)
             yield
         finally:
             for i, block in enumerate(originals):

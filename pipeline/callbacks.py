@@ -337,6 +337,7 @@ class EditCallback(Callback):
     ) -> None:
         """Leaves the model as it was for whoever goes on with it in the same process."""
         pl_module.case_deltas = pl_module.around_case = None
+        pl_module.lm.drop_prefix()
         if self.schedule != "stream":
             self._remove()
 

@@ -8,6 +8,8 @@ import yaml
 
 from modules.editors.ke import KE
 from modules.editors.malmen import MALMEN
+from modules.editors.mend import MEND
+from modules.lm import LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -15,6 +17,10 @@ pytestmark = [
 ]
 
 EDITORS = {
+    "MEND": (
+        MEND,
+        {"layers": [1], "rank": 4, "lr": 1e-2, "warm_up": 2, "alpha": 1e-2, "num_normalising": 4},
+    ),
     "KE": (KE, {"layers": [1], "hidden": 4, "condition": 6, "lr": 1e-2, "warm_up": 2}),
     "MALMEN": (
         MALMEN,
@@ -120,3 +126,41 @@ def test_a_checkpoint_holds_the_editor_alone_and_edits_as_it_did(
     assert validate(tmp_path / "other", "--model.layers", "[0]") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "set --model.layers" in message
+
+
+def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatch):
+    """A run that keeps nothing, one that keeps all, one that finds all on disk: the same bits."""
+    counts = []
+
+    def drop(lm):
+        counts.append(lm._prefix[1].num_computed if lm._prefix else None)
+        dropped(lm)
+
+    dropped = LanguageModel.drop_prefix
+    monkeypatch.setattr(LanguageModel, "drop_prefix", drop)
+    monkeypatch.setenv("CORRIGENDA_CACHE", str(tmp_path / "cache"))
+    nothing = ("--model.lm.cache_memory_gib", "0", "--model.lm.cache_disk_gib", "0")
+    memory_alone = nothing[2:]
+    for folder, args in (("none", nothing), ("memory", memory_alone), ("all", ()), ("disk", ())):
+        assert run(tmp_path / folder, *args) == 0
+    none, memory, everything, disk = (count for count in counts if count is not None)
+    assert none > memory == everything > disk == 0
+    states = [load(tmp_path / folder)["state_dict"] for folder in ("none", "memory", "all", "disk")]
+    for state in states[1:]:
+        for key, value in state.items():
+            assert key == "training_time" or torch.equal(value, states[0][key]), key
+    means = [json.loads((tmp_path / folder / "summary.json").read_text())["means"]
+             for folder in ("none", "memory", "all", "disk")]  # fmt: skip
+    assert all(mean == means[0] for mean in means)
+
+
+def test_training_the_plain_way_gives_nearly_the_same(name, run, tmp_path):
+    assert run(tmp_path / "ours") == 0
+    assert run(tmp_path / "plain", "--model.lm.reuse_prefix", "false") == 0
+    ours, plain = (load(tmp_path / folder)["state_dict"] for folder in ("ours", "plain"))
+    start = torch.load(tmp_path / "ours/checkpoints/initial.ckpt", weights_only=True)["state_dict"]
+    ours, plain, start = (
+        torch.cat([v.double().flatten() for k, v in state.items() if k != "training_time"])
+        for state in (ours, plain, start)
+    )
+    assert (ours - plain).norm() < 1e-2 * (ours - start).norm()

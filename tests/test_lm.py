@@ -292,7 +292,7 @@ def test_a_shared_prefix_tells_batches_of_the_same_tokens_apart(gpt2):
     )
     tall = Rows(wide.ids_BT.view(3, 2), wide.mask_BT.view(3, 2), torch.tensor([1, 1, 1]))
     with gpt2.shared_prefix(1):
-        assert len(gpt2._remembered(wide)._ids) == 2 and len(gpt2._remembered(tall)._ids) == 3
+        assert len(gpt2._remembered(wide).ids_BT) == 2 and len(gpt2._remembered(tall).ids_BT) == 3
 
 
 def test_the_plain_way_gives_the_same(tiny_folder, gpt2):

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from modules.editing import Delta, LowRank, Update
-from modules.gradients import gradient_factors
+from modules.editing import Delta, Update
+from modules.gradients import by_owner, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
@@ -148,9 +148,8 @@ class KE(LearnedEditor):
             left_nO = torch.cat([(gate_B1 * a_row_BO)[row_n] * d_BTO[used_BT], gate_B1 * b_row_BO])
             right_nI = torch.cat([a_col_BI[row_n] * x_BTI[used_BT], b_col_BI])
             owner_n = owner_B[torch.cat([row_n, alone_B])]
-            for e in range(num_edits):
-                mine_n = owner_n == e
-                updates[e][f"{name}.weight"] = LowRank(left_nO[mine_n].T, right_nI[mine_n])
+            for e, update in enumerate(by_owner(left_nO, right_nI, owner_n, num_edits)):
+                updates[e][f"{name}.weight"] = update
         return [Delta(update) for update in updates]
 
     def condition(self, tail: Tail, rows: Rows) -> Tensor:

@@ -32,11 +32,12 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, LowRank, Update
 from modules.gradients import PairNetwork, gradient_factors
-from modules.learned import LearnedEditor
+from modules.learned import LearnedEditor, drift
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
 from modules.tail import Tail
@@ -175,12 +176,11 @@ class MALMEN(LearnedEditor):
         """
         parts: list[dict[str, tuple[Tensor, Tensor]]] = []
         for index in torch.arange(len(rows.ids_BT), device=self.lm.device).split(self.micro_batch):
-            some = _part(rows, index)
+            some = rows.select(index)
             alone = torch.arange(len(index), device=index.device)
             at = some.answer_positions()
-            found = gradient_factors(
-                self.lm, tail.select(index), some, alone, len(index), self.names
-            )
+            part = tail.select(index).trimmed()
+            found = gradient_factors(self.lm, part, some, alone, len(index), self.names)
             parts.append({name: (k[at], g[at]) for name, (k, g) in found.items()})
         pairs = {
             name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))
@@ -192,7 +192,7 @@ class MALMEN(LearnedEditor):
         """Takes the statistics of keys and gradients from the first ``num_normalising`` cases."""
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
         rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
-        pairs, _ = self.keys_and_gradients(self.lm.tail(rows, self.lowest_layer), rows)
+        pairs, _ = self.keys_and_gradients(self.lm.tail(rows.read, self.lowest_layer), rows)
         for k_nF, g_nO in pairs.values():
             self.network.normalise_x.update(k_nF)
             self.network.normalise_d.update(g_nO)
@@ -206,12 +206,9 @@ class MALMEN(LearnedEditor):
 
         Their values are the losses'; their gradients in the network are those pulled back from the update's.
         """
-        prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
-        targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
-        rows = self.lm.rows(prompts, targets)
-        tail = self.lm.tail(rows, self.lowest_layer)
-        inner, asked, kept = torch.arange(len(prompts), device=self.lm.device).view(3, -1)
-        pairs, _ = self.keys_and_gradients(tail.select(inner), _part(rows, inner))
+        rows, tail = self._encoded(edits, outer, local)
+        inner, asked, kept = torch.arange(3 * len(edits), device=self.lm.device).view(3, -1)
+        pairs, _ = self.keys_and_gradients(tail.select(inner), rows.select(inner))
         ridges, lefts, leaves = [], [], {}
         for i, (name, (k_nF, g_nO)) in enumerate(pairs.items()):
             with torch.no_grad():
@@ -252,29 +249,26 @@ class MALMEN(LearnedEditor):
 
     def _nll(self, tail: Tail, rows: Rows, index: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         """Sum over rows of the mean NLL of their targets under the update."""
-        some = _part(rows, index)
+        some = rows.select(index)
         row_N, position_N = some.answer_positions()
-        logprob_NV = self._logprob(tail.select(index), row_N, position_N, leaves)
+        logits_NV = self._edited(tail.select(index).trimmed(), row_N, position_N, leaves)
         target_N = some.ids_BT[row_N, position_N + 1]
-        nll_N = -logprob_NV.gather(1, target_N[:, None])[:, 0]
+        nll_N = cross_entropy(logits_NV.float(), target_N, reduction="none")
         return (nll_N / torch.bincount(row_N, minlength=len(index))[row_N]).sum()
 
     def _drift(self, tail: Tail, rows: Rows, index: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         """Sum over all tokens of the rows of KL(base || edited)."""
-        row_N, position_N = _part(rows, index).mask_BT.bool().nonzero(as_tuple=True)
-        logprob_NV = self._logprob(tail.select(index), row_N, position_N, leaves)
+        row_N, position_N = rows.select(index).mask_BT.bool().nonzero(as_tuple=True)
+        part = tail.select(index).trimmed()
         with torch.no_grad():
-            base_NV = tail.select(index).logits(row_N, position_N).float().log_softmax(-1)
-        return (base_NV.exp() * (base_NV - logprob_NV)).sum()
+            base_tail = self.lm.higher(part, self.lm.structure.num_layers)
+            base_NV = base_tail.logits(row_N, position_N)
+        return drift(base_NV, self._edited(part, row_N, position_N, leaves)).sum()
 
-    def _logprob(
+    def _edited(
         self, tail: Tail, row_N: Tensor, position_N: Tensor, leaves: dict[str, Tensor]
     ) -> Tensor:
+        """logits_NV under the update."""
         updates: dict[str, Update] = {**leaves}
         with self.lm.side_by_side([Delta(updates)], None):
-            return tail.logits(row_N, position_N).float().log_softmax(-1)
-
-
-def _part(rows: Rows, index: Tensor) -> Rows:
-    """Some of the rows, as wide as all."""
-    return Rows(rows.ids_BT[index], rows.mask_BT[index], rows.start_B[index])
+            return tail.logits(row_N, position_N)

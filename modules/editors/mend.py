@@ -28,8 +28,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import EditCase
-from modules.editing import Delta, LowRank, Update
-from modules.gradients import PairNetwork, gradient_factors
+from modules.editing import Delta, Update
+from modules.gradients import PairNetwork, by_owner, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel, Rows
 from modules.structure import sizes
@@ -111,18 +111,27 @@ class MEND(LearnedEditor):
         return self.scheduled(optimizer, self.warm_up)
 
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
-        pairs = self.gradient_factors(tail, rows, owner_B, num_edits)
+        pairs = list(self.gradient_factors(tail, rows, owner_B, num_edits).values())
+        # A token without gradient (padding, too) has no part; normalised, its zeros would be none.
+        used = [(d_BTO != 0).any(-1) for _, d_BTO in pairs]
         updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
-        for matrix, (name, (x_BTI, d_BTO)) in enumerate(pairs.items()):
-            # A token without gradient (padding, too) has no part; normalised, its zeros would be none.
-            used_BT = (d_BTO != 0).any(-1)
-            owner_n = owner_B[:, None].expand_as(used_BT)[used_BT]
-            transform = self.transforms[self.transform_of[matrix]]
-            x_nI, d_nO = transform(x_BTI[used_BT], d_BTO[used_BT], self.index[matrix])
-            d_nO = -self.log_alpha[matrix].exp() * d_nO
-            for e in range(num_edits):
-                mine_n = owner_n == e
-                updates[e][f"{name}.weight"] = LowRank(d_nO[mine_n].T, x_nI[mine_n])
+        for shape, transform in self.transforms.items():
+            mine = [i for i, other in enumerate(self.transform_of) if other == shape]
+            counts = [int(used[i].sum()) for i in mine]
+            index_n = torch.tensor([self.index[i] for i in mine]).repeat_interleave(
+                torch.tensor(counts)
+            )
+            x_nI, d_nO = transform(
+                torch.cat([pairs[i][0][used[i]] for i in mine]),
+                torch.cat([pairs[i][1][used[i]] for i in mine]),
+                index_n.to(owner_B.device),
+            )
+            parts = zip(mine, x_nI.split(counts), d_nO.split(counts), strict=True)
+            for i, x_mI, d_mO in parts:
+                owner_m = owner_B[used[i].nonzero()[:, 0]]
+                step_mO = -self.log_alpha[i].exp() * d_mO
+                for e, update in enumerate(by_owner(step_mO, x_mI, owner_m, num_edits)):
+                    updates[e][f"{self.names[i]}.weight"] = update
         return [Delta(update) for update in updates]
 
     def gradient_factors(
@@ -138,13 +147,10 @@ class MEND(LearnedEditor):
             part = edits[begin : begin + 16]
             rows = self.lm.rows([e.text for e in part], [e.target_new for e in part])
             owner_B = torch.arange(len(part), device=self.lm.device)
-            pairs = self.gradient_factors(
-                self.lm.tail(rows, self.lowest_layer), rows, owner_B, len(part)
-            )
-            real_BT = rows.mask_BT.bool()
+            tail = self.lm.tail(rows.read, self.lowest_layer)
+            pairs = self.gradient_factors(tail, rows, owner_B, len(part))
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
-                d_nO = d_BTO[real_BT]
-                used = d_nO.abs().sum(1) > 0
+                used_BT = (d_BTO != 0).any(-1)
                 transform = cast(GradientTransform, self.transforms[self.transform_of[matrix]])
-                transform.normalise_x.update(x_BTI[real_BT][used])
-                transform.normalise_d.update(d_nO[used])
+                transform.normalise_x.update(x_BTI[used_BT])
+                transform.normalise_d.update(d_BTO[used_BT])
