@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from datamodules.records import EditCase
 from modules.evaluation import UNMOVED
 
-Kin = dict[str, list[EditCase]]  # cases by subject
+Kin = dict[
+    str, list[EditCase]
+]  # by relation: cases of other relations that subjects of this one have, too
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Pairs:
                 ]
                 others = draw.sample(pool, min(count, len(pool)))
                 if alike:
-                    others += _something_else(case, batch, asked, kin or {}, draw)
+                    others += _something_else(case, kin or {}, draw)
                 triples += [(text, its, False) for its in others if its != text]
         return cls.of(triples)
 
@@ -91,17 +94,24 @@ def _same_relation(case: EditCase, other: EditCase) -> bool | None:
     return alike
 
 
-def _something_else(
-    case: EditCase, batch: Sequence[EditCase], asked: Sequence[str], kin: Kin, draw: random.Random
-) -> list[str]:
-    """A question of another relation about the case's subject: one that is asked, else one put together."""
-    mine = case.edits[0]
-    real = [c for c in kin.get(subject_of(case), ()) if _same_relation(case, c) is False]
-    if real:
-        return [draw.choice(draw.choice(real).phrasings).prompt]
-    made = [
-        its.replace(other.edits[0].subject, mine.subject)
-        for other, its in zip(batch, asked, strict=True)
-        if mine.relation and other.edits[0].relation not in (None, mine.relation)
-    ]
-    return [draw.choice(made)] if made else []
+def kin_of(cases: Sequence[EditCase]) -> Kin:
+    """For each relation what else is known about its subjects: where somebody was born and what he plays."""
+    by_subject: dict[str, list[EditCase]] = {}
+    for case in cases:
+        by_subject.setdefault(subject_of(case), []).append(case)
+    kin: Kin = {}
+    for about in by_subject.values():
+        for case, other in permutations(about, 2):
+            if _same_relation(case, other) is False:
+                kin.setdefault(str(case.edits[0].relation), []).append(other)
+    return kin
+
+
+def _something_else(case: EditCase, kin: Kin, draw: random.Random) -> list[str]:
+    """A question usually asked about another subject, put to that of the case; none if its relation has no kin."""
+    edit = case.edits[0]
+    others = kin.get(str(edit.relation))
+    if not others:
+        return []
+    other = draw.choice(others)
+    return [draw.choice(other.phrasings).prompt.replace(other.edits[0].subject, edit.subject)]

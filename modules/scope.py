@@ -34,7 +34,7 @@ from datamodules.records import EditCase
 from modules.editing import EditError
 from modules.encoder import TextEncoder
 from modules.learned import read_checkpoint
-from modules.pairs import Kin, Pairs, subject_of, unmoved
+from modules.pairs import Kin, Pairs, kin_of, unmoved
 from modules.search import nearest
 
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
@@ -202,10 +202,8 @@ class ScopeClassifier(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Sorts the training cases by subject: few batches hold two of one subject."""
-        self._kin = {}
-        for case in self.trainer.datamodule.cases("train"):  # type: ignore[attr-defined]
-            self._kin.setdefault(subject_of(case), []).append(case)
+        """Looks through all training cases: few batches hold two that are about one subject."""
+        self._kin = kin_of(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
         """Balanced cross-entropy: the mean over pairs within scope plus the mean over pairs without."""

@@ -20,7 +20,7 @@ from modules.editors.serac import SERAC
 from modules.encoder import TextEncoder
 from modules.lm import ModelError
 from modules.memory import Remembered
-from modules.pairs import Pairs
+from modules.pairs import Pairs, kin_of
 from modules.retrieval import SentenceEncoder
 from modules.scope import ScopeClassifier, best_threshold
 
@@ -339,18 +339,16 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
     assert len(inside) == 1 and inside[0] in {p.prompt for p in cases[0].phrasings}
     outside = {q for q, yes in mine if not yes}
     assert {"Where is zlpha", "two and two", "alpha speaks"} <= outside
-    assert len(set(pairs.queries)) <= 4 * len(cases)  # each case is asked in one way throughout
+    assert len(set(pairs.queries)) <= 3 * len(cases)  # each case is asked in one way throughout
     assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
-    put = [q for e, q, yes in rows if e == "Where is bravo" and "bravo" in q and not yes]
-    assert put == ["bravo speaks"]  # of another relation, asked about another subject
-    elsewhere = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
-    kin = {"alpha": [elsewhere, cases[-1]]}  # the last may mean the same: it names no relation
+    eats = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
+    kin = kin_of([*cases, eats])  # places and tongues and foods are asked of one subject
+    assert [c.case_id for c in kin["place"]] == ["p", "s", "p", "s"] and "None" not in kin
     known = Pairs.to_train(cases, random.Random(0), 50, kin)
-    about = set(zip(known.entries, known.queries, known.inside, strict=True))
-    assert ("Where is alpha", "alpha eats", False) in about
-    assert ("Where is alpha", "Say Alpha", False) not in about
+    about = [q for e, q in zip(known.entries, known.queries, strict=True) if e == "Where is bravo"]
+    assert {"bravo eats", "bravo speaks"} & set(about)  # what is usually asked about another
     few = Pairs.to_train(cases, random.Random(0), 1)
-    assert sum(e == "Where is alpha" for e in few.entries) == 4  # with something else about it
+    assert sum(e == "Where is alpha" for e in few.entries) == 3
     again = Pairs.to_train(cases, random.Random(0), 1)
     assert again == few != Pairs.to_train(cases, random.Random(1), 1)
 
