@@ -352,7 +352,7 @@ class EditHandle(ABC):
         """Exchanges edited and original; twice is a no-op."""
 
     def save(self, path: Path) -> None:  # noqa: B027  optional
-        """Writes what the edit consists of, a safetensors file unless the class says otherwise."""
+        """Writes what the edit consists of into one safetensors file; nothing, unless the class does."""
 
     def remove(self) -> None:
         """Takes the edit out for good, bit-exactly; raises EditError while later edits stand on it."""

@@ -637,5 +637,3 @@ def test_handles_save_what_they_consist_of(tiny_lm, tmp_path):
     assert {n: t.tolist() for n, t in again.tensors().items()} == {
         n: t.tolist() for n, t in delta.tensors().items()
     }
-    Prefixed(lm, "The ").save(tmp_path / "edits" / "St. Louis.safetensors")
-    assert json.loads((tmp_path / "edits" / "St. Louis.json").read_text()) == {}
