@@ -194,12 +194,27 @@ class EditingModule(LightningModule):
 
     def compute_means(self) -> dict[str, float]:
         """Dataset means of everything evaluated since the epoch began, and the harmonic scores."""
-        means = {name: float(metric.compute()) for name, metric in sorted(self._metrics.items())}
+        running = sorted(self._of_all_processes().items())
+        means = {name: float(metric.compute()) for name, metric in running}
         for name, parts in SCORES.items():
             values = [means[part] for part in parts if part in means]
             if len(values) == len(parts):
                 means[name] = float(metrics.harmonic_score(*values))
         return means | self._text_means
+
+    def _of_all_processes(self) -> dict[str, metrics.CaseMetric]:
+        """The running metrics; where processes share the cases, empty ones for what only others have met.
+
+        Each is summed over all processes when it is computed, so all must have the same.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self._metrics
+        every: list[Any] = [None] * torch.distributed.get_world_size()
+        kinds = {name: type(metric) for name, metric in self._metrics.items()}
+        torch.distributed.all_gather_object(every, kinds)
+        for name, kind in {name: kind for part in every for name, kind in part.items()}.items():
+            self._metrics.setdefault(name, kind(PROTOCOLS[name.rpartition("/")[2]]))
+        return {name: metric.to(self.device) for name, metric in self._metrics.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable parts only, and the name and weights of the base model they belong to."""

@@ -4,6 +4,8 @@ One training step edits with the current editor, every case on its own, and asks
 answer to a paraphrase and for the old distribution on unrelated text (Mitchell et al., 2022, arXiv 2110.11309):
 
     loss = c_edit * NLL(edited; paraphrase) + c_loc * KL(base || edited; unrelated)
+
+Both are means over cases of means over a case's tokens.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
         self._step_started = 0.0
+        self._seed = torch.initial_seed()  # the run's
 
     @property
     def training_seconds(self) -> float:
@@ -154,19 +157,28 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.training_time += time.perf_counter() - self._step_started
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported."""
-        chosen = self._choose(batch, batch_idx)
-        edit_loss, kl = self._losses(*chosen)
+        """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported.
+
+        Losses are means over cases, so that processes with equal parts of a batch make the step of one that
+        has all of it.
+        """
+        edit_loss, kl = self._losses(*self._choose(batch))
         loss = self.objective(edit_loss, kl)
-        if not torch.isfinite(loss):
-            self.num_skipped += 1
-            log.warning("step %d: the loss is not finite; the step is skipped (%d so far)",
-                        self.global_step, int(self.num_skipped))  # fmt: skip
-            return None
         values = {"train/loss": loss, "train/edit_loss": edit_loss, "train/kl": kl}
-        self.log_dict(values, batch_size=len(batch))
-        self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
-        return loss
+        if torch.isfinite(loss) or self.trainer.world_size > 1:
+            self.log_dict(values, batch_size=len(batch), sync_dist=True)
+            self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
+        if torch.isfinite(loss):
+            return loss
+        if self.trainer.world_size > 1:  # a gradient that is not finite in any process either
+            return loss * torch.nan
+        self._skip("the loss")
+        return None
+
+    def _skip(self, what: str) -> None:
+        self.num_skipped += 1
+        log.warning("step %d: %s is not finite; the step is skipped (%d so far)",
+                    self.global_step, what, int(self.num_skipped))  # fmt: skip
 
     def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
         """What a step descends."""
@@ -191,34 +203,33 @@ class LearnedEditor(EditingModule, WeightEditor):
         """A step with a non-finite gradient changes nothing."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and not all(bool(torch.isfinite(g).all()) for g in gradients):
-            self.num_skipped += 1
-            log.warning("step %d: a gradient is not finite; the step is skipped (%d so far)",
-                        self.global_step, int(self.num_skipped))  # fmt: skip
+            self._skip("a gradient")
             optimizer.zero_grad()
 
-    def _choose(
-        self, batch: list[EditCase], batch_idx: int
-    ) -> tuple[list[Edit], list[Probe], list[Probe]]:
+    def _choose(self, batch: list[EditCase]) -> tuple[list[Edit], list[Probe], list[Probe]]:
         """For each case its edit, one rephrasing (or the edit's own prompt) and one unrelated probe.
 
-        The choice depends on the step alone, so that a resumed run makes the same.
+        The choice depends on run, epoch and case alone, so that a resumed run and several processes make the
+        same.
         """
-        draw = random.Random(f"{self.current_epoch} {batch_idx}")
         edits, outer, local = [], [], []
         for case in batch:
-            edit = case.edits[0]
-            edits.append(edit)
+            draw = random.Random(f"{self._seed} {self.current_epoch} {case.case_id}")
+            edits.append(case.edits[0])
             same, *others = case.phrasings
             outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
             kept = [
                 probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target
             ]
-            if kept:
-                local.append(draw.choice(kept))
-            else:
-                neighbour = batch[(batch.index(case) + 1) % len(batch)].edits[0]
-                local.append(Probe(neighbour.text, neighbour.target_true or neighbour.target_new))
+            local.append(draw.choice(kept or [self._neighbour(case, draw)]))
         return edits, outer, local
+
+    def _neighbour(self, case: EditCase, draw: random.Random) -> Probe:
+        """Another case's own prompt, for a case of which it is not known what must stay."""
+        cases: Sequence[EditCase] = self.trainer.datamodule.cases("train")  # type: ignore[attr-defined]
+        others = [other for other in draw.sample(cases, min(2, len(cases))) if other is not case]
+        edit = (others or [case])[0].edits[0]
+        return Probe(edit.text, edit.target_true or edit.target_new)
 
     def _losses(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
@@ -242,7 +253,8 @@ class LearnedEditor(EditingModule, WeightEditor):
         row_N, position_N = answer_N
         target_N = asked_rows.ids_BT[row_N, position_N + 1]
         nll_N = cross_entropy(answer_NV.float(), target_N, reduction="none")
-        return _mean_of_means(nll_N, row_N, count), drift(base_NV, local_NV).mean()
+        edit_loss = _mean_of_means(nll_N, row_N, count)
+        return edit_loss, _mean_of_means(drift(base_NV, local_NV), local_N[0] - count, count)
 
     def _encoded(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]

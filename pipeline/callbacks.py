@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
@@ -244,6 +245,16 @@ class EditCallback(Callback):
             for board in boards:
                 board.experiment.define_metric(name, step_metric=axis)
 
+    def totals(self, trainer: Trainer) -> list[float]:
+        """Edits, their seconds and bytes; queries, their seconds with and without edits: of all processes."""
+        made = [self.made, self.seconds, self.bytes]
+        own = [*made, self.asked, self.asked_seconds, self.plain_seconds]
+        if trainer.world_size == 1 or self.schedule not in ("each", "batch"):
+            return own
+        every: list[Any] = [None] * trainer.world_size  # each has made edits of its own
+        torch.distributed.all_gather_object(every, own)
+        return [sum(column) for column in zip(*every, strict=True)]
+
     def _remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -371,7 +382,8 @@ class RunWriter(Callback):
 
     def __init__(self, run_dir: Path, verb: str, seed: int | None = None) -> None:
         self.folder, self.verb, self.seed = run_dir, verb, seed
-        self._waiting: list[dict[str, Any]] = []  # rows of this process, where there are several
+        # Rows of this process's batches, where there are several processes.
+        self._waiting: list[list[dict[str, Any]]] = []
         self._started = time.perf_counter()
 
     @property
@@ -410,16 +422,17 @@ class RunWriter(Callback):
         num_edits = _edit_callback(trainer).num_edits
         rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
         if phase == "val" and trainer.world_size > 1:
-            self._waiting += rows
+            self._waiting.append(rows)
         else:  # a stream's edits are the same in every process
             self._append(trainer, rows)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """Gathers once: processes may have had different numbers of batches."""
+        """Gathers once, in the order of the data: processes had its batches in turn, some one batch less."""
         if trainer.world_size > 1 and not trainer.sanity_checking:
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, self._waiting)
-            self._append(trainer, [row for part in gathered for row in part])
+            turns = zip_longest(*gathered, fillvalue=[])
+            self._append(trainer, [row for turn in turns for rows in turn for row in rows])
             self._waiting = []
 
     def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
@@ -458,8 +471,9 @@ class RunWriter(Callback):
             board.log_image("learning curves", [picture])
 
     def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        summary = self._summary(trainer, pl_module)
         if trainer.is_global_zero:
-            text = json.dumps(self._summary(trainer, pl_module), indent=1, ensure_ascii=False)
+            text = json.dumps(summary, indent=1, ensure_ascii=False)
             part = self.folder / "summary.json.part"
             self.folder.mkdir(parents=True, exist_ok=True)
             part.write_text(text, encoding="utf-8")
@@ -467,6 +481,7 @@ class RunWriter(Callback):
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
         edit = _edit_callback(trainer)
+        made, seconds, size, asked, asked_seconds, plain_seconds = edit.totals(trainer)
         means = {
             name: value if abs(value) < float("inf") else None
             for name, value in module.means.items()
@@ -487,14 +502,14 @@ class RunWriter(Callback):
             },
             "means": means,
             "budget": {
-                "num_edits": edit.made or None,
-                "seconds_per_edit": edit.seconds / edit.made if edit.made else None,
+                "num_edits": made or None,
+                "seconds_per_edit": seconds / made if made else None,
                 "prepare_seconds": edit.prepare_seconds or None,
                 "peak_gib": peak_gib(),
                 "parameters_touched": edit.touched or None,
-                "bytes_per_edit": edit.bytes / edit.made if edit.made else None,
-                "seconds_per_query": edit.asked_seconds / edit.asked if edit.asked else None,
-                "query_overhead": edit.asked_seconds / edit.plain_seconds if edit.asked else None,
+                "bytes_per_edit": size / made if made else None,
+                "seconds_per_query": asked_seconds / asked if asked else None,
+                "query_overhead": asked_seconds / plain_seconds if asked else None,
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": time.perf_counter() - self._started,
             },

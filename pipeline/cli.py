@@ -32,8 +32,10 @@ NOISE = (
     r"LightningCLI's args parameter.*",
     r".*contains no `DataLoader`.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
+NAMED_RUN = "CORRIGENDA_RUN_DIR"  # tells further processes what the first one has named the run
 USAGE = """\
 usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains one)
 
@@ -281,11 +283,18 @@ def _run_dir(config: Namespace, verb: str) -> Path:
 
 
 def _named_by_time(verb: str) -> Path:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process has named it
+        if NAMED_RUN not in os.environ:
+            raise UserError("processes that are started one by one need the same --run_dir")
+        return Path(os.environ[NAMED_RUN])
     first = folder = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
     number = 1
     while folder.exists():  # another run began in the same second
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
+    os.environ[NAMED_RUN] = str(folder)
     return folder
 
 

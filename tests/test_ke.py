@@ -156,6 +156,7 @@ def test_side_by_side_is_one_at_a_time_and_together_is_the_sum(tiny_lm, kind):
 def test_alpha_rises_while_the_drift_is_above_the_margin(tiny_lm, monkeypatch):
     """INV-KE2."""
     editor = ke(tiny_lm("gpt2"), margin=0.5, lr_alpha=0.2)
+    editor.trainer = Trainer(accelerator="cpu", logger=False)
     monkeypatch.setattr(editor, "log", lambda *_: None)
     seen = []
     for kl in (1.0, 2.0, 0.5, 0.0, torch.nan, 0.0, *[0.0] * 20):
@@ -167,6 +168,16 @@ def test_alpha_rises_while_the_drift_is_above_the_margin(tiny_lm, monkeypatch):
         seen.append(editor.multiplier.item())
     assert seen[:6] == pytest.approx([1.1, 1.4, 1.4, 1.3, 1.3, 1.2])
     assert seen[-1] == 0.0 and min(seen) >= 0
+
+
+def test_alpha_goes_by_all_batches_of_a_step(tiny_lm, monkeypatch):
+    editor = ke(tiny_lm("gpt2"), margin=0.5, lr_alpha=0.2)
+    editor.trainer = Trainer(accelerator="cpu", logger=False)
+    monkeypatch.setattr(editor, "log", lambda *_: None)
+    for kl in (1.0, 3.0):
+        editor.objective(torch.tensor(3.0), torch.tensor(kl))
+    editor.on_before_optimizer_step(None)
+    assert editor.multiplier.item() == pytest.approx(1 + 0.2 * 1.5)
 
 
 def test_the_margin_shrinks_when_edits_are_made(tiny_lm, monkeypatch):
@@ -189,7 +200,7 @@ def test_training_lowers_the_loss(tiny_lm, data_files, tmp_path):
     data = ZsRE(data_files.zsre, data_files.zsre_train, batch_size=4, val_fraction=0.2)
     cases = data.read(data_files.zsre_train)
     editor.trainer = Trainer(accelerator="cpu", logger=False, max_steps=1)
-    chosen = editor._choose(cases, 0)
+    chosen = editor._choose(cases)
     start = editor._losses(*chosen)[0].item()
     trainer = Trainer(
         accelerator="cpu", max_steps=30, logger=False, enable_checkpointing=False,

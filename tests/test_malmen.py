@@ -139,10 +139,10 @@ def test_pulled_back_losses_are_those_of_plain_autograd(tiny_lm, kind):
         start = int(some.start_B)
         nlls.append(-logprob[start - 1 : -1].gather(1, some.ids_BT[0, start:, None]).mean())
     kls = [
-        (base.exp() * (base - now)).sum(-1)
+        (base.exp() * (base - now)).sum(-1).mean()
         for (_, base), (_, now) in zip(logprobs(LOCAL, False), logprobs(LOCAL, True), strict=True)
     ]
-    plain = torch.stack(nlls).mean(), torch.cat(kls).mean()
+    plain = torch.stack(nlls).mean(), torch.stack(kls).mean()
     parameters = [p for p in editor.parameters() if p.requires_grad]
     for found, wanted in zip(losses, plain, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -178,7 +178,7 @@ def test_training_lowers_the_loss(tiny_lm, data_files, tmp_path):
     data = ZsRE(data_files.zsre, data_files.zsre_train, batch_size=4, val_fraction=0.2)
     cases = data.read(data_files.zsre_train)
     editor.trainer = Trainer(accelerator="cpu", logger=False, max_steps=1)
-    chosen = editor._choose(cases, 0)
+    chosen = editor._choose(cases)
     trainer = Trainer(
         accelerator="cpu", max_steps=20, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

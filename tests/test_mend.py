@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,10 +218,10 @@ def test_the_training_loss_is_that_of_the_written_edit(tiny_lm, kind):
         scores = lm.score([outer.prompt], [outer.target])
         losses.append(-scores.logprob_BM.sum() / scores.mask_BM.sum())
         edited = lm.net(rows.ids_BT).logits.log_softmax(-1)
-        drifts.append((base.exp() * (base - edited)).sum(-1)[0])
+        drifts.append((base.exp() * (base - edited)).sum(-1).mean())
         handle.remove()
     torch.testing.assert_close(edit_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(kl, torch.cat(drifts).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(kl, torch.stack(drifts).mean(), atol=1e-5, rtol=1e-4)
     del lm.weights_hash
     assert lm.weights_hash == before
 
@@ -355,7 +356,7 @@ def test_training_lowers_the_loss(tiny_lm, data_files, tmp_path):
     cases = data.read(data_files.zsre_train)
     editor.observe(cases)
     editor.trainer = Trainer(accelerator="cpu", logger=False, max_steps=1)
-    chosen = editor._choose(cases, 0)
+    chosen = editor._choose(cases)
     start = editor._losses(*chosen)[0].item()
     trainer = fit(editor, data_files, tmp_path)
     assert trainer.global_step == 3 and editor.training_seconds > 0
@@ -363,16 +364,40 @@ def test_training_lowers_the_loss(tiny_lm, data_files, tmp_path):
     assert not any(p.requires_grad or p.grad is not None for p in editor.lm.parameters())
 
 
-def test_a_step_chooses_by_its_number_alone(tiny_lm, data_files):
+def test_a_case_is_chosen_for_by_run_epoch_and_case_alone(tiny_lm, data_files, monkeypatch):
     editor = mend(tiny_lm("gpt2"))
-    cases = ZsRE(data_files.zsre).read(data_files.zsre)
-    editor.trainer = Trainer(accelerator="cpu", logger=False, max_steps=1)
-    chosen = [editor._choose(cases, step) for step in (0, 1, 0)]
+    data = ZsRE(data_files.zsre, data_files.zsre_train, val_fraction=0)
+    cases = data.cases("train")
+    editor.trainer = SimpleNamespace(datamodule=data, current_epoch=0)
+
+    def chosen(editor, cases, epoch=0):
+        monkeypatch.setattr(editor.trainer, "current_epoch", epoch)
+        return list(zip(*editor._choose(cases), strict=True))
+
+    first = chosen(editor, cases)
     torch.manual_seed(9)
-    assert editor._choose(cases, 1) == chosen[1] and chosen[0] == chosen[2] != chosen[1]
-    outer = {probe.prompt for _, probes, _ in chosen for probe in probes}
+    assert chosen(editor, cases) == first and chosen(editor, cases[::-1]) == first[::-1]
+    assert chosen(editor, cases[2:3]) == first[2:3]
+    assert chosen(editor, cases, 1) != first
+    other = mend(editor.lm)  # of a run with another seed
+    other.trainer = editor.trainer
+    assert chosen(other, cases) != first
+    outer = {probe.prompt for _, probe, _ in first}
     assert any(prompt.startswith("Who made") for prompt in outer)  # the edit's own prompt
     assert any(prompt.endswith("the work of whom?") for prompt in outer)  # and rephrasings
+
+
+def test_a_case_without_anything_that_must_stay_borrows_another_one(tiny_lm):
+    editor = mend(tiny_lm("gpt2"))
+    data = SimpleNamespace(cases=lambda split: {"train": CASES}[split])
+    editor.trainer = SimpleNamespace(datamodule=data, current_epoch=0)
+    _, _, local = editor._choose(CASES)
+    for case, probe in zip(CASES, local, strict=True):
+        (other,) = (c for c in CASES if c.edits[0].text == probe.prompt)
+        assert other is not case and probe.target == other.edits[0].target_new
+    assert editor._choose(CASES[1:2])[2] == local[1:2]
+    data.cases = lambda _: CASES[:1]
+    assert editor._choose(CASES[:1])[2][0].prompt == EDITS[0].text  # there is no other
 
 
 # ---------------------------------------------------------------------------- runs

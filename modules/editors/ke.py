@@ -122,7 +122,7 @@ class KE(LearnedEditor):
         self.heads = nn.ModuleList([Head(condition, hidden, i, o) for i, o in shapes])
         self.register_buffer("multiplier", torch.ones(()))  # alpha
         self.register_buffer("margin", torch.tensor(margin))
-        self._excess = torch.zeros(())
+        self._excesses: list[Tensor] = []  # of the batches since the last step
 
     @property
     def lowest_layer(self) -> int:
@@ -176,7 +176,7 @@ class KE(LearnedEditor):
 
     def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
         excess = kl - self.margin
-        self._excess = excess.detach()
+        self._excesses.append(excess.detach())
         return edit_loss + self.multiplier * excess
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -185,8 +185,10 @@ class KE(LearnedEditor):
         It moves before the batch has ended, when checkpoints are written.
         """
         super().on_before_optimizer_step(optimizer)
-        if torch.isfinite(self._excess):
-            self.multiplier.add_(self.lr_alpha * self._excess).clamp_(min=0)
+        excess = self.trainer.strategy.reduce(torch.stack(self._excesses).mean(), reduce_op="mean")
+        self._excesses.clear()
+        if torch.isfinite(excess):
+            self.multiplier.add_(self.lr_alpha * excess).clamp_(min=0)
         self.log("train/alpha", self.multiplier)
 
     def on_validation_epoch_end(self) -> None:

@@ -80,7 +80,7 @@ class MALMEN(LearnedEditor):
     """Learns to write many edits together; train it with ``fit``, then edit with schedule ``batch`` or ``epoch``.
 
     A training step edits the whole training batch with one update: ``data.batch_size`` is the number of edits
-    it learns to make together.
+    it learns to make together. Training takes a single process.
 
     Args:
         lm: the language model to edit.
@@ -199,6 +199,14 @@ class MALMEN(LearnedEditor):
 
     # ------------------------------------------------------------------ training
 
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "MALMEN makes one update for the whole training batch, of which each process would see a part: "
+                "train it with --trainer.devices 1; --model.micro_batch bounds the memory of a large batch"
+            )
+        super().on_fit_start()
+
     def _losses(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
     ) -> tuple[Tensor, Tensor]:
@@ -216,10 +224,9 @@ class MALMEN(LearnedEditor):
                 lefts.append(ridges[i].solve(self.values(k_nF, g_nO, i)))
                 delta_OF = (lefts[i].T @ ridges[i].keys_nF).float()
             leaves[f"{name}.weight"] = delta_OF.requires_grad_()
-        num_kept = int(rows.mask_BT[kept].sum())
         losses = [
             self._accumulate(lambda i: self._nll(tail, rows, i, leaves) / len(asked), asked, leaves),
-            self._accumulate(lambda i: self._drift(tail, rows, i, leaves) / num_kept, kept, leaves),
+            self._accumulate(lambda i: self._drift(tail, rows, i, leaves) / len(kept), kept, leaves),
         ]  # fmt: skip
         pulled = [torch.zeros((), device=self.lm.device) for _ in losses]
         for i, (k_nF, g_nO) in enumerate(pairs.values()):
@@ -257,13 +264,14 @@ class MALMEN(LearnedEditor):
         return (nll_N / torch.bincount(row_N, minlength=len(index))[row_N]).sum()
 
     def _drift(self, tail: Tail, rows: Rows, index: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """Sum over all tokens of the rows of KL(base || edited)."""
+        """Sum over rows of the mean over their tokens of KL(base || edited)."""
         row_N, position_N = rows.select(index).mask_BT.bool().nonzero(as_tuple=True)
         part = tail.select(index).trimmed()
         with torch.no_grad():
             base_tail = self.lm.higher(part, self.lm.structure.num_layers)
             base_NV = base_tail.logits(row_N, position_N)
-        return drift(base_NV, self._edited(part, row_N, position_N, leaves)).sum()
+        drift_N = drift(base_NV, self._edited(part, row_N, position_N, leaves))
+        return (drift_N / torch.bincount(row_N, minlength=len(index))[row_N]).sum()
 
     def _edited(
         self, tail: Tail, row_N: Tensor, position_N: Tensor, leaves: dict[str, Tensor]

@@ -58,7 +58,8 @@ class CaseMetric(EditMetric):
 
     def __init__(self, protocol: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(protocol, **kwargs)
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        # In double precision the order in which processes add up does not show.
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def _add(self, values_B: Tensor | Sequence[float], case_B: Tensor) -> None:
@@ -67,7 +68,7 @@ class CaseMetric(EditMetric):
         self._add_means(probes.case_means(values_B, index_B, len(cases)))
 
     def _add_means(self, means_C: Tensor) -> None:
-        self.total = self.total + means_C.sum()
+        self.total = self.total + means_C.double().sum()
         self.count = self.count + means_C.numel()
 
     def compute(self) -> Tensor:

@@ -1,0 +1,226 @@
+"""Two processes, each with half of every batch, train and evaluate as one does with all of it."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+ROOT = Path(__file__).parents[1]
+# Runs commands one after the other. In the run "broken" one loss of one process is not a number.
+PROCESS = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from modules.editors.mend import MEND
+from pipeline import cli
+losses, steps, statuses = MEND._losses, [], {}
+def broken(self, *chosen):
+    edit_loss, kl = losses(self, *chosen)
+    steps.append(0)
+    return edit_loss * (torch.nan if len(steps) == 2 and os.environ["LOCAL_RANK"] == "1" else 1), kl
+for name, command in json.loads(sys.argv[1]).items():
+    MEND._losses = broken if name == "broken" else losses
+    try:
+        statuses[name] = cli.main(command)
+    except SystemExit as end:
+        statuses[name] = end.code
+print(json.dumps(statuses))
+"""
+EDITORS = {
+    "MEND": {"layers": [1], "rank": 4, "lr": 1e-2, "warm_up": 2, "alpha": 1e-2, "num_normalising": 4},
+    "KE": {"layers": [1], "hidden": 4, "condition": 6, "lr": 1e-2, "warm_up": 2, "margin": 0.01},
+    "MALMEN": {"layers": [1], "rank": 4},
+}  # fmt: skip
+
+
+def config(name, lm, data, batch_size):
+    """Six steps in epochs of three, a validation after every second step."""
+    return {
+        "model": {"class_path": name, "init_args": {"lm": {"name": str(lm)}} | EDITORS.get(name, {})},
+        "data": data | {"init_args": data["init_args"] | {"batch_size": batch_size}},
+        "trainer": {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None,
+                    "enable_progress_bar": False, "accelerator": "cpu", "log_every_n_steps": 1},
+        "wandb": "off",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def write(folder, tiny_folder, data_files):
+    """``write(name, batch_size)``: a configuration file of an editor, or of none on partly filled cases."""
+    sparse = folder / "sparse.jsonl"
+    records = [json.loads(line) for line in Path(data_files.counterfact).read_text().splitlines()]
+    for record in records[1:]:  # only the first process meets locality
+        record["neighborhood_prompts"] = []
+    sparse.write_text("".join(json.dumps(record) + "\n" for record in records))
+    training = {"path": data_files.zsre, "train_path": data_files.zsre_train, "val_fraction": 0.2}
+
+    def file(name, batch_size):
+        kind = "CounterFact" if name == "EditingModule" else "ZsRE"
+        settings = {"path": str(sparse)} if name == "EditingModule" else training
+        data = {"class_path": kind, "init_args": settings}
+        path = folder / f"{name}-{batch_size}.yaml"
+        path.write_text(yaml.safe_dump(config(name, tiny_folder("llama"), data, batch_size)))
+        return str(path)
+
+    return file
+
+
+def commands(write, root, batch_size, *more):
+    """Name of a run to its command; batches are of all processes together when training."""
+
+    def run(verb, name, run_name, *args, size=batch_size):
+        return [verb, "-c", write(name, size), "--run_dir", str(root / run_name), *more, *args]
+
+    checkpoint = str(root.with_name("one") / "mend/checkpoints/last.ckpt")
+    accumulated = ("--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "4")
+    return {
+        "mend": run("fit", "MEND", "mend"),
+        "ke": run("fit", "KE", "ke"),
+        "accumulated": run("fit", "MEND", "accumulated", *accumulated),
+        "broken": run("fit", "MEND", "broken", "--trainer.limit_val_batches", "0"),
+        "evaluated": run("validate", "MEND", "evaluated", "--ckpt_path", checkpoint, size=1),
+        "sparse": run("validate", "EditingModule", "sparse", size=1),
+        "refused": run("fit", "MALMEN", "refused"),
+    }
+
+
+@pytest.fixture(scope="module")
+def one(folder, write):
+    """Folder of the runs of one process."""
+    root = folder / "one"
+    run_all(commands(write, root, 2), [{"LOCAL_RANK": "0"}])
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(folder, write, one):
+    """Folder of the runs of two processes, and what both said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    more = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    ranks = [where | {"LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return folder / "two", run_all(commands(write, folder / "two", 1, *more), ranks)
+
+
+def run_all(every, ranks):
+    """Exit statuses and messages of processes that run the same commands."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", PROCESS, json.dumps(every)],
+            env=os.environ | rank | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=500) for process in running]
+    assert all(process.returncode == 0 for process in running), ended
+    wanted = dict.fromkeys(every) | ({"refused": 2} if len(ranks) > 1 else {})
+    assert [json.loads(out.splitlines()[-1]) for out, _ in ended] == [wanted] * len(ranks), ended
+    return [err for _, err in ended]
+
+
+def logged(root, *columns):
+    (file,) = root.glob("logs/version_*/metrics.csv")
+    with open(file, newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row[columns[0]]]
+    return torch.tensor([[float(row[column]) for column in columns] for row in rows])
+
+
+def saved(root):
+    return torch.load(root / "checkpoints/last.ckpt", weights_only=True)
+
+
+def summary(root):
+    return json.loads((root / "summary.json").read_text())
+
+
+LOSSES = ("train/loss", "train/edit_loss", "train/kl")
+
+
+@pytest.mark.parametrize("run", ["mend", "ke", "accumulated"])
+def test_the_loss_curve_is_that_of_one_process(one, two, run):
+    found, wanted = logged(two[0] / run, *LOSSES), logged(one / run, *LOSSES)
+    assert len(wanted) >= 4 and (wanted[0] - wanted[-1]).abs().max() > 1e-2
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    mine, its = saved(two[0] / run)["state_dict"], saved(one / run)["state_dict"]
+    for key in its.keys() - {"training_time"}:
+        torch.testing.assert_close(mine[key], its[key], atol=1e-4, rtol=1e-3)
+    if run == "ke":
+        assert its["multiplier"] != 1
+
+
+def test_validation_during_fit_agrees(one, two):
+    found, wanted = (summary(root / "mend")["means"] for root in (two[0], one))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if name.endswith(("exact", "accuracy", "agreement", "known_before", "drawdown")):
+            assert found[name] == value, name
+        else:
+            assert found[name] == pytest.approx(value, abs=1e-4, rel=1e-3, nan_ok=True), name
+
+
+@pytest.mark.parametrize(("run", "cases"), [("evaluated", 5), ("sparse", 5)])
+def test_an_evaluation_is_that_of_one_process_to_the_bit(one, two, run, cases):
+    """An odd number of cases: none is lost or counted twice, also where a criterion is met by one process only."""
+    found, wanted = summary(two[0] / run), summary(one / run)
+    assert found["means"] == wanted["means"] and wanted["means"]["efficacy/accuracy"] is not None
+    assert found["means"]["locality/kl"] is not None
+    for part in ("num_edits", "bytes_per_edit"):
+        assert found["budget"][part] == wanted["budget"][part]
+    lines, whole = ((root / run / "cases.jsonl").read_text() for root in (two[0], one))
+    assert lines == whole and whole.count("\n") == cases
+    edits = [sorted(p.name for p in (root / run).glob("edits/*")) for root in (two[0], one)]
+    assert edits[0] == edits[1]
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_all(two):
+    state = saved(two[0] / "broken")
+    assert state["global_step"] == 6 and state["state_dict"]["num_skipped"] == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    losses = logged(two[0] / "broken", "train/loss")[:, 0]
+    assert losses.isnan().tolist() == [False, True, False, False, False, False]
+
+
+def test_malmen_is_refused_in_one_line(two):
+    for said in two[1]:
+        (line,) = (line for line in said.splitlines() if line.startswith("corrigenda: error"))
+        assert "one update for the whole training batch" in line and "--trainer.devices 1" in line
+
+
+def test_a_command_starts_its_processes_and_they_share_a_folder(write, tmp_path):
+    """Without --run_dir the first process names it."""
+    args = [
+        "validate",
+        "-c",
+        write("MEND", 1),
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "pipeline", *args],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, text=True, capture_output=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert summary(run)["finished"] and len(list((run / "edits").iterdir())) == 5
