@@ -58,6 +58,7 @@ class LearnedEditor(EditingModule, WeightEditor):
     """
 
     trains_on: ClassVar[str] = "train"
+    together_only: ClassVar[str | None] = None  # why processes cannot share a training batch
     names: list[str]  # paths of the edited matrices
     training_time: Tensor
     num_skipped: Tensor
@@ -135,6 +136,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
+        if self.together_only and self.trainer.world_size > 1:
+            raise ValueError(self.together_only)
         self.lm.keep_prefix(self.lowest_layer, self.lm.structure.num_layers)
 
     def on_fit_end(self) -> None:
@@ -174,6 +177,10 @@ class LearnedEditor(EditingModule, WeightEditor):
             return loss * torch.nan
         self._skip("the loss")
         return None
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of what the processes have, where several train together."""
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
 
     def _skip(self, what: str) -> None:
         self.num_skipped += 1

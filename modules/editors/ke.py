@@ -185,7 +185,7 @@ class KE(LearnedEditor):
         It moves before the batch has ended, when checkpoints are written.
         """
         super().on_before_optimizer_step(optimizer)
-        excess = self.trainer.strategy.reduce(torch.stack(self._excesses).mean(), reduce_op="mean")
+        excess = self.mean_over_processes(torch.stack(self._excesses).mean())
         self._excesses.clear()
         if torch.isfinite(excess):
             self.multiplier.add_(self.lr_alpha * excess).clamp_(min=0)

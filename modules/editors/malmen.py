@@ -98,6 +98,11 @@ class MALMEN(LearnedEditor):
         generate_tokens: as in EditingModule.
     """
 
+    together_only = (
+        "MALMEN makes one update for the whole training batch, of which each process would see a part: "
+        "train it with --trainer.devices 1; --model.micro_batch bounds the memory of a large batch"
+    )
+
     def __init__(
         self,
         lm: LanguageModel,
@@ -198,14 +203,6 @@ class MALMEN(LearnedEditor):
             self.network.normalise_d.update(g_nO)
 
     # ------------------------------------------------------------------ training
-
-    def on_fit_start(self) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                "MALMEN makes one update for the whole training batch, of which each process would see a part: "
-                "train it with --trainer.devices 1; --model.micro_batch bounds the memory of a large batch"
-            )
-        super().on_fit_start()
 
     def _losses(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
