@@ -47,8 +47,8 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
     plain, gradient = step(False)
     for losses, same in (step(True, new=True), step(True)):
         apart = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(plain, losses, strict=True)]
-        require_close(max(apart), 1e-4)
-        require_close(((gradient - same).norm() / gradient.norm()).item(), 1e-4)
+        require_close(lm, max(apart), 1e-4)
+        require_close(lm, ((gradient - same).norm() / gradient.norm()).item(), 1e-4)
     edits = "1 edit" if len(cases) == 1 else f"{len(cases)} edits"
     for new, texts in ((True, "new"), (False, "cached")):
         name = f"MEND on blocks {layers[0]} to {layers[-1]}, a step of {edits}, {texts} texts"

@@ -22,6 +22,6 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
 
     plain, ours = run(False), run(True)
     found = ((plain - ours).norm() / plain.norm()).item()
-    require_close(found, 1e-3)
+    require_close(lm, found, 1e-3)
     name = f"KN, attributions in all layers, 10 points (agree to {found:.0e})"
     yield ratio(name, lambda: run(False), lambda: run(True), rounds)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from benchmarks.side_by_side import difference, ratio, require_close
 from datamodules.records import EditCase
 from modules.editing import Delta, editing_mode
@@ -20,7 +22,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
 
 def _row(lm: LanguageModel, cases: Sequence[EditCase], rounds: int, name: str, steps: int) -> str:
     layer = lm.structure.num_layers // 10
-    corpus = Corpus("facts", max(50_000, 10 * lm.structure.inner_width))
+    corpus = Corpus("facts", max(20_000, 2 * lm.structure.inner_width))
     editor = ROME(layer, corpus=corpus, steps=steps)
     edits = [case.edits for case in cases]
 
@@ -37,8 +39,8 @@ def _row(lm: LanguageModel, cases: Sequence[EditCase], rounds: int, name: str, s
 
     one, other = plain(), ours()
     found = difference(one, other)
-    require_close(found, 1e-3)
+    require_close(lm, found, 1e-3)
     searched = [[d.metadata["notes"][0]["iterations"] for d in way] for way in (one, other)]
-    if searched[0] != searched[1]:
+    if lm.net.dtype == torch.float32 and searched[0] != searched[1]:
         raise AssertionError(f"the two ways took {searched[0]} and {searched[1]} steps")
     return ratio(f"{name} (updates agree to {found:.0e})", plain, ours, rounds)

@@ -107,42 +107,48 @@ def by_owner(left_nO: Tensor, right_nI: Tensor, owner_n: Tensor, num_owners: int
 
 
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of each coordinate; batches are merged exactly (Chan et al., 1979)."""
+    """Mean and standard deviation of each coordinate, map by map; batches are merged exactly (Chan et al., 1979).
 
-    count: Tensor
+    Args:
+        count: how many maps.
+        width: how many coordinates.
+    """
+
+    seen: Tensor
     mean: Tensor
     squares: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, count: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(count, width, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(count, width, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, x_nI: Tensor) -> None:
-        """Takes in n more rows."""
+    def update(self, x_nI: Tensor, index: int) -> None:
+        """Takes in n more rows of map ``index``."""
         x_nI = x_nI.double()
-        count, mean = len(x_nI), x_nI.mean(0)
-        total = self.count + count
-        shift = mean - self.mean
-        self.squares += ((x_nI - mean) ** 2).sum(0) + shift**2 * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count.copy_(total)
+        rows, mean = len(x_nI), x_nI.mean(0)
+        before = self.seen[index].clone()
+        total = before + rows
+        shift = mean - self.mean[index]
+        self.squares[index] += ((x_nI - mean) ** 2).sum(0) + shift**2 * (before * rows / total)
+        self.mean[index] += shift * (rows / total)
+        self.seen[index] = total
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: int | Tensor) -> Tensor:
         """(x - mean) / std, clamped; x itself before any statistics."""
-        if self.count < 2:
-            return x
-        std = (self.squares / (self.count - 1)).sqrt()
-        return ((x - self.mean.float()) / (std.float() + 1e-7)).clamp(-CLAMP, CLAMP)
+        std = (self.squares / (self.seen - 1).clamp(min=1)[:, None]).sqrt().float()
+        mean = self.mean.float()
+        normal = ((x - mean[index]) / (std[index] + 1e-7)).clamp(-CLAMP, CLAMP)
+        return torch.where((self.seen[index] > 1)[..., None], normal, x)
 
 
 class PairNetwork(nn.Module, ABC):
     """A residual network of low rank on a token's normalised input and output gradient; the identity at first.
 
-    Linear maps of one shape share it and differ by a scale and an offset per block. A subclass says where
-    those act.
+    Linear maps of one shape share it and differ by a scale and an offset per block, and by the statistics of
+    what goes in. A subclass says where scale and offset act.
 
     Args:
         inputs: I.
@@ -159,7 +165,7 @@ class PairNetwork(nn.Module, ABC):
         width = inputs + outputs
         rank = min(rank, width)
         self.inputs = inputs
-        self.normalise_x, self.normalise_d = Normaliser(inputs), Normaliser(outputs)
+        self.normalise_x, self.normalise_d = Normaliser(count, inputs), Normaliser(count, outputs)
         self.down = nn.ParameterList([torch.randn(rank, width) for _ in range(num_blocks)])
         self.up = nn.ParameterList([torch.zeros(width, rank) for _ in range(num_blocks)])
         self.bias = nn.ParameterList([torch.zeros(width) for _ in range(num_blocks)])
@@ -177,7 +183,7 @@ class PairNetwork(nn.Module, ABC):
 
     def forward(self, x: Tensor, d: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
         """(x~, d~) of token pairs of map ``index``, one for all or one each; the last dimensions are I and O."""
-        y = torch.cat([self.normalise_x(x), self.normalise_d(d)], -1)
+        y = torch.cat([self.normalise_x(x, index), self.normalise_d(d, index)], -1)
         blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
         for down, up, bias, scale, offset in blocks:
             y = y + self.step(y @ down.T @ up.T + bias, scale[index], offset[index])

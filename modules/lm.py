@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.reuse_prefix, self.requantize = name, reuse_prefix, requantize
-        self.net, self.tokenizer = _load(name, getattr(torch, dtype), quantization, revision)
+        self.net, self.tokenizer = self._load(getattr(torch, dtype), quantization, revision)
         if device is not None:
             self.net.to(device)
         self.net.requires_grad_(False)
@@ -184,6 +184,12 @@ class LanguageModel(nn.Module):
         self._shares_start = False
         # Tokens, where they were run, and their keys and values.
         self._start: tuple[list[int], torch.device, DynamicCache] | None = None
+
+    def _load(
+        self, dtype: torch.dtype, quantization: str | None, revision: str | None
+    ) -> tuple[Any, Any]:
+        """The network and its tokenizer."""
+        return _load(self.name, dtype, quantization, revision)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""

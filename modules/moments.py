@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 MAX_LENGTH = 512  # tokens of one text
 BATCH_TOKENS = 4096
 BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
+WRITE_SECONDS = (
+    30.0  # between two writings of what a killed run goes on from: gigabytes in wide models
+)
 IMPORTED = "imported"  # the source of statistics that were not gathered here
 
 
@@ -185,7 +189,7 @@ class Moments:
     # ------------------------------------------------------------------ gathering
 
     def _gather(self, layers: list[int], progress: bool) -> dict[int, dict[str, Tensor]]:
-        """One pass; the sums are written after every buffer of texts, so that it can resume."""
+        """One pass; the sums are written now and then, after a buffer of texts, so that it can resume."""
         if self.corpus.source == IMPORTED:
             raise ValueError(
                 f"no statistics of layer {layers[0]} of {self.lm.name!r} have been imported: run "
@@ -194,7 +198,7 @@ class Moments:
         rank, world = _world()
         number = f".rank{rank}of{world}" if world > 1 else ""
         partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
-        state = self._begin(partial, layers)
+        state, written = self._begin(partial, layers), time.monotonic()
         for index, ids in enumerate(self._buffers(progress and rank == 0)):
             if index < state["buffers"]:
                 continue
@@ -205,9 +209,11 @@ class Moments:
             if (index + 1) % world:
                 continue
             settled = self._settled(layers, state, (index + 1) // world)
-            self._write(partial, state)
             if settled:
                 break
+            if _largest(int(time.monotonic() - written >= WRITE_SECONDS)):
+                self._write(partial, state)
+                written = time.monotonic()
         width = self.lm.structure.inner_width
         tokens = _total(state["tokens"])
         if tokens < width:

@@ -1,10 +1,14 @@
 """Every benchmark runs: both ways agree, and its rows are rows of the table."""
 
 import re
+from functools import partial
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from benchmarks.__main__ import SCRIPTS
+from benchmarks.shapes import SHAPES, RandomModel
 from benchmarks.side_by_side import HEADER, require_close
 from datamodules.facts import Facts
 
@@ -20,8 +24,26 @@ def test_a_benchmark_compares_two_ways_to_one_result(name, tiny_lm):
     assert not lm.handles
 
 
-def test_a_wrong_answer_is_no_benchmark():
-    require_close(1e-6, 1e-4)
+def test_a_wrong_answer_is_no_benchmark(tiny_lm):
+    lm = tiny_lm("llama")
+    require_close(lm, 1e-6, 1e-4)
     for wrong in (1e-2, float("nan")):
         with pytest.raises(AssertionError, match="the two ways differ by"):
-            require_close(wrong, 1e-4)
+            require_close(lm, wrong, 1e-4)
+    lm.net.bfloat16()
+    require_close(lm, 1e-2, 1e-4)
+
+
+def test_a_published_shape_is_drawn_at_random(monkeypatch):
+    small = partial(
+        LlamaConfig,
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=80,
+        num_attention_heads=2,
+    )
+    monkeypatch.setitem(SHAPES, "llama-7b", small)
+    lm, same = (RandomModel("llama-7b", "bfloat16", None) for _ in range(2))
+    assert lm.structure.inner_width == 80 and lm.net.dtype == torch.bfloat16
+    assert all(map(torch.equal, lm.net.parameters(), same.net.parameters()))
+    assert lm.score(["The capital of France is"], ["Paris"]).logprob_BM.isfinite().all()

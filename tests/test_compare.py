@@ -1,6 +1,7 @@
 """Studies whose runs are a small script that is told what to do."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -160,8 +161,13 @@ def test_a_failing_run_stops_the_comparison(study, tmp_path, capfd, what, status
 
 def test_ctrl_c_lets_the_run_close_and_says_how_to_go_on(study, tmp_path, capfd):
     file = study(("a", "validate interrupt"), ("b", "validate ok"))
-    with pytest.raises(SystemExit) as caught:
-        compare(file)
+    # A shell's background jobs begin with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            compare(file)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert caught.value.code == 130
     assert called(tmp_path) == ["a"]
     assert (tmp_path / "out" / "a" / "closed").exists()

@@ -174,7 +174,7 @@ def test_side_by_side_is_one_at_a_time(lm, editor):
         torch.testing.assert_close(beside[i], logits(lm)[i], atol=1e-4, rtol=0)
         handle.remove()
         for name in delta.updates:
-            near = {"atol": 1e-5 * delta.dense(name).abs().max().item(), "rtol": 1e-4}
+            near = {"atol": 1e-4 * delta.dense(name).abs().max().item(), "rtol": 1e-4}
             torch.testing.assert_close(together[i].dense(name), delta.dense(name), **near)
 
 

@@ -104,7 +104,7 @@ def test_at_first_an_edit_is_one_step_of_gradient_descent(tiny_lm, kind):
     editor = mend(lm, alpha=0.03)
     for transform in editor.transforms.values():
         for normaliser in (transform.normalise_x, transform.normalise_d):
-            normaliser.count.fill_(11)
+            normaliser.seen.fill_(11)
             normaliser.squares.fill_(10)
     wanted = plain_gradients(lm, EDITS, editor.names)
     with editing_mode():
@@ -134,16 +134,34 @@ def test_the_normalised_identity_at_first():
     """INV-E1, with other statistics."""
     transform = GradientTransform(6, 3, count=1, rank=2)
     x, d = 3 + torch.randn(40, 6), 0.1 * torch.randn(40, 3)
-    transform.normalise_x.update(x)
-    transform.normalise_d.update(d)
+    transform.normalise_x.update(x, 0)
+    transform.normalise_d.update(d, 0)
     new_x, new_d = transform(x, d, 0)
     torch.testing.assert_close(new_x, (x - x.mean(0)) / x.std(0))
     torch.testing.assert_close(new_d, (d - d.mean(0)) / d.std(0))
     far, _ = transform(x + 1e6, d, 0)
     assert (far == 10).all()  # clamped
-    constant = Normaliser(2)
-    constant.update(torch.ones(5, 2))
-    assert constant(torch.tensor([1.0, 2.0])).tolist() == [[0.0, 10.0]][0]
+    constant = Normaliser(1, 2)
+    constant.update(torch.ones(5, 2), 0)
+    assert constant(torch.tensor([1.0, 2.0]), 0).tolist() == [[0.0, 10.0]][0]
+
+
+def test_every_map_has_statistics_of_its_own():
+    """A map whose gradients are a thousand times longer says nothing about the others."""
+    transform = GradientTransform(6, 3, count=3, rank=2)
+    x, d = torch.randn(40, 6), torch.randn(40, 3)
+    for index, scale in enumerate((1.0, 1e3)):
+        transform.normalise_x.update(scale * x, index)
+        transform.normalise_d.update(scale * d, index)
+    plain = transform(x, d, 0)
+    for a, b in zip(plain, transform(1e3 * x, 1e3 * d, 1), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip((x, d), transform(x, d, 2), strict=True):  # of the third nothing is known
+        assert torch.equal(a, b)
+    index_n = torch.tensor([0] * 20 + [1] * 20)
+    scale_n1 = torch.tensor([1.0, 1e3])[index_n][:, None]
+    for a, b in zip(plain, transform(scale_n1 * x, scale_n1 * d, index_n), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_rows_do_not_see_each_other():
@@ -239,15 +257,15 @@ def test_no_step_no_drift(tiny_lm):
 def test_statistics_merge_exactly(cuts):
     """INV-E7."""
     x = 50 + torch.randn(20, 4, dtype=torch.float64) * torch.tensor([1e-3, 1, 5, 100])
-    parts = Normaliser(4)
+    parts = Normaliser(2, 4)
     for part in x.split(cuts):
-        parts.update(part)
-    saved = Normaliser(4)
+        parts.update(part, 1)
+    saved = Normaliser(2, 4)
     saved.load_state_dict(parts.state_dict())
     for normaliser in (parts, saved):
-        assert normaliser.count == 20
-        torch.testing.assert_close(normaliser.mean, x.mean(0), atol=1e-10, rtol=1e-12)
-        std = (normaliser.squares / 19).sqrt()
+        assert normaliser.seen.tolist() == [0, 20]
+        torch.testing.assert_close(normaliser.mean[1], x.mean(0), atol=1e-10, rtol=1e-12)
+        std = (normaliser.squares[1] / 19).sqrt()
         torch.testing.assert_close(std, x.std(0), atol=1e-10, rtol=1e-10)
 
 
@@ -260,9 +278,9 @@ def test_statistics_are_of_tokens_with_gradient_and_come_from_observe_alone(tiny
     x_BTI, d_BTO = factors(editor, EDITS[:2])[name]
     used = d_BTO.abs().sum(-1) > 0
     (transform,) = editor.transforms.values()
-    assert transform.normalise_x.count == used.sum()
-    close(transform.normalise_x.mean, x_BTI[used].mean(0), 1e-5)
-    close(transform.normalise_d.squares, d_BTO[used].var(0) * (used.sum() - 1), 1e-5)
+    assert transform.normalise_x.seen == used.sum()
+    close(transform.normalise_x.mean[0], x_BTI[used].mean(0), 1e-5)
+    close(transform.normalise_d.squares[0], d_BTO[used].var(0) * (used.sum() - 1), 1e-5)
     kept = copy.deepcopy(editor.state_dict())
     editor.edit(lm, EDITS).remove()
     assert all(torch.equal(value, kept[name]) for name, value in editor.state_dict().items())
@@ -505,7 +523,7 @@ def test_a_checkpoint_holds_the_editor_alone(trained, tiny_folder, tmp_path):
     assert size < 4 * (editor + moments) + 60_000  # names and numbers around the tensors
     initial = load(trained, "initial")["state_dict"]
     assert not any(initial[f"transforms.128x32.up.{i}"].any() for i in (0, 1))
-    assert initial["transforms.128x32.normalise_x.count"] > 0
+    assert (initial["transforms.128x32.normalise_x.seen"] > 0).all()
 
 
 def test_a_checkpoint_edits_as_the_editor_did(

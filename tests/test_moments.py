@@ -115,6 +115,7 @@ def test_long_texts_are_cut(gather, monkeypatch):
 @pytest.fixture
 def small_buffers(monkeypatch):
     monkeypatch.setattr(moments_module, "BUFFER_TEXTS", 5)
+    monkeypatch.setattr(moments_module, "WRITE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -430,6 +431,7 @@ from modules import moments
 from modules.lm import LanguageModel
 torch.set_num_threads(1)
 moments.BUFFER_TEXTS = 5
+moments.WRITE_SECONDS = 0.0
 added = []
 add = moments.Moments._add
 def counted(self, ids, *rest):

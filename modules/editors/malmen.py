@@ -198,9 +198,9 @@ class MALMEN(LearnedEditor):
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
         rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
         pairs, _ = self.keys_and_gradients(self.lm.tail(rows.read, self.lowest_layer), rows)
-        for k_nF, g_nO in pairs.values():
-            self.network.normalise_x.update(k_nF)
-            self.network.normalise_d.update(g_nO)
+        for index, (k_nF, g_nO) in enumerate(pairs.values()):
+            self.network.normalise_x.update(k_nF, index)
+            self.network.normalise_d.update(g_nO, index)
 
     # ------------------------------------------------------------------ training
 

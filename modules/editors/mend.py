@@ -10,9 +10,11 @@ g is a two-layer residual network of low rank, the identity at first, shared by 
 differ by a scale and an offset per layer; alpha is learned per matrix.
 
 Departures from the authors' code: the update descends (as in the paper; the code's sign was confirmed as an
-error); alpha is learned as its logarithm; the statistics of the inputs are taken once, before the first step,
-kept in the checkpoint, and normalised inputs are clamped to +-10; nothing below the lowest edited block is
-computed twice.
+error); alpha is learned as its logarithm; the statistics of the inputs are those of each matrix (shared by all of
+one shape, the block with the longest gradients decides, and what must stay goes: on SmolLM2 and zsRE a first step
+that makes 60 % of the edits leaves 79 % of unrelated answers alone, 98 % with statistics of each matrix), taken
+once, before the first step, and kept in the checkpoint; normalised inputs are clamped to +-10; nothing below the
+lowest edited block is computed twice.
 
 Shapes: E edits, B rows, T tokens, I inputs and O outputs of a matrix, n tokens of all rows, r editor rank.
 """
@@ -152,5 +154,5 @@ class MEND(LearnedEditor):
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
                 used_BT = (d_BTO != 0).any(-1)
                 transform = cast(GradientTransform, self.transforms[self.transform_of[matrix]])
-                transform.normalise_x.update(x_BTI[used_BT])
-                transform.normalise_d.update(d_BTO[used_BT])
+                transform.normalise_x.update(x_BTI[used_BT], self.index[matrix])
+                transform.normalise_d.update(d_BTO[used_BT], self.index[matrix])
