@@ -15,7 +15,7 @@ from modules.moments import Corpus
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     cases, module = cases[:16], EditingModule(lm)
-    corpus = Corpus("facts", max(20_000, 2 * lm.structure.inner_width))
+    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
     editor = ROME(lm.structure.num_layers // 10, corpus=corpus, steps=2)
     with editing_mode():
         deltas = editor.propose_each(lm, [case.edits for case in cases])

@@ -52,7 +52,7 @@ def _ways(
     **changes: Any,  # noqa: ANN401
 ) -> tuple[Callable[[], Delta], Callable[[], Delta]]:
     """The plain way and ours to the update of some edits together."""
-    corpus = Corpus("facts", max(20_000, 2 * lm.structure.inner_width))
+    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
     settings: dict[str, Any] = {"ridge": 0.1, "corpus": corpus} | changes
     first = lm.structure.num_layers // 10
     layers = list(range(max(0, first - 3), first + 1))

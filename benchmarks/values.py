@@ -22,7 +22,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
 
 def _row(lm: LanguageModel, cases: Sequence[EditCase], rounds: int, name: str, steps: int) -> str:
     layer = lm.structure.num_layers // 10
-    corpus = Corpus("facts", max(20_000, 2 * lm.structure.inner_width))
+    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
     editor = ROME(layer, corpus=corpus, steps=steps)
     edits = [case.edits for case in cases]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from modules.hooks import capture, first, replace_first
+from modules.hooks import capture, first, hooked, replace_first, stop_forward, until_stopped
 from modules.structure import Structure
 
 
@@ -197,19 +197,25 @@ class Tail:
 
 
 @torch.no_grad()
-def run_start(net: PreTrainedModel, ids_1T: Tensor) -> DynamicCache | None:
-    """Keys and values of a single row; None where a layer keeps a running state instead."""
+def run_start(
+    net: PreTrainedModel, ids_1T: Tensor, until: nn.Module | None = None
+) -> DynamicCache | None:
+    """Keys and values of a single row; None where a layer keeps a running state instead.
+
+    With ``until`` the pass ends at that module, and blocks above its own have none.
+    """
     cache = DynamicCache(config=net.config)
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
-    net.get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+    with until_stopped(), hooked([(until, stop_forward)] if until else []):
+        net.get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
     return cache
 
 
 def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
     """A cache of so many rows that begins as a single row's does, which stays as it is."""
     part = _branch(cache)
-    for layer in cast("list[Any]", part.layers):
+    for layer in (layer for layer in cast("list[Any]", part.layers) if layer.is_initialized):
         layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
     part.batch_repeat_interleave(rows)
     return part

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditError, WeightPatch, editing_mode
+from modules.editing import Delta, EditError, LowRank, WeightPatch, editing_mode
 from modules.editors import spread
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.emmet import EMMET
 from modules.editors.key_value import SubjectRows, solve_update
 from modules.editors.memit import MEMIT
 from modules.editors.rome import ROME, _rank_one
-from modules.hooks import capture, first
+from modules.hooks import capture, first, hooked
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
+from modules.structure import sizes
 
 EDITS = [
     Edit("The capital of {} is", "Zorbania", "Quill Port"),
@@ -339,6 +340,31 @@ def test_keys_are_means_over_kinds_of_contexts(lm, make):
         for i, mean in enumerate(means):
             expected = sum(w * pair[i] for w, pair in zip(weights, each, strict=True))
             torch.testing.assert_close(mean[n], expected, rtol=0, atol=1e-5)
+
+
+def test_what_rows_begin_with_is_run_once(lm, make):
+    """Where all are read in one model, edited or not; the means are the same."""
+    editor = make(contexts=[(8, 3)])
+    editor.prepare(lm)
+    rows = SubjectRows.of(lm, EDITS, editor._contexts, editor._context_weights())
+    below, name = lm.structure.out_name(0), lm.structure.out_name(1)
+    outputs, inputs = sizes(lm.net.get_submodule(below))[::-1]
+    moved = Delta({f"{below}.weight": LowRank(torch.randn(outputs, 1), torch.randn(1, inputs))})
+    tokens = []
+
+    def count(_module, args, output):
+        tokens.append(first(output).shape[:2].numel())
+
+    with hooked([(lm.net.get_submodule(lm.structure.block_name(0)), count)]):
+        for delta in (Delta({}), moved):
+            each = rows.means(lm, name, [delta] * len(EDITS), torch.arange(len(EDITS)))
+            alone = sum(tokens)
+            tokens.clear()
+            shared = rows.means(lm, name, [delta], torch.zeros(len(EDITS), dtype=torch.long))
+            assert sum(tokens) < 0.8 * alone
+            tokens.clear()
+            for a, b in zip(shared, each, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_batches_of_rows_do_not_matter(gpt2, make, monkeypatch):

@@ -13,21 +13,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import vector_norm
+from transformers import DynamicCache
 
 from datamodules.records import Edit
+from modules.adapters import ModulePatch
 from modules.editing import Delta, EditError, read_tensors, write_tensors
 from modules.hooks import capture, first, hooked, replace_first
 from modules.lm import LanguageModel, Rows
 from modules.optimize import IndependentAdam
-from modules.tail import Tail
+from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
 log = logging.getLogger(__name__)
 
@@ -142,11 +144,13 @@ class SubjectRows:
         rows: R = N * Q rows.
         owner_R: the edit of each row.
         weight_R: what each row counts in its edit's mean.
+        num_contexts: Q; an edit's rows stand together, one per context.
     """
 
     rows: Rows
     owner_R: Tensor
     weight_R: Tensor
+    num_contexts: int
 
     @classmethod
     def of(
@@ -159,7 +163,7 @@ class SubjectRows:
         mask_BT = torch.arange(width, device=lm.device) <= last_R[:, None]
         rows = Rows(whole.ids_BT[:, :width], mask_BT.long(), last_R)
         owner_R = torch.arange(len(edits), device=lm.device).repeat_interleave(len(contexts))
-        return cls(rows, owner_R, weight_Q.to(lm.device).repeat(len(edits)))
+        return cls(rows, owner_R, weight_Q.to(lm.device).repeat(len(edits)), len(contexts))
 
     @torch.no_grad()
     def means(
@@ -168,28 +172,54 @@ class SubjectRows:
         """(inputs_NI, outputs_NO) of module ``name`` at the subjects' last tokens, means over contexts.
 
         Edit n is read in the model changed by ``deltas[group_N[n]]``. The pass ends at the module and goes
-        over a bounded number of tokens at a time. (The plain way, ``reuse_prefix: false``, goes on to the head,
-        one edit at a time.)
+        over a bounded number of tokens at a time; where one model serves all edits, what their rows in a
+        context begin with is run once. (The plain way, ``reuse_prefix: false``, goes on to the head, one edit at
+        a time.)
         """
         count, reuse = len(group_N), lm.reuse_prefix
         run = lm.net.get_decoder() if reuse else lm.net
-        every = list(lm._chunks(self.rows)) if reuse else self._per_edit(count)
+        module = lm.net.get_submodule(name)
         sums: list[Tensor] = []
-        for row_b in every:
+        for row_b, begun in self._parts(lm, module, deltas) if reuse else self._per_edit(count):
             part, owner_b = self.rows.select(row_b), self.owner_R[row_b]
+            start = begun.get_seq_length() if begun else 0
             branches = lm.side_by_side(deltas, group_N[owner_b.cpu()])
-            with branches, capture({name: lm.net.get_submodule(name)}, stop=reuse) as seen:
-                run(input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False)
+            with branches, capture({name: module}, stop=reuse) as seen:
+                run(
+                    input_ids=part.ids_BT[:, start:],
+                    attention_mask=part.mask_BT,
+                    past_key_values=first_tokens(begun, start, len(row_b)) if begun else None,
+                    use_cache=begun is not None,
+                )
             for i, found in enumerate(map(first, seen[name])):
                 found_bTX = found.view(len(row_b), -1, found.shape[-1])
-                at_bX = found_bTX[torch.arange(len(row_b), device=lm.device), part.length_B - 1]
+                at_b = part.length_B - 1 - start
+                at_bX = found_bTX[torch.arange(len(row_b), device=lm.device), at_b]
                 if len(sums) == i:
                     sums.append(at_bX.new_zeros(count, at_bX.shape[1], dtype=torch.float32))
                 sums[i].index_add_(0, owner_b, self.weight_R[row_b, None] * at_bX.float())
         return sums[0], sums[1]
 
-    def _per_edit(self, count: int) -> list[Tensor]:
-        return [(self.owner_R == n).nonzero()[:, 0] for n in range(count)]
+    def _parts(
+        self, lm: LanguageModel, module: nn.Module, deltas: Sequence[Delta]
+    ) -> Iterator[tuple[Tensor, DynamicCache | None]]:
+        """Rows that run together, and the keys and values of what they begin with, where that is shared."""
+        adapted = any(isinstance(handle, ModulePatch) for handle in lm.handles)
+        if len(deltas) > 1 or adapted or len(self.rows.ids_BT) == self.num_contexts:
+            yield from ((row_b, None) for row_b in lm._chunks(self.rows))
+            return
+        every_R = torch.arange(len(self.rows.ids_BT), device=lm.device)
+        for row_n in every_R.view(-1, self.num_contexts).T:
+            rows = self.rows.select(row_n)
+            start, begun = rows.common_start(), None
+            if start > 1:
+                with lm.side_by_side(deltas, None):
+                    begun = run_start(lm.net, rows.ids_BT[:1, :start], until=module)
+                begun = begun if begun and can_be_cut(begun) else None
+            yield from ((row_n[b], begun) for b in lm._chunks(rows, start if begun else 0))
+
+    def _per_edit(self, count: int) -> list[tuple[Tensor, None]]:
+        return [((self.owner_R == n).nonzero()[:, 0], None) for n in range(count)]
 
 
 # ---------------------------------------------------------------------------- values
