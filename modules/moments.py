@@ -40,9 +40,7 @@ log = logging.getLogger(__name__)
 MAX_LENGTH = 512  # tokens of one text
 BATCH_TOKENS = 4096
 BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
-WRITE_SECONDS = (
-    30.0  # between two writings of what a killed run goes on from: gigabytes in wide models
-)
+WRITE_SECONDS = 30.0  # between two writings of the sums, which are gigabytes in wide models
 IMPORTED = "imported"  # the source of statistics that were not gathered here
 
 
