@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.side_by_side import ratio, require_close
+from benchmarks.side_by_side import corpus, ratio, require_close
 from datamodules.records import EditCase
 from modules.editing import editing_mode
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     cases, module = cases[:16], EditingModule(lm)
-    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
-    editor = ROME(lm.structure.num_layers // 10, corpus=corpus, steps=2)
+    editor = ROME(lm.structure.num_layers // 10, corpus=corpus(lm), steps=2)
     with editing_mode():
         deltas = editor.propose_each(lm, [case.edits for case in cases])
 

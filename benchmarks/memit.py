@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import difference, ratio, require_close
+from benchmarks.side_by_side import corpus, difference, ratio, require_close
 from datamodules.records import Edit, EditCase
 from modules.editing import Delta, editing_mode
 from modules.editors.memit import MEMIT
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 
 
 class GivenValues(MEMIT):
@@ -52,8 +51,7 @@ def _ways(
     **changes: Any,  # noqa: ANN401
 ) -> tuple[Callable[[], Delta], Callable[[], Delta]]:
     """The plain way and ours to the update of some edits together."""
-    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
-    settings: dict[str, Any] = {"ridge": 0.1, "corpus": corpus} | changes
+    settings: dict[str, Any] = {"ridge": 0.1, "corpus": corpus(lm)} | changes
     first = lm.structure.num_layers // 10
     layers = list(range(max(0, first - 3), first + 1))
     edits = [case.edits[0] for case in cases]

@@ -10,6 +10,7 @@ import torch
 
 from modules.editing import Delta
 from modules.lm import LanguageModel
+from modules.moments import Corpus
 
 HEADER = "| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
 
@@ -45,6 +46,11 @@ def ratio(
 
 def _short(time: float) -> str:
     return f"{time:.2f}" if time >= 0.1 else f"{time:.4f}"
+
+
+def corpus(lm: LanguageModel) -> Corpus:
+    """The text of the second moments, ten times as long as keys are wide."""
+    return Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
 
 
 def difference(a: Sequence[Delta], b: Sequence[Delta]) -> float:

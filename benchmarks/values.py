@@ -6,19 +6,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.side_by_side import difference, ratio, require_close
+from benchmarks.side_by_side import corpus, difference, ratio, require_close
 from datamodules.records import EditCase
 from modules.editing import Delta, editing_mode
 from modules.editors.rome import ROME
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     """Six facts, whose subjects stand early or late: one after the other, and together; 5 steps in 21 contexts."""
     layer = lm.structure.num_layers // 10
-    corpus = Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
-    editor = ROME(layer, corpus=corpus, steps=5)
+    editor = ROME(layer, corpus=corpus(lm), steps=5)
     edits = [case.edits for case in cases[:6]]
 
     def one_by_one(reuse: bool) -> list[Delta]:
