@@ -15,7 +15,8 @@ from modules.moments import Corpus, Moments
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
-    layers = list(range(1, 6))
+    first = lm.structure.num_layers // 8  # as deep as MEMIT's layers, as published for Llama
+    layers = list(range(first, first + 5))
     tokens = max(6_000, 2 * lm.structure.inner_width)
 
     def gather(groups: list[list[int]]) -> dict[int, torch.Tensor]:

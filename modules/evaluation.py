@@ -307,18 +307,19 @@ class EditingModule(LightningModule):
     ) -> None:
         prompts = [probe.prompt for probe in asked.probe_B]
         targets = [str(probe.target) for probe in asked.probe_B]
-        after = self.lm.score(prompts, targets, deltas, owners, full=compared)
+        with_rival = [b for b, probe in enumerate(asked.probe_B) if probe.rival]
+        both = self.lm.score(
+            [*prompts, *(prompts[b] for b in with_rival)],
+            [*targets, *(str(asked.probe_B[b].rival) for b in with_rival)],
+            deltas,
+            [*owners, *(owners[b] for b in with_rival)],
+            full=compared,
+        )
+        after, rival = both[: len(prompts)], both[len(prompts) :]
         before = None
         if compared:
             with self.lm.pristine():
                 before = self.lm.score(prompts, targets, full=True)
-        with_rival = [b for b, probe in enumerate(asked.probe_B) if probe.rival]
-        rival = None
-        if with_rival:
-            rivals = [str(asked.probe_B[b].rival) for b in with_rival]
-            rival = self.lm.score(
-                [prompts[b] for b in with_rival], rivals, deltas, [owners[b] for b in with_rival]
-            )
         table = _measure(after, before, rival, with_rival, asked)
         start = self._add_probes(asked, results, after)
         self._count(asked, results, table, start)
@@ -417,7 +418,7 @@ SHOWN = ("efficacy/exact", "generality/exact", "locality/agreement")  # on the p
 def _measure(
     after: TargetScores,
     before: TargetScores | None,
-    rival: TargetScores | None,
+    rival: TargetScores,
     with_rival: list[int],
     asked: _Asked,
 ) -> dict[str, dict[int, float]]:
@@ -428,13 +429,9 @@ def _measure(
         "accuracy": _numbered(everything, metrics.token_accuracy(*answers)),
         "exact": _numbered(everything, metrics.exact_match(*answers)),
     }
-    if rival is not None:
-        both = (
-            after.logprob_BM[with_rival],
-            after.mask_BM[with_rival],
-            rival.logprob_BM,
-            rival.mask_BM,
-        )
+    if with_rival:
+        own = (after.logprob_BM[with_rival], after.mask_BM[with_rival])
+        both = (*own, rival.logprob_BM, rival.mask_BM)
         table["preference"] = _numbered(with_rival, metrics.preference(*both))
         table["margin"] = _numbered(with_rival, metrics.margin(*both))
     local = asked.of_criteria(*UNMOVED)
@@ -446,7 +443,7 @@ def _measure(
     edited = asked.of_criteria("efficacy")
     table["known_before"] = _numbered(edited, exact_before_B[edited])
     if local:
-        now, then = (_rows(scores, local) for scores in (after, before))
+        now, then = (scores[local] for scores in (after, before))
         same_B = metrics.agreement(now.greedy_BM, then.greedy_BM, now.mask_BM, now.logprob_BM)
         table["agreement"] = _numbered(local, same_B)
         full_then, full_now = (cast(Tensor, scores.full_BMV) for scores in (then, now))
@@ -458,13 +455,3 @@ def _measure(
 
 def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
     return dict(zip(rows, values_B.tolist(), strict=True))
-
-
-def _rows(scores: TargetScores, rows: list[int]) -> TargetScores:
-    return TargetScores(
-        scores.logprob_BM[rows],
-        scores.greedy_BM[rows],
-        scores.target_BM[rows],
-        scores.mask_BM[rows],
-        None if scores.full_BMV is None else scores.full_BMV[rows],
-    )

@@ -105,6 +105,38 @@ class Rows:
         alike_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
         return min(int(alike_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
 
+    def unpadded(self) -> list[list[int]]:
+        """The rows' tokens."""
+        lengths = self.length_B.tolist()
+        return [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
+
+    def distinct(self, owner_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(row_U, which_B): rows no two of which are alike for one owner up to their last token, which no
+        answer is read at, and which of those each row is."""
+        number: dict[tuple[int, ...], int] = {}
+        firsts: list[int] = []
+        which: list[int] = []
+        facts = zip(owner_B.tolist(), self.start_B.tolist(), self.unpadded(), strict=True)
+        for b, (owner, start, row) in enumerate(facts):
+            key = (owner, start, *row[:-1])
+            if key not in number:
+                number[key] = len(firsts)
+                firsts.append(b)
+            which.append(number[key])
+        device = self.ids_BT.device
+        return torch.tensor(firsts, device=device), torch.tensor(which, device=device)
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """(target_BM, mask_BM): each row's target tokens, padded, and where they are."""
+        row_N, position_N = self.answer_positions()
+        column_N = position_N + 1 - self.start_B[row_N]
+        width = int((self.length_B - self.start_B).max())
+        mask_BM = torch.zeros(len(self.ids_BT), width, dtype=torch.bool, device=self.ids_BT.device)
+        mask_BM[row_N, column_N] = True
+        target_BM = self.ids_BT.new_zeros(mask_BM.shape)
+        target_BM[row_N, column_N] = self.ids_BT[row_N, position_N + 1]
+        return target_BM, mask_BM
+
     def answer_positions(self) -> tuple[Tensor, Tensor]:
         """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
@@ -130,6 +162,17 @@ class TargetScores:
     target_BM: Tensor
     mask_BM: Tensor
     full_BMV: Tensor | None = None
+
+    def __getitem__(self, rows: slice | list[int]) -> TargetScores:
+        """Some of the rows, without columns that only hold padding."""
+        width = int(self.mask_BM[rows].sum(1).max()) if len(self.mask_BM[rows]) else 0
+        return TargetScores(
+            self.logprob_BM[rows, :width],
+            self.greedy_BM[rows, :width],
+            self.target_BM[rows, :width],
+            self.mask_BM[rows, :width],
+            None if self.full_BMV is None else self.full_BMV[rows, :width],
+        )
 
     @property
     def exact_B(self) -> Tensor:
@@ -179,7 +222,7 @@ class LanguageModel(nn.Module):
         self.num_boundary_merges = 0
         self.cache_memory_gib, self.cache_disk_gib = cache_memory_gib, cache_disk_gib
         self._scaled_together = quantization == "int8"  # the rows of a batch
-        self._memo: tuple[int, dict[bytes, Tail]] | None = None
+        self._memo: tuple[int, dict[tuple[int, ...], Tensor]] | None = None
         self._prefix: tuple[tuple[int, ...], PrefixCache] | None = None
         self._shares_start = False
         # Tokens, where they were run, and their keys and values.
@@ -392,13 +435,10 @@ class LanguageModel(nn.Module):
 
     def higher(self, tail: Tail, layer: int) -> Tail:
         """The tail of the same rows, from a higher block on."""
-        if not self.reuse_prefix:
+        if not self.reuse_prefix or layer == tail.layer:
             return tail
-        ids_BT, mask_BT = tail.ids_BT, tail.mask_BT
-        stored = self._kept_states(ids_BT, mask_BT, layer)
-        if stored is None:
-            stored = tail.below(layer)
-        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, stored=stored)
+        whole = tail.ids_BT, tail.mask_BT
+        return tail.from_block(layer, None if tail.is_cut else self._kept_states(*whole, layer))
 
     def _kept_states(self, ids_BT: Tensor, mask_BT: Tensor, layer: int) -> Any:  # noqa: ANN401
         """What the block below ``layer`` gives for these rows, if that is kept."""
@@ -446,43 +486,35 @@ class LanguageModel(nn.Module):
                 return patch.score(prompts, targets, deltas, owners, full)
         rows = self.rows(prompts, targets)
         owner_B = _owners(deltas, owners, len(prompts))
-        width = int((rows.length_B - rows.start_B).max())
         start, begun = 0, None
         if self._may_share(deltas):
             start, begun = self._begun(rows.ids_BT[0].tolist(), rows.common_start())
-        pieces = []
-        for chunk_B in self._chunks(rows, start):
-            with self.side_by_side(deltas, owner_B[chunk_B.cpu()]):
-                part = rows.select(chunk_B)
-                pieces.append((chunk_B, self._score_chunk(part, width, full, start, begun)))
-        order = torch.cat([chunk for chunk, _ in pieces]).argsort()
-        fields = [torch.cat(column)[order] for column in zip(*(p for _, p in pieces), strict=True)]
-        return TargetScores(*fields)
-
-    def _score_chunk(
-        self, rows: Rows, width: int, full: bool, start: int, begun: DynamicCache | None
-    ) -> list[Tensor]:
-        row_N, position_N = rows.answer_positions()
-        tail = self._after(start, rows, begun) if begun else self._remembered(rows)
-        with self.asking(rows.prompt_BT):
-            logits_NV = tail.logits(row_N, position_N)
-        logprob_NV = logits_NV.float().log_softmax(-1)
-        target_N = rows.ids_BT[row_N, position_N + 1]
-        column_N = position_N + 1 - rows.start_B[row_N]
-        cell = (row_N, column_N)
-        shape = (len(rows.ids_BT), width)
-        logprob_BM = logprob_NV.new_zeros(shape).index_put(
-            cell, logprob_NV.gather(1, target_N[:, None])[:, 0]
-        )
-        greedy_BM = target_N.new_zeros(shape).index_put(cell, logprob_NV.argmax(-1))
-        target_BM = target_N.new_zeros(shape).index_put(cell, target_N)
-        mask_BM = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        mask_BM[cell] = True
-        fields = [logprob_BM, greedy_BM, target_BM, mask_BM]
-        if full:
-            full_BMV = logprob_NV.new_zeros(*shape, logprob_NV.shape[-1])
-            fields.append(full_BMV.index_put(cell, logprob_NV))
-        return fields
+        every_B = torch.arange(len(prompts), device=self.device)
+        row_U, which_B = rows.distinct(owner_B) if self.reuse_prefix else (every_B, every_B)
+        read = rows.read
+        target_BM, mask_BM = rows.targets()
+        logprob_BM = torch.zeros(target_BM.shape, device=self.device)
+        greedy_BM = torch.zeros_like(target_BM)
+        full_BMV: Tensor | None = None
+        for chunk_C in self._chunks(read.select(row_U), start):
+            row_C = row_U[chunk_C]
+            part, place_N = read.select(row_C), rows.select(row_C).answer_positions()
+            tail = self._after(start, part, begun) if begun else self._remembered(part)
+            with self.side_by_side(deltas, owner_B[row_C.cpu()]), self.asking(part.prompt_BT):
+                logprob_NV = tail.logits(*place_N).float().log_softmax(-1)
+            # The rows that read what was run here, and where.
+            first_C = torch.searchsorted(place_N[0], torch.arange(len(row_C), device=self.device))
+            first_U = which_B.new_full((len(row_U),), -1).index_put((chunk_C,), first_C)
+            here_BM = mask_BM & (first_U[which_B] >= 0)[:, None]
+            row_K, column_K = here_BM.nonzero(as_tuple=True)
+            place_K = first_U[which_B[row_K]] + column_K
+            logprob_BM[row_K, column_K] = logprob_NV[place_K, target_BM[row_K, column_K]]
+            greedy_BM[row_K, column_K] = logprob_NV.argmax(-1)[place_K]
+            if full:
+                if full_BMV is None:
+                    full_BMV = logprob_NV.new_zeros(*target_BM.shape, logprob_NV.shape[-1])
+                full_BMV[row_K, column_K] = logprob_NV[place_K]
+        return TargetScores(logprob_BM, greedy_BM, target_BM, mask_BM, full_BMV)
 
     @torch.no_grad()
     def perplexity(
@@ -558,15 +590,21 @@ class LanguageModel(nn.Module):
         return start, cache
 
     def _remembered(self, rows: Rows) -> Tail:
-        """The tail of these rows; kept while a :meth:`shared_prefix` is open."""
-        if self._memo is None:
-            return Tail(self.net, self.structure, rows.ids_BT, rows.mask_BT, layer=0)
-        layer, tails = self._memo
-        shape = str(tuple(rows.ids_BT.shape)).encode()
-        key = shape + rows.ids_BT.cpu().numpy().tobytes() + rows.mask_BT.cpu().numpy().tobytes()
-        if key not in tails:
-            tails[key] = self.tail(rows, layer)
-        return tails[key]
+        """The tail of these rows; what it starts from is kept while a :meth:`shared_prefix` is open."""
+        ids_BT, mask_BT = rows.ids_BT, rows.mask_BT
+        layer, states = self._memo or (0, {})
+        if layer == 0:
+            return Tail(self.net, self.structure, ids_BT, mask_BT, 0, reuse=self.reuse_prefix)
+        keys = [tuple(row) for row in rows.unpadded()]
+        new = [b for b, key in enumerate(keys) if key not in states]
+        if new:
+            part = rows.select(torch.tensor(new, device=self.device))
+            found_RTD = first(self.tail(part, layer).stored)
+            for b, row_TD in zip(new, found_RTD, strict=True):
+                states[keys[b]] = row_TD[: len(keys[b])]
+        states_BTD = pad_sequence([states[key] for key in keys], batch_first=True)
+        stored = replace_first(self._block_output, states_BTD)
+        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, stored=stored)
 
     def _chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
         """Row indices in batches of similar length: at most ``tokens`` padded tokens from ``start`` on, and

@@ -295,7 +295,7 @@ class Moments:
                 first_BF = keys_NF[:: rows.ids_BT.shape[1]]
                 state[f"{layer}.first"] += first_BF.double().square().sum()
                 keys_nF = keys_NF[real]
-                state[str(layer)] += (keys_nF.T @ keys_nF).double()
+                state[str(layer)] += _gram(keys_nF).double()
             state["tokens"] += int(real.sum())
 
     # ------------------------------------------------------------------ files
@@ -410,6 +410,18 @@ def cholesky(moment_FF: Tensor) -> Tensor:
     raise ValueError(
         "the second moment cannot be factored: it is not finite, or of too little text"
     )
+
+
+def _gram(keys_nF: Tensor, parts: int = 4) -> Tensor:
+    """keys' keys, each pair of coordinates multiplied once and written twice."""
+    width = keys_nF.shape[1]
+    gram_FF = keys_nF.new_empty(width, width)
+    step = -(-width // parts)
+    for at in range(0, width, step):
+        right_XF = keys_nF[:, at : at + step].T @ keys_nF[:, at:]
+        gram_FF[at : at + step, at:] = right_XF
+        gram_FF[at:, at : at + step] = right_XF.T
+    return gram_FF
 
 
 def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:

@@ -117,6 +117,18 @@ class Tail:
         self.ids_BT, self.mask_BT, self._positions = ids[:, before:], mask, positions[:, before:]
         self._cache, self.offset_B = cache, start_B
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the beginnings of the rows are kept apart, as keys and values."""
+        return self._cache is not None
+
+    def from_block(self, layer: int, stored: Any = None) -> Tail:  # noqa: ANN401
+        """The same rows from a higher block on; with what the block below it gives, where that is known."""
+        part = copy.copy(self)
+        part.stored = self.below(layer) if stored is None else stored
+        part.layer = layer
+        return part
+
     @torch.no_grad()
     def below(self, layer: int) -> Any:  # noqa: ANN401  as the block returns it
         """What the block below ``layer`` gives for these rows."""

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, processors
 from datamodules.records import Edit
 from modules import lm as lm_module
 from modules.editing import Delta, LowRank, WeightPatch
-from modules.hooks import hooked
+from modules.hooks import first, hooked
 from modules.lm import LanguageModel, ModelError, Rows, TargetScores
 
 PROMPTS = [
@@ -225,6 +225,25 @@ def test_scores_are_those_of_single_plain_rows(lm, monkeypatch):
     assert lm.score(PROMPTS, TARGETS).full_BMV is None
 
 
+def test_rows_alike_up_to_their_last_token_run_once(lm):
+    """Two answers to one prompt that differ in their last token are one row, and another under another update."""
+    prompts, targets = [PROMPTS[0]] * 4 + PROMPTS[1:2], ["xy", "xz", "x", "xy", "xy"]
+    deltas, owners = updates(lm, 2), [0, 0, 0, 1, 1]
+    ran = []
+    block = lm.net.get_submodule(lm.structure.block_name(0))
+    with hooked([(block, lambda _module, _args, output: ran.append(len(first(output))))]):
+        scores = lm.score(prompts, targets, deltas, owners, full=True)
+    assert sum(ran) == 4
+    for b, owner in enumerate(owners):
+        patch = WeightPatch(lm, deltas[owner])
+        logprob, greedy = by_hand(lm, prompts[b], targets[b])
+        patch.remove()
+        own = scores[b : b + 1]
+        torch.testing.assert_close(own.logprob_BM[own.mask_BM], logprob, **NEAR)
+        assert torch.equal(own.greedy_BM[own.mask_BM], greedy)
+        assert torch.equal(own.full_BMV[own.mask_BM].argmax(-1), greedy)
+
+
 def test_exact_needs_every_token():
     greedy, mask = torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
 
@@ -272,13 +291,15 @@ def test_a_shared_prefix_changes_no_number(lm):
     patch = WeightPatch(lm, updates(lm, 1)[0])
     edited = lm.score(PROMPTS, TARGETS).logprob_BM
     assert lm.lowest_edited_layer() == 1
+    assert lm._block_output is not None  # asks a block, once, for the form of what it returns
     with lm.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)
             with lm.pristine():
                 torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, plain, **NEAR)
-        assert len(ran) == 1
         lm.score(PROMPTS[1:], TARGETS[1:])
+        assert len(ran) == 1
+        lm.score([*PROMPTS, "Something else"], [*TARGETS, TARGETS[0]])
         assert len(ran) == 2
     lm.score(PROMPTS, TARGETS)
     patch.remove()

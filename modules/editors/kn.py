@@ -194,8 +194,9 @@ def attributions(lm: LanguageModel, rows: Rows, points: int, batch_rows: int = 1
     attr_RLF = torch.zeros(count, structure.num_layers, structure.inner_width, device=lm.device)
     row_C = torch.arange(count, device=lm.device).repeat_interleave(points)
     alpha_C = ((torch.arange(points, device=lm.device) + 0.5) / points).repeat(count)
+    tail = lm.tail(rows, 0, rows.start_B - 1)
     for layer in range(structure.num_layers):
-        tail = lm.tail(rows, layer, rows.start_B - 1)
+        tail = lm.higher(tail, layer)
         for row_c, alpha_c in zip(row_C.split(batch_rows), alpha_C.split(batch_rows), strict=True):
             part_cF = _part(lm, tail.select(row_c), rows.select(row_c), layer, alpha_c)
             attr_RLF[:, layer].index_add_(0, row_c, part_cF / points)
