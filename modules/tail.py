@@ -179,11 +179,19 @@ class Tail:
             part.stored = replace_first(self.stored, first(self.stored)[row_R])
         return part
 
+    @property
+    def width(self) -> int:
+        """Columns that every call runs."""
+        return self.ids_BT.shape[1]
+
     def trimmed(self) -> Tail:
-        """The same tail without columns that only hold padding; for rows that are not cut at ``start_B``."""
-        width = int(self.mask_BT.sum(1).max())
+        """The same tail without columns that only hold padding at the end."""
+        before = self.mask_BT.shape[1] - self.width
+        width = int(self.mask_BT[:, before:].sum(1).max())
         part = copy.copy(self)
-        part.ids_BT, part.mask_BT = self.ids_BT[:, :width], self.mask_BT[:, :width]
+        part.ids_BT, part.mask_BT = self.ids_BT[:, :width], self.mask_BT[:, : before + width]
+        if self._positions is not None:
+            part._positions = self._positions[:, :width]
         if self.stored is not None:
             part.stored = replace_first(self.stored, first(self.stored)[:, :width])
         return part

@@ -427,9 +427,11 @@ def test_one_layer_is_the_plain_solution(method, gpt2, make, searched):
     editor = make(method, layers=[1], contexts=[], parallel=4)
     delta = editor.propose(gpt2, EDITS)
     name = gpt2.structure.out_name(1)
-    ((_, v0, values),) = searched
+    v0, found = (
+        torch.cat(c) for c in zip(*((v0, v.delta_ND) for _, v0, v in searched), strict=True)
+    )
     at = [int((v0 - h).norm(dim=1).argmin()) for h in at_all(gpt2, gpt2.structure.block_name(1), 1)]
-    keys, residual = at_all(gpt2, name, 0).T, values.delta_ND[at].T
+    keys, residual = at_all(gpt2, name, 0).T, found[at].T
     expected = product(editor.solve(1, EDITS, keys, residual, keys[:, :0]))
     assert list(delta.updates) == [f"{name}.weight"]
     limit = 1e-4 * expected.abs().max().item()

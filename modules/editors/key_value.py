@@ -59,9 +59,21 @@ def sample_contexts(
     return contexts
 
 
-def tokens_from_subject(lm: LanguageModel, edit: Edit) -> int:
-    """How many tokens run in every step of the search: edits with as many go together without padding."""
-    return len(lm.encode([f"{edit.text} {edit.target_new}"])[0]) - lm.lookup(edit)
+def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -> list[list[int]]:
+    """Indices of the edits whose values are looked for side by side, the quickest first.
+
+    At most ``parallel`` at once, and such as run about as many tokens in every step, those from the subject on:
+    the others' would be padding.
+    """
+    tokens = [
+        len(lm.encode([f"{edit.text} {edit.target_new}"])[0]) - lm.lookup(edit) for edit in edits
+    ]
+    parts: list[list[int]] = []
+    for n in sorted(range(len(edits)), key=tokens.__getitem__):
+        if not parts or len(parts[-1]) == parallel or tokens[n] > 1.25 * tokens[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(n)
+    return parts
 
 
 # ---------------------------------------------------------------------------- rows of some edits
@@ -116,8 +128,13 @@ class KeyRows:
         return KeyRows(part, self.lookup_R[keep], len(edits_n), self.num_contexts), keep
 
     def tail(self, lm: LanguageModel, layer: int) -> Tail:
-        """Everything below ``layer`` and before the subject's last token, computed once."""
-        return lm.tail(self.rows, layer, self.lookup_R)
+        """Everything below ``layer`` and before the subject's last token, computed once.
+
+        Nothing reads the last token of an answer.
+        """
+        rows, answers = self.rows, self.num_edits * self.num_contexts
+        mask_BT = torch.cat([rows.read.mask_BT[:answers], rows.mask_BT[answers:]])
+        return lm.tail(Rows(rows.ids_BT, mask_BT, rows.start_B), layer, self.lookup_R)
 
 
 def keys_and_values(
@@ -315,33 +332,22 @@ class _Problem:
         self.precision = precision
         rows = key_rows.rows
         self.answers = key_rows.num_edits * key_rows.num_contexts
-        row_N, position_N = rows.answer_positions()
-        self.target_N = rows.ids_BT[row_N, position_N + 1]
-        last = torch.arange(self.answers, len(rows.ids_BT), device=lm.device)
-        self.read = (torch.cat([row_N, last]), torch.cat([position_N, rows.length_B[last] - 1]))
-        self.row_N = row_N
-        self.at_R = key_rows.lookup_R - tail.offset_B
+        self.row_N, position_N = rows.answer_positions()
+        self.target_N = rows.ids_BT[self.row_N, position_N + 1]
+        every_R = torch.arange(len(rows.ids_BT), device=lm.device)
+        answer_R, essence_R = every_R[: self.answers], every_R[self.answers :]
+        answers = (tail.select(answer_R).trimmed(), answer_R, self.row_N, position_N)
+        last_N = rows.length_B[essence_R] - 1
+        essence = (tail.select(essence_R).trimmed(), essence_R, essence_R - self.answers, last_N)
+        self.parts = [answers, essence]
+        if essence[0].width <= answers[0].width:  # as one batch: the essence is a few rows
+            read = torch.cat([self.row_N, essence_R]), torch.cat([position_N, last_N])
+            self.parts = [(tail.trimmed(), every_R, *read)]
         self.base_NV: Tensor | None = None
 
     def losses(self, delta_nD: Tensor) -> tuple[Tensor, Tensor]:
         """(nll_n, kl_n) of each edit."""
-        batch = len(self.at_R)
-        row_R = torch.arange(batch, device=self.lm.device)
-        owner_R = self.key_rows.owner_R
-
-        def add(_module: object, _args: tuple, output: Any) -> Any:  # noqa: ANN401
-            hidden = first(output)
-            out_BTD = hidden.view(batch, -1, hidden.shape[-1])
-            change = torch.zeros_like(out_BTD).index_put(
-                (row_R, self.at_R), delta_nD[owner_R].to(hidden.dtype)
-            )
-            return replace_first(output, (out_BTD + change).view(hidden.shape))
-
-        fast = torch.autocast(
-            self.lm.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
-        )
-        with fast, hooked([(self.lm.net.get_submodule(self.site), add)]):
-            logprob_NV = self.tail.logits(*self.read).float().log_softmax(-1)
+        logprob_NV = torch.cat([self._logprobs(delta_nD, *part) for part in self.parts])
         count = len(self.target_N)
         nll_N = -logprob_NV[:count].gather(1, self.target_N[:, None])[:, 0]
         tokens_R = torch.bincount(self.row_N, minlength=self.answers)
@@ -351,6 +357,27 @@ class _Problem:
             self.base_NV = essence_NV.detach()
         kl_n = (essence_NV.exp() * (essence_NV - self.base_NV)).sum(-1)
         return nll_R.unflatten(0, (self.key_rows.num_edits, -1)).mean(1), kl_n
+
+    def _logprobs(
+        self, delta_nD: Tensor, tail: Tail, row_r: Tensor, read_N: Tensor, position_N: Tensor
+    ) -> Tensor:
+        """logprob_NV of some of the rows, with their edits' deltas added at the lookup tokens."""
+        at_r = self.key_rows.lookup_R[row_r] - tail.offset_B
+        delta_rD = delta_nD[self.key_rows.owner_R[row_r]]
+        index_r = torch.arange(len(row_r), device=self.lm.device)
+
+        def add(_module: object, _args: tuple, output: Any) -> Any:  # noqa: ANN401
+            hidden = first(output)
+            out_rTD = hidden.view(len(row_r), -1, hidden.shape[-1])
+            place = (index_r, at_r)
+            change = torch.zeros_like(out_rTD).index_put(place, delta_rD.to(hidden.dtype))
+            return replace_first(output, (out_rTD + change).view(hidden.shape))
+
+        fast = torch.autocast(
+            self.lm.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
+        with fast, hooked([(self.lm.net.get_submodule(self.site), add)]):
+            return tail.logits(read_N, position_N).float().log_softmax(-1)
 
     def select(self, edits_n: Tensor) -> _Problem:
         key_rows, keep = self.key_rows.select(edits_n)

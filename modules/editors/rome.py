@@ -38,8 +38,8 @@ from modules.editors.key_value import (
     keys_and_values,
     optimise_values,
     sample_contexts,
+    searched_together,
     solve_update,
-    tokens_from_subject,
 )
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
@@ -120,10 +120,8 @@ class ROME(WeightEditor):
         if any(len(group) != 1 for group in edits):
             return super().propose_each(lm, edits)
         single = [group[0] for group in edits]
-        order = sorted(range(len(single)), key=lambda n: tokens_from_subject(lm, single[n]))
         deltas: dict[int, Delta] = {}
-        for begin in range(0, len(order), self.parallel):
-            part = order[begin : begin + self.parallel]
+        for part in searched_together(lm, single, self.parallel):
             deltas |= zip(part, self._independent(lm, [single[n] for n in part]), strict=True)
         return [deltas[n] for n in range(len(single))]
 

@@ -40,7 +40,7 @@ from modules.editors.key_value import (
     ValueSettings,
     optimise_values,
     sample_contexts,
-    tokens_from_subject,
+    searched_together,
 )
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
@@ -213,11 +213,10 @@ class SpreadEditor(WeightEditor):
             else:
                 missing.append(n)
         self.num_taken_over += len(edits) - len(missing)
-        order = sorted(missing, key=lambda n: tokens_from_subject(lm, edits[n]))
-        with Progress(disable=len(order) <= self.parallel, transient=True) as bar:
-            task = bar.add_task("values", total=len(order))
-            for begin in range(0, len(order), self.parallel):
-                part = order[begin : begin + self.parallel]
+        with Progress(disable=len(missing) <= self.parallel, transient=True) as bar:
+            task = bar.add_task("values", total=len(missing))
+            for places in searched_together(lm, [edits[n] for n in missing], self.parallel):
+                part = [missing[i] for i in places]
                 key_rows = KeyRows.of(lm, [edits[n] for n in part], self._contexts, self.essence)
                 tail = key_rows.tail(lm, self.layers[-1])
                 values = optimise_values(lm, key_rows, tail, site, v0_ND[part], self.settings)
