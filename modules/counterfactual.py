@@ -21,7 +21,8 @@ from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, EditError
 from modules.evaluation import UNMOVED
 from modules.learned import read_checkpoint
-from modules.lm import LanguageModel, TargetScores
+from modules.lm import LanguageModel
+from modules.rows import TargetScores
 from modules.tuning import FineTune
 
 

@@ -36,7 +36,8 @@ from modules.structure import (
 )
 
 if TYPE_CHECKING:
-    from modules.lm import LanguageModel, TargetScores
+    from modules.lm import LanguageModel
+    from modules.rows import TargetScores
 
 log = logging.getLogger(__name__)
 

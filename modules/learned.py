@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, EditError, WeightEditor, add_deltas
 from modules.evaluation import UNMOVED, EditingModule
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)

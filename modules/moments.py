@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 from datamodules.corpus import texts as corpus_texts
 from modules.hooks import Hook, capture, hooked
-from modules.lm import LanguageModel, Rows, cache_dir
+from modules.lm import LanguageModel
+from modules.loading import cache_dir
+from modules.rows import Rows
 
 log = logging.getLogger(__name__)
 

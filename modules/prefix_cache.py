@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modules.editing import write_tensors
 
 if TYPE_CHECKING:
-    from modules.lm import Rows
+    from modules.rows import Rows
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from torch.nn.functional import normalize
 from modules.editing import read_tensors, write_tensors
 from modules.encoder import TextEncoder
 from modules.hooks import capture, first
-from modules.lm import LanguageModel, cache_dir
+from modules.lm import LanguageModel
+from modules.loading import cache_dir
 from modules.search import Cells, nearest
 
 log = logging.getLogger(__name__)

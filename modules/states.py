@@ -13,7 +13,8 @@ from torch import Tensor
 
 from datamodules.corpus import texts
 from modules.hooks import capture
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 
 MAX_WORDS = 32  # of an unrelated prompt
 

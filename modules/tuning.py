@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from datamodules.records import Edit, EditCase
 from modules.editing import Delta, WeightEditor
 from modules.evaluation import EditingModule
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
 from modules.optimize import IndependentAdam
+from modules.rows import Rows
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from modules.editing import (
     file_format,
     svd,
 )
-from modules.lm import LanguageModel, hash_weights
+from modules.lm import LanguageModel
+from modules.loading import hash_weights
 from modules.memory import FORMAT as REMEMBERED
 from modules.memory import Remembered
 from modules.structure import is_linear, is_quantised

@@ -23,7 +23,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, processors
 
-from modules.lm import LanguageModel, cache_dir
+from modules.lm import LanguageModel
+from modules.loading import cache_dir
 from pipeline import cli
 
 transformers.utils.logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from modules.editors.ike import IKE
 from modules.editors.mello import MeLLo
 from modules.editors.memprompt import MemPrompt, edit_distance, normalise
 from modules.evaluation import EditingModule
-from modules.lm import hash_weights
+from modules.loading import hash_weights
 from modules.memory import Remembered, fit
 from modules.retrieval import Encoder
 from pipeline.callbacks import EditCallback

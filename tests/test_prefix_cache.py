@@ -10,8 +10,8 @@ from modules.editors.ke import KE
 from modules.editors.malmen import MALMEN
 from modules.editors.mend import MEND
 from modules.hooks import first
-from modules.lm import Rows
 from modules.prefix_cache import PrefixCache, Shards
+from modules.rows import Rows
 
 TEXTS = ["A", "The sea", "The sea is deep and blue", "He came to Ruritania, at last, and sat down.",
          "The capital of Ruritania is", "The capital of Ruritania is Strelsau"]  # fmt: skip

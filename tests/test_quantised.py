@@ -9,7 +9,8 @@ from modules.editors.finetune import FT
 from modules.editors.kn import KN
 from modules.editors.rome import ROME
 from modules.hooks import capture
-from modules.lm import LanguageModel, ModelError, hash_weights
+from modules.lm import LanguageModel
+from modules.loading import ModelError, hash_weights
 from modules.moments import Corpus, Moments
 from modules.structure import is_quantised, read_parameter, read_weight, sizes
 

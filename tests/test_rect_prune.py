@@ -12,7 +12,7 @@ from modules.editors.finetune import FT
 from modules.editors.prune import PRUNE
 from modules.editors.rect import RECT, largest_changes
 from modules.editors.rome import ROME
-from modules.lm import hash_weights
+from modules.loading import hash_weights
 from modules.moments import Corpus
 from modules.structure import read_parameter, sizes
 

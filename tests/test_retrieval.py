@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from modules import encoder, search
 from modules.editing import Delta, WeightPatch
-from modules.lm import ModelError
+from modules.loading import ModelError
 from modules.retrieval import Encoder, LanguageModelStates, Retriever, SentenceEncoder, find_encoder
 
 WORDS = ["ada", "zembla", "lake", "onna", "capital", "river", "port", "larch"]

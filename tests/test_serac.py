@@ -18,7 +18,7 @@ from modules.editing import EditError, LowRank, WeightPatch, editing_mode
 from modules.editors.lora import LoRA
 from modules.editors.serac import SERAC
 from modules.encoder import TextEncoder
-from modules.lm import ModelError
+from modules.loading import ModelError
 from modules.memory import Remembered
 from modules.pairs import Pairs, kin_of
 from modules.retrieval import SentenceEncoder

@@ -28,9 +28,10 @@ from typing import Any, Literal, Protocol
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, EditError
-from modules.lm import LanguageModel, TargetScores
+from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
 from modules.retrieval import Encoder, Retriever
+from modules.rows import TargetScores
 
 ROLES = {"copy": 1, "update": 3, "retain": 4}
 

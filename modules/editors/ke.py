@@ -36,7 +36,8 @@ from torch.nn.utils.rnn import pack_sequence
 from modules.editing import Delta, Update
 from modules.gradients import by_owner, gradient_factors
 from modules.learned import LearnedEditor
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.structure import sizes
 from modules.tail import Tail
 

@@ -27,8 +27,9 @@ from datamodules.records import Edit
 from modules.adapters import ModulePatch
 from modules.editing import Delta, EditError, read_tensors, write_tensors
 from modules.hooks import capture, first, hooked, replace_first
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
 from modules.optimize import IndependentAdam
+from modules.rows import Rows
 from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
 log = logging.getLogger(__name__)

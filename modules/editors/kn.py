@@ -42,7 +42,8 @@ from datamodules.records import Edit
 from modules.editing import Delta, EditError, LowRank, Update, WeightEditor
 from modules.editors.key_value import sample_contexts
 from modules.hooks import capture, hooked
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.structure import read_weight
 from modules.tail import Tail
 

@@ -38,7 +38,8 @@ from datamodules.records import Edit, EditCase, Probe
 from modules.editing import Delta, LowRank, Update
 from modules.gradients import PairNetwork, gradient_factors
 from modules.learned import LearnedEditor, drift
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.structure import sizes
 from modules.tail import Tail
 

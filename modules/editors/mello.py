@@ -32,9 +32,10 @@ from typing import Any
 
 from datamodules.records import Edit
 from modules.editing import Delta, EditHandle
-from modules.lm import LanguageModel, TargetScores
+from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
 from modules.retrieval import Encoder
+from modules.rows import TargetScores
 
 QUESTION, STEP, BELIEF = "Question:", "Subquestion:", "Generated answer:"
 FACT, ANSWER = "Retrieved fact:", "Final answer:"

