@@ -35,6 +35,9 @@ from modules.tail import Tail, can_be_cut, first_tokens, run_start
 log = logging.getLogger(__name__)
 
 VALUE_FORMAT = "corrigenda-value-1"
+WORTH_A_PASS = (
+    16  # tokens of padding: fewer take less time than going through all weights once more
+)
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -341,7 +344,8 @@ class _Problem:
         last_N = rows.length_B[essence_R] - 1
         essence = (tail.select(essence_R).trimmed(), essence_R, essence_R - self.answers, last_N)
         self.parts = [answers, essence]
-        if essence[0].width <= answers[0].width:  # as one batch: the essence is a few rows
+        padding = self.answers * (essence[0].width - answers[0].width)
+        if padding < WORTH_A_PASS:
             read = torch.cat([self.row_N, essence_R]), torch.cat([position_N, last_N])
             self.parts = [(tail.trimmed(), every_R, *read)]
         self.base_NV: Tensor | None = None
