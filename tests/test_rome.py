@@ -12,7 +12,13 @@ from datamodules.facts import Facts
 from datamodules.records import Edit
 from modules.editing import WeightPatch, editing_mode
 from modules.editors import key_value, rome
-from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
+from modules.editors.key_value import (
+    KeyRows,
+    keys_and_values,
+    sample_contexts,
+    searched_together,
+    solve_update,
+)
 from modules.editors.rome import ROME, _rank_one
 from modules.evaluation import EditingModule
 from modules.hooks import capture
@@ -329,6 +335,26 @@ def test_edits_searched_together_find_what_they_find_alone(parallel, lm, make):
         assert notes["iterations"] == expected["iterations"]
         iterations.append(notes["iterations"])
     assert min(iterations) == 1 < max(iterations)
+
+
+@pytest.mark.parametrize("worth", [1, 10**9])
+def test_the_essence_may_run_apart(worth, lm, make, monkeypatch):
+    """Where it is longer than what follows the subject, it would bring padding to all other rows."""
+    edit = Edit("Yesterday they went to {}", "Old Humbria", "rain")
+    plain = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
+    monkeypatch.setattr("modules.editors.key_value.WORTH_A_PASS", worth)
+    (name,) = plain.updates
+    other = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
+    torch.testing.assert_close(other.dense(name), plain.dense(name), rtol=1e-3, atol=1e-5)
+
+
+def test_what_runs_together_is_of_about_the_same_length(lm):
+    """Counted from the subject on, whatever stands before it."""
+    early = Edit("{} is a place that people go to", "Humbria", "rain")
+    late = [Edit(f"{before} they go to {{}}", "Humbria", "rain") for before in ("Today", "As told")]
+    assert searched_together(lm, [late[0], early, late[1]], 8) == [[0, 2], [1]]
+    assert searched_together(lm, [early] * 5, 2) == [[0, 1], [2, 3], [4]]
+    assert searched_together(lm, [], 8) == []
 
 
 def test_the_frozen_prefix_changes_nothing(tiny_folder, gpt2, make):

@@ -35,9 +35,8 @@ from modules.tail import Tail, can_be_cut, first_tokens, run_start
 log = logging.getLogger(__name__)
 
 VALUE_FORMAT = "corrigenda-value-1"
-WORTH_A_PASS = (
-    16  # tokens of padding: fewer take less time than going through all weights once more
-)
+# Tokens of padding that are worth a pass of their own: fewer take less time than going through all weights again.
+WORTH_A_PASS = 16
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
