@@ -607,7 +607,7 @@ def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
     assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
     assert max(calls) == 1  # one patch at most: the memory, not a pile of them
     whole, cut = summary(trained / "whole"), summary(trained / "cut")
-    assert whole["means"] == cut["means"]
+    assert whole["means"] == pytest.approx(cut["means"], abs=1e-6)
     assert whole["numbers"]["memory_entries"] == cut["numbers"]["memory_entries"] == 5
 
 
