@@ -270,9 +270,8 @@ class LearnedEditor(EditingModule, WeightEditor):
         """Rows of edits, outer and local probes, in this order; the last token of local ones alone is read."""
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
-        rows, answers = self.lm.rows(prompts, targets), 2 * len(edits)
-        mask_BT = torch.cat([rows.read.mask_BT[:answers], rows.mask_BT[answers:]])
-        tail = self.lm.tail(Rows(rows.ids_BT, mask_BT, rows.start_B), self.lowest_layer)
+        rows = self.lm.rows(prompts, targets)
+        tail = self.lm.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
         return rows, tail
 
 

@@ -476,8 +476,7 @@ class LanguageModel(nn.Module):
         while begin < len(order):
             longest = lengths[begin] - start
             most = min(tokens // longest, 2 * tokens // lengths[begin], len(order) - begin)
-            fewest = min(ENOUGH_TOKENS // longest, most)
-            count = max(1, fewest)
+            count = max(1, min(ENOUGH_TOKENS // longest, most))
             while count < most and lengths[begin + count] - start >= SIMILAR * longest:
                 count += 1
             yield order[begin : begin + count]

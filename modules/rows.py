@@ -35,8 +35,14 @@ class Rows:
     @property
     def read(self) -> Rows:
         """The rows without their last token, which no answer is read at; the columns stay."""
-        column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
-        mask_BT = self.mask_BT * (column_T < self.length_B[:, None] - 1)
+        return self.answers_read(len(self.ids_BT))
+
+    def answers_read(self, count: int) -> Rows:
+        """The same of the first ``count`` rows; the others, of which all is read, stay whole."""
+        device = self.ids_BT.device
+        column_T = torch.arange(self.ids_BT.shape[1], device=device)
+        is_answer_B = torch.arange(len(self.ids_BT), device=device) < count
+        mask_BT = self.mask_BT * (column_T < (self.length_B - is_answer_B.long())[:, None])
         return Rows(self.ids_BT, mask_BT, self.start_B)
 
     @property

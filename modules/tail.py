@@ -180,14 +180,18 @@ class Tail:
         return part
 
     @property
-    def width(self) -> int:
-        """Columns that every call runs."""
-        return self.ids_BT.shape[1]
+    def _before(self) -> int:
+        """Columns of the mask for what is kept of the rows' beginnings."""
+        return self.mask_BT.shape[1] - self.ids_BT.shape[1]
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens of each row that every call runs."""
+        return self.mask_BT[:, self._before :].sum(1)
 
     def trimmed(self) -> Tail:
         """The same tail without columns that only hold padding at the end."""
-        before = self.mask_BT.shape[1] - self.width
-        width = int(self.mask_BT[:, before:].sum(1).max())
+        width, before = int(self.length_B.max()), self._before
         part = copy.copy(self)
         part.ids_BT, part.mask_BT = self.ids_BT[:, :width], self.mask_BT[:, : before + width]
         if self._positions is not None:

@@ -135,9 +135,8 @@ class KeyRows:
 
         Nothing reads the last token of an answer.
         """
-        rows, answers = self.rows, self.num_edits * self.num_contexts
-        mask_BT = torch.cat([rows.read.mask_BT[:answers], rows.mask_BT[answers:]])
-        return lm.tail(Rows(rows.ids_BT, mask_BT, rows.start_B), layer, self.lookup_R)
+        answers = self.num_edits * self.num_contexts
+        return lm.tail(self.rows.answers_read(answers), layer, self.lookup_R)
 
 
 def keys_and_values(
@@ -339,14 +338,17 @@ class _Problem:
         self.target_N = rows.ids_BT[self.row_N, position_N + 1]
         every_R = torch.arange(len(rows.ids_BT), device=lm.device)
         answer_R, essence_R = every_R[: self.answers], every_R[self.answers :]
-        answers = (tail.select(answer_R).trimmed(), answer_R, self.row_N, position_N)
         last_N = rows.length_B[essence_R] - 1
-        essence = (tail.select(essence_R).trimmed(), essence_R, essence_R - self.answers, last_N)
-        self.parts = [answers, essence]
-        padding = self.answers * (essence[0].width - answers[0].width)
-        if padding < WORTH_A_PASS:
+        longer = int(tail.length_B[essence_R].max() - tail.length_B[answer_R].max())
+        if self.answers * longer < WORTH_A_PASS:
             read = torch.cat([self.row_N, essence_R]), torch.cat([position_N, last_N])
             self.parts = [(tail.trimmed(), every_R, *read)]
+        else:
+            answers, essence = (tail.select(row_r).trimmed() for row_r in (answer_R, essence_R))
+            self.parts = [
+                (answers, answer_R, self.row_N, position_N),
+                (essence, essence_R, essence_R - self.answers, last_N),
+            ]
         self.base_NV: Tensor | None = None
 
     def losses(self, delta_nD: Tensor) -> tuple[Tensor, Tensor]:
