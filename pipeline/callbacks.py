@@ -1,15 +1,12 @@
-"""When edits go in and out (:class:`EditCallback`), and what a run leaves behind (:class:`RunWriter`)."""
+"""When edits go in and out."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
@@ -22,17 +19,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.records import Edit, EditCase
 from modules.adapters import ModulePatch
 from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
-from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
+from modules.evaluation import CaseResult, EditingModule
 from modules.metrics import FactsForgotten
-from pipeline.report.logs import read_training
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of summary.json and cases.jsonl
 QUERIES_TIMED = 8  # of the edits made together
 
 
-# Edits that a checkpoint holds, by kind; each kind's edits in a row can be made one.
 class EditCallback(Callback):
     """Puts edits in before they are evaluated and takes them out afterwards.
 
@@ -236,7 +230,7 @@ class EditCallback(Callback):
 
         Metrics are named one by one: which of several patterns holds differs between its versions.
         """
-        boards = _boards(trainer)
+        boards = wandb_loggers(trainer)
         new = set(trainer.callback_metrics) - self._on_an_axis if boards else set()
         self._on_an_axis |= new
         for name in sorted(new):
@@ -353,7 +347,7 @@ class EditCallback(Callback):
             self._remove()
 
 
-def _boards(trainer: Trainer) -> list[WandbLogger]:
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     """Loggers to W&B, in the process that writes."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     return boards if trainer.is_global_zero else []
@@ -375,148 +369,3 @@ def peak_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class RunWriter(Callback):
-    """Writes ``cases.jsonl`` as cases are evaluated and ``summary.json`` when all is done."""
-
-    def __init__(self, run_dir: Path, verb: str, seed: int | None = None) -> None:
-        self.folder, self.verb, self.seed = run_dir, verb, seed
-        # Rows of this process's batches, where there are several processes.
-        self._waiting: list[list[dict[str, Any]]] = []
-        self._started = time.perf_counter()
-
-    @property
-    def _cases(self) -> Path:
-        return self.folder / "cases.jsonl"
-
-    def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
-        if trainer.is_global_zero and self._cases.exists():
-            self._end_last_line()
-
-    def _end_last_line(self) -> None:
-        """A run that was killed may have left half a line; what follows starts on a new one."""
-        with open(self._cases, "rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                whole = self._cases.read_bytes()
-                file.truncate(whole.rfind(b"\n") + 1)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: EditingModule,
-        outputs: Any,  # noqa: ANN401
-        *_: object,
-    ) -> None:
-        if not trainer.sanity_checking:
-            self._write(trainer, outputs["results"], "val")
-
-    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        """The edits of a stream's step have just been made and scored by the EditCallback before this one."""
-        self._write(trainer, _edit_callback(trainer).current, "current")
-
-    def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
-        num_edits = _edit_callback(trainer).num_edits
-        rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
-        if phase == "val" and trainer.world_size > 1:
-            self._waiting.append(rows)
-        else:  # a stream's edits are the same in every process
-            self._append(trainer, rows)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """Gathers once, in the order of the data: processes had its batches in turn, some one batch less."""
-        if trainer.world_size > 1 and not trainer.sanity_checking:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self._waiting)
-            turns = zip_longest(*gathered, fillvalue=[])
-            self._append(trainer, [row for turn in turns for rows in turn for row in rows])
-            self._waiting = []
-
-    def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-        if rows and trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._cases, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._finish(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """``last.ckpt`` is of the last step, also where the interval of checkpoints does not meet it."""
-        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = self.folder / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        if not trainer.interrupted:
-            self._finish(trainer, pl_module)
-            self._draw_learning_curves(trainer)
-
-    def _draw_learning_curves(self, trainer: Trainer) -> None:
-        """W&B gets the picture that a report draws."""
-        boards = _boards(trainer)
-        if not boards:
-            return
-        from pipeline.report.curves import learning_picture  # matplotlib takes a second
-
-        for logger in trainer.loggers:
-            logger.save()
-        training = read_training(self.folder)
-        picture = training and learning_picture(training)
-        for board in boards if picture else ():
-            board.log_image("learning curves", [picture])
-
-    def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        summary = self._summary(trainer, pl_module)
-        if trainer.is_global_zero:
-            text = json.dumps(summary, indent=1, ensure_ascii=False)
-            part = self.folder / "summary.json.part"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
-            part.replace(self.folder / "summary.json")
-
-    def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
-        edit = _edit_callback(trainer)
-        made, seconds, size, asked, asked_seconds, plain_seconds = edit.totals(trainer)
-        means = {
-            name: value if abs(value) < float("inf") else None
-            for name, value in module.means.items()
-        }
-        return {
-            "format": FORMAT,
-            "run": self.folder.name,
-            "verb": self.verb,
-            "finished": True,
-            "seed": self.seed,
-            "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
-            "model": module.base_model["name"],
-            "model_hash": module.base_model["hash"],
-            "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
-            "schedule": edit.schedule,
-            "protocols": {
-                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}" for name in means
-            },
-            "means": means,
-            "budget": {
-                "num_edits": made or None,
-                "seconds_per_edit": seconds / made if made else None,
-                "prepare_seconds": edit.prepare_seconds or None,
-                "peak_gib": peak_gib(),
-                "parameters_touched": edit.touched or None,
-                "bytes_per_edit": size / made if made else None,
-                "seconds_per_query": asked_seconds / asked if asked else None,
-                "query_overhead": asked_seconds / plain_seconds if asked else None,
-                "training_seconds": getattr(module, "training_seconds", None),
-                "run_seconds": time.perf_counter() - self._started,
-            },
-            "numbers": edit.editor.numbers() if edit.editor else {},
-        }
-
-
-def _edit_callback(trainer: Trainer) -> EditCallback:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next(c for c in callbacks if isinstance(c, EditCallback))

@@ -22,9 +22,10 @@ from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
 from modules.moments import Corpus
 from modules.tuning import FineTune
-from pipeline.callbacks import EditCallback, RunWriter
+from pipeline.callbacks import EditCallback
 from pipeline.report.comparison import join
 from pipeline.report.runs import read_run
+from pipeline.run_writer import RunWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),

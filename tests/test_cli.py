@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from modules.lm import LanguageModel
-from pipeline import cli
 from pipeline.callbacks import EditCallback
+from pipeline.fit import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -79,7 +79,7 @@ def one_line(capsys):
             ["cannot load the model 'nowhere/at-all'", "give a hub id"],
         ),
         (["--model", "MEND", "--model.layers", "[2]"], ["layer 2 does not exist"]),
-        (["-c", "nope.yaml"], ["no configuration file nope.yaml", str(cli.CONFIGS)]),
+        (["-c", "nope.yaml"], ["no configuration file nope.yaml", str(CONFIGS)]),
         (["-c", "typo.yaml"], ["editor", "'layre' is not accepted"]),
         (["-c", "broken.yaml"], ["broken.yaml"]),
         (["--ckpt_path", "nope.ckpt"], ["nope.ckpt"]),

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import cli
 from pipeline.compare import read_study
+from pipeline.fit import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 APART = ("compare", "tasks")
 FILES = sorted(
     p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in APART
@@ -69,7 +68,7 @@ def test_a_run_of_a_study_is_a_valid_command(parse, study, name):
     assert files and all((CONFIGS.parent / file).is_file() for file in files)
     found = parse(*args)
     assert found["model"]["class_path"] and found["data"]["class_path"]
-    assert cli.CONFIGS == CONFIGS
+    assert CONFIGS == CONFIGS
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
