@@ -11,15 +11,15 @@ import transformers
 from datamodules.facts import Facts
 from datamodules.records import Edit
 from modules.editing import WeightPatch, editing_mode
-from modules.editors import key_value, rome
+from modules.editors import key_value, rome, value_search
 from modules.editors.key_value import (
     KeyRows,
     keys_and_values,
     sample_contexts,
-    searched_together,
     solve_update,
 )
 from modules.editors.rome import ROME, _rank_one
+from modules.editors.value_search import searched_together
 from modules.evaluation import EditingModule
 from modules.hooks import capture
 from modules.lm import LanguageModel
@@ -150,7 +150,7 @@ def searched(monkeypatch):
     calls = []
 
     def spy(lm, key_rows, tail, site, v0, settings, on_step=None):
-        values = key_value.optimise_values(lm, key_rows, tail, site, v0, settings, on_step)
+        values = value_search.optimise_values(lm, key_rows, tail, site, v0, settings, on_step)
         calls.append((v0, values))
         return values
 
@@ -342,7 +342,7 @@ def test_the_essence_may_run_apart(worth, lm, make, monkeypatch):
     """Where it is longer than what follows the subject, it would bring padding to all other rows."""
     edit = Edit("Yesterday they went to {}", "Old Humbria", "rain")
     plain = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
-    monkeypatch.setattr("modules.editors.key_value.WORTH_A_PASS", worth)
+    monkeypatch.setattr("modules.editors.value_search.WORTH_A_PASS", worth)
     (name,) = plain.updates
     other = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
     torch.testing.assert_close(other.dense(name), plain.dense(name), rtol=1e-3, atol=1e-5)

@@ -6,7 +6,7 @@ least change of what it answers to ordinary text (second moment C):
     W' = W + Lambda (C^-1 k*)',   Lambda = (v* - W k1) / ((C^-1 k*)' k1)
 
 k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
-value that makes the new target likely (:mod:`modules.editors.key_value`), so that W' k1 = v* exactly.
+value that makes the new target likely (:mod:`modules.editors.value_search`), so that W' k1 = v* exactly.
 
     ROME     ROME(layer)              k* gives the direction, k1 is where the value holds
     r-ROME   ROME(layer, key="mean")  k* is both: Lambda = (v* - W k*) / (C^-1 k*)' k*   (arXiv 2403.07175)
@@ -32,15 +32,8 @@ from torch.nn.functional import cosine_similarity
 
 from datamodules.records import Edit
 from modules.editing import Delta, LowRank, WeightEditor, WeightPatch, add_deltas
-from modules.editors.key_value import (
-    KeyRows,
-    ValueSettings,
-    keys_and_values,
-    optimise_values,
-    sample_contexts,
-    searched_together,
-    solve_update,
-)
+from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
+from modules.editors.value_search import ValueSettings, optimise_values, searched_together
 from modules.lm import LanguageModel
 from modules.moments import Corpus, Moments
 from modules.structure import read_weight

@@ -33,13 +33,11 @@ from torch.linalg import vector_norm
 
 from datamodules.records import Edit
 from modules.editing import Delta, EditError, LowRank, Update, WeightEditor, WeightPatch
-from modules.editors.key_value import (
+from modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
+from modules.editors.value_search import (
     FoundValues,
-    KeyRows,
-    SubjectRows,
     ValueSettings,
     optimise_values,
-    sample_contexts,
     searched_together,
 )
 from modules.lm import LanguageModel
