@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datamodules.base import Row, open_text, read_rows, require_file
+from datamodules.files import Row, open_text, read_rows, require_file
 
 
 def texts(source: str) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datamodules.base import EditDataModule, Row
+from datamodules.base import EditDataModule
+from datamodules.files import Row
 from datamodules.records import Edit, EditCase, Probe
 
 

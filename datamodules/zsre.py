@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from datamodules.base import EditDataModule, Row
+from datamodules.base import EditDataModule
+from datamodules.files import Row
 from datamodules.records import EditCase, Probe
 
 

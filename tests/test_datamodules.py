@@ -14,9 +14,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import base, corpus
-from datamodules.base import CaseLoader, DataError, EditDataModule, read_rows, subjects
+from datamodules import base, corpus, files
+from datamodules.base import EditDataModule, subjects
 from datamodules.counterfact import CounterFact
+from datamodules.files import DataError, read_rows
+from datamodules.loader import CaseLoader
 from datamodules.records import Edit, EditCase, Probe
 from datamodules.zsre import ZsRE
 
@@ -507,7 +509,7 @@ def test_unset_paths():
     with pytest.raises(DataError, match="ZsRE has no cases to edit: give --data.path "):
         ZsRE().cases("test")
     with pytest.raises(NotImplementedError, match="EditDataModule does not read files"):
-        EditDataModule().parse(base.Row("x", 0, {}))
+        EditDataModule().parse(files.Row("x", 0, {}))
 
 
 def test_training_on_what_is_evaluated_is_refused(split):

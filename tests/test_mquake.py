@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.base import DataError
+from datamodules.files import DataError
 from datamodules.mquake import MQuAKE
 from modules import metrics
 from modules.evaluation import PROTOCOLS, EditingModule

@@ -1,0 +1,150 @@
+"""Batches of cases, in an order that a stopped run finds again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from datamodules.files import DataError
+from datamodules.records import EditCase
+
+T = TypeVar("T")
+Share = Literal["even", "each_once", "same"]
+
+
+class CaseLoader:
+    """Batches of cases as lists, in an order that depends on seed and epoch alone.
+
+    Lightning stores ``state_dict`` with a checkpoint and hands it back on resuming, so a run
+    stopped in the middle of an epoch goes on with the batch it would have seen next. It is no
+    ``DataLoader`` because there is nothing to collate, and so that Lightning puts no padding
+    sampler around it.
+
+    That holds for checkpoints written during an epoch. An epoch that max_steps or max_time cuts
+    short counts as finished for Lightning: a checkpoint written after it leads to the next epoch.
+
+    Args:
+        cases: what to hand out.
+        batch_size: cases per batch and process; the last batch may be shorter.
+        shuffle: a new order in every epoch.
+        seed: of the shuffling.
+        share: what each of several processes gets. "even": cases in turn, all the same number, for
+            training, where processes step together (up to one case per process sits out an epoch);
+            "each_once": whole batches in turn, none left out or repeated, for evaluation; "same":
+            everything, for edits that must be made alike everywhere.
+        num_replicas, rank: processes among which cases are shared and the place of this one; by
+            default all processes of torch.distributed, if it is running.
+        processed: number of batches of this epoch whose step has finished, where the caller knows;
+            a batch handed out but not finished when the checkpoint was written is then repeated.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[EditCase],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        share: Share = "each_once",
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        processed: Callable[[], int] | None = None,
+    ) -> None:
+        self.cases = cases
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.share = share
+        self._replicas = num_replicas
+        self._rank = rank
+        self._processed = processed
+        self.epoch = 0
+        self.position = 0  # batches of this epoch handed out
+        self._start = 0  # where the next pass begins; not 0 only after load_state_dict
+
+    @property
+    def sampler(self) -> CaseLoader:
+        """Itself: Lightning announces an epoch by ``loader.sampler.set_epoch``."""
+        return self
+
+    @property
+    def batch_sampler(self) -> CaseLoader:
+        """Itself: Lightning takes whatever has a ``sampler`` to have this too."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position, self._start = epoch, 0, 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch, wherever in it this loader stands."""
+        return len(self._batches(range(len(self.cases))))
+
+    def __iter__(self) -> Iterator[list[EditCase]]:
+        # Lightning takes the iterator before it announces the epoch, and takes some it never uses.
+        # So nothing may happen before the first batch is asked for, as is true of a generator.
+        batches = self._batches(self._order())
+        start, self._start = self._start, 0
+        for position in range(start, len(batches)):
+            self.position = position + 1
+            yield list(batches[position])
+
+    def state_dict(self) -> dict[str, Any]:
+        position = self.position
+        if self._processed is not None:
+            position = min(position, self._processed())
+        return {"epoch": self.epoch, "position": position, "seen": self._seen(position)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.position = self._start = state["position"]
+        if self._seen(self.position) != state["seen"]:
+            raise DataError(
+                "cannot go on in the middle of an epoch: the checkpoint was made with other cases, "
+                "batch_size, seed or number of devices; set them as they were, or start anew"
+            )
+
+    def _order(self) -> list[EditCase]:
+        order = list(self.cases)
+        if self.shuffle:
+            random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return order
+
+    def _world(self) -> tuple[int, int]:
+        """Number of processes that share the cases, and which of them this is."""
+        if self._replicas is not None and self._rank is not None:
+            return self._replicas, self._rank
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    def _batches(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """This process's share of ``items``, in batches."""
+        replicas, rank = self._world()
+        mine = items
+        if self.share == "even":
+            mine = items[: len(items) - len(items) % replicas][rank::replicas]
+        starts = range(0, len(mine), self.batch_size)
+        batches = [mine[start : start + self.batch_size] for start in starts]
+        if self.share == "each_once":
+            too_few = len(batches) < replicas
+            batches = batches[rank::replicas]
+        else:
+            too_few = not batches
+        if items and too_few:  # on every process, or those with a batch would wait for the others
+            raise DataError(
+                f"{len(items)} cases in batches of {self.batch_size} are too few for {replicas} "
+                "processes: lower --data.batch_size or use fewer devices"
+            )
+        return batches
+
+    def _seen(self, position: int) -> str:
+        """Hash of what all processes together have been handed by ``position``."""
+        replicas = 1 if self.share == "same" else self._world()[0]
+        ids = [case.case_id for case in self._order()[: position * self.batch_size * replicas]]
+        text = json.dumps([self.batch_size, replicas, ids])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
