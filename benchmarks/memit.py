@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.side_by_side import corpus, difference, ratio, require_close
 from datamodules.records import Edit, EditCase
-from modules.editing import Delta, editing_mode
+from modules.delta import Delta
+from modules.editing import editing_mode
 from modules.editors.memit import MEMIT
 from modules.lm import LanguageModel
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from modules.editing import Delta
+from modules.delta import Delta
 from modules.lm import LanguageModel
 from modules.moments import Corpus
 

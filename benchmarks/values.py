@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.side_by_side import corpus, difference, ratio, require_close
 from datamodules.records import EditCase
-from modules.editing import Delta, editing_mode
+from modules.delta import Delta
+from modules.editing import editing_mode
 from modules.editors.rome import ROME
 from modules.lm import LanguageModel
 

@@ -22,15 +22,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from datamodules.records import Edit
-from modules.editing import (
-    EditError,
-    EditHandle,
-    Editor,
-    editing_mode,
-    read_tensors,
-    require_base,
-    write_tensors,
-)
+from modules.delta import EditError, read_tensors, write_tensors
+from modules.editing import EditHandle, Editor, editing_mode, require_base
 from modules.hooks import Hook
 
 if TYPE_CHECKING:

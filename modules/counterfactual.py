@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, EditError
+from modules.delta import Delta, EditError
 from modules.evaluation import UNMOVED
 from modules.learned import read_checkpoint
 from modules.lm import LanguageModel

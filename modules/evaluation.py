@@ -27,7 +27,7 @@ from torch import Tensor
 
 from datamodules.records import EditCase, Probe
 from modules import metrics
-from modules.editing import Delta
+from modules.delta import Delta
 from modules.lm import LanguageModel
 from modules.moments import Corpus
 from modules.rows import TargetScores

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from modules.editing import LowRank
+from modules.delta import LowRank
 from modules.hooks import Hook, first, hooked
 from modules.lm import LanguageModel
 from modules.rows import Rows

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, EditError, WeightEditor, add_deltas
+from modules.delta import Delta, EditError, add_deltas
+from modules.editing import WeightEditor
 from modules.evaluation import UNMOVED, EditingModule
 from modules.lm import LanguageModel
 from modules.rows import Rows

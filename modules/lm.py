@@ -25,7 +25,8 @@ from transformers import DynamicCache
 
 from datamodules.records import Edit
 from modules.adapters import Asked, ModulePatch
-from modules.editing import Delta, EditHandle, TextPatch, side_branches
+from modules.delta import Delta, side_branches
+from modules.editing import EditHandle, TextPatch
 from modules.hooks import first, replace_first
 from modules.loading import cache_dir, hash_weights, load_model
 from modules.prefix_cache import PrefixCache, Shards

@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import EditError, Editor, TextPatch, read_tensors, write_tensors
+from modules.delta import EditError, read_tensors, write_tensors
+from modules.editing import Editor, TextPatch
 from modules.lm import LanguageModel
 from modules.retrieval import Encoder, Retriever, as_tensor, find_encoder, from_tensor
 

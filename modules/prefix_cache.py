@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from modules.editing import write_tensors
+from modules.delta import write_tensors
 
 if TYPE_CHECKING:
     from modules.rows import Rows

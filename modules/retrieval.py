@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modules.editing import read_tensors, write_tensors
+from modules.delta import read_tensors, write_tensors
 from modules.encoder import TextEncoder
 from modules.hooks import capture, first
 from modules.lm import LanguageModel

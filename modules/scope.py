@@ -31,7 +31,7 @@ from torch.nn.functional import logsigmoid
 from torchmetrics.classification import BinaryAUROC
 
 from datamodules.records import EditCase
-from modules.editing import EditError
+from modules.delta import EditError
 from modules.encoder import TextEncoder
 from modules.learned import read_checkpoint
 from modules.pairs import Kin, Pairs, kin_of, unmoved

@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import Edit, EditCase
-from modules.editing import Delta, WeightEditor
+from modules.delta import Delta
+from modules.editing import WeightEditor
 from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
 from modules.optimize import IndependentAdam

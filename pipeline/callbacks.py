@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.records import Edit, EditCase
 from modules.adapters import ModulePatch
-from modules.editing import Delta, EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
+from modules.delta import Delta
+from modules.editing import EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import CaseResult, EditingModule
 from modules.metrics import FactsForgotten
 

@@ -20,15 +20,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from datamodules.records import Edit
-from modules.editing import (
-    Delta,
-    LowRank,
-    Update,
-    WeightPatch,
-    add_deltas,
-    file_format,
-    svd,
-)
+from modules.delta import Delta, LowRank, Update, add_deltas, file_format, svd
+from modules.editing import WeightPatch
 from modules.lm import LanguageModel
 from modules.loading import hash_weights
 from modules.memory import FORMAT as REMEMBERED

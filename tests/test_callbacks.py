@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
 from modules.adapters import ModulePatch
-from modules.editing import Delta, Editor, WeightPatch
+from modules.delta import Delta
+from modules.editing import Editor, WeightPatch
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.finetune import FT
 from modules.editors.grace import GRACE

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, EditError, WeightPatch
+from modules.delta import Delta, EditError
+from modules.editing import WeightPatch
 from modules.editors.ike import IKE
 from modules.editors.mello import MeLLo
 from modules.editors.memprompt import MemPrompt, edit_distance, normalise

@@ -9,18 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from datamodules.records import Edit
-from modules.editing import (
-    FORMAT,
-    Delta,
-    EditError,
-    LowRank,
-    TextPatch,
-    WeightEditor,
-    WeightPatch,
-    add_deltas,
-    editing_mode,
-    side_branches,
-)
+from modules.delta import FORMAT, Delta, EditError, LowRank, add_deltas, side_branches
+from modules.editing import TextPatch, WeightEditor, WeightPatch, editing_mode
 from modules.structure import UnsupportedModel, sizes
 
 PROMPTS = ["The capital of Zorbania is", "He said:", "In São Paulo, the people are", "I"]

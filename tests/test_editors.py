@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit, EditCase
-from modules.editing import Delta, EditError, WeightPatch, editing_mode
+from modules.delta import Delta, EditError
+from modules.editing import WeightPatch, editing_mode
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.emmet import EMMET
 from modules.editors.finetune import FT

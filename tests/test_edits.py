@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import load_file
 
 from datamodules.records import Edit
-from modules.editing import Delta, LowRank, WeightPatch, add_deltas, svd
+from modules.delta import Delta, LowRank, add_deltas, svd
+from modules.editing import WeightPatch
 from modules.editors.finetune import FT
 from modules.editors.lora import LoRA
 from modules.editors.memprompt import MemPrompt

@@ -9,7 +9,8 @@ import torch
 from datamodules.counterfact import CounterFact
 from datamodules.records import Edit, EditCase, Probe
 from datamodules.zsre import ZsRE
-from modules.editing import Delta, LowRank, WeightPatch
+from modules.delta import Delta, LowRank
+from modules.editing import WeightPatch
 from modules.editors.finetune import FT
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.lm import LanguageModel

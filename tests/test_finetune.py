@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from datamodules.records import Edit, EditCase, Probe
 from modules import tuning
-from modules.editing import Delta, LowRank, WeightPatch
+from modules.delta import Delta, LowRank
+from modules.editing import WeightPatch
 from modules.editors.finetune import FT
 from modules.editors.lora import LoRA
 from modules.hooks import hooked

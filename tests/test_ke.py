@@ -9,7 +9,8 @@ from torch import nn
 
 from datamodules.records import Edit
 from datamodules.zsre import ZsRE
-from modules.editing import Delta, editing_mode
+from modules.delta import Delta
+from modules.editing import editing_mode
 from modules.editors.ke import KE
 from modules.structure import to_storage
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, processors
 from datamodules.records import Edit
 from modules import lm as lm_module
 from modules import loading
-from modules.editing import Delta, LowRank, WeightPatch
+from modules.delta import Delta, LowRank
+from modules.editing import WeightPatch
 from modules.hooks import first, hooked
 from modules.lm import LanguageModel
 from modules.loading import ModelError

@@ -6,7 +6,8 @@ from lightning.pytorch import Trainer
 
 from datamodules.records import Edit, EditCase, Probe
 from datamodules.zsre import ZsRE
-from modules.editing import Delta, LowRank, editing_mode
+from modules.delta import Delta, LowRank
+from modules.editing import editing_mode
 from modules.editors.malmen import MALMEN, Ridge
 
 pytestmark = [

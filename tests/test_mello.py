@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, WeightPatch
+from modules.delta import Delta
+from modules.editing import WeightPatch
 from modules.editors import mello
 from modules.editors.mello import DEMONSTRATIONS, MeLLo, Reasoning
 from modules.evaluation import EditingModule

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditError, LowRank, WeightPatch, editing_mode
+from modules.delta import Delta, EditError, LowRank
+from modules.editing import WeightPatch, editing_mode
 from modules.editors import spread
 from modules.editors.alphaedit import AlphaEdit
 from modules.editors.emmet import EMMET

@@ -12,7 +12,8 @@ from torch import nn
 
 from datamodules.records import Edit, EditCase, Probe
 from datamodules.zsre import ZsRE
-from modules.editing import Delta, WeightPatch, editing_mode
+from modules.delta import Delta
+from modules.editing import WeightPatch, editing_mode
 from modules.editors.mend import MEND, GradientTransform
 from modules.evaluation import EditingModule
 from modules.gradients import Normaliser

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from datamodules.records import Edit
 from modules.adapters import Adapter, ModuleEditor, ModulePatch
-from modules.editing import Delta, EditError, LowRank, WeightPatch
+from modules.delta import Delta, EditError, LowRank
+from modules.editing import WeightPatch
 from modules.lm import LanguageModel
 
 PROMPTS = ["The capital of Ruritania is", "He said", "In the year of Old Humbria the town was not"]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from modules import moments as moments_module
-from modules.editing import Delta, LowRank, WeightPatch
+from modules.delta import Delta, LowRank
+from modules.editing import WeightPatch
 from modules.hooks import capture
 from modules.moments import (
     IMPORTED,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditError, LowRank, WeightPatch
+from modules.delta import Delta, EditError, LowRank
+from modules.editing import WeightPatch
 from modules.editors.finetune import FT
 from modules.editors.kn import KN
 from modules.editors.rome import ROME

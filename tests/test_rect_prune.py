@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from datamodules.records import Edit
-from modules.editing import Delta, LowRank, WeightEditor, WeightPatch, svd
+from modules.delta import Delta, LowRank, svd
+from modules.editing import WeightEditor, WeightPatch
 from modules.editors.finetune import FT
 from modules.editors.prune import PRUNE
 from modules.editors.rect import RECT, largest_changes

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from modules import encoder, search
-from modules.editing import Delta, WeightPatch
+from modules.delta import Delta
+from modules.editing import WeightPatch
 from modules.loading import ModelError
 from modules.retrieval import Encoder, LanguageModelStates, Retriever, SentenceEncoder, find_encoder
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.counterfactual import CounterfactualModel, in_front
-from modules.editing import Delta as WeightDelta
-from modules.editing import EditError, LowRank, WeightPatch, editing_mode
+from modules.delta import Delta, EditError, LowRank
+from modules.editing import WeightPatch, editing_mode
 from modules.editors.lora import LoRA
 from modules.editors.serac import SERAC
 from modules.encoder import TextEncoder
@@ -238,7 +238,7 @@ def test_psi_is_of_the_base_whatever_else_is_in_force(tiny_lm, make):
     name = lm.structure.out_name(1) + ".weight"
     width, inner = lm.structure.width, lm.structure.inner_width
     low = LowRank(torch.randn(width, 1), torch.randn(1, inner))
-    patch = WeightPatch(lm, WeightDelta({name: low}))
+    patch = WeightPatch(lm, Delta({name: low}))
     elsewhere = full(lm, ELSEWHERE, ["deep", "old"])
     handle = editor.edit(lm, EDITS)
     editor.scope.scorer.log_scale.data.fill_(9.0)

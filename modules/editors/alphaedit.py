@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import EditError
+from modules.delta import EditError
 from modules.editors.key_value import solve_update
 from modules.editors.spread import SpreadEditor
 from modules.moments import Moments

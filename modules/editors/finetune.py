@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modules.editing import Delta
+from modules.delta import Delta
 from modules.lm import LanguageModel
 from modules.structure import sizes
 from modules.tuning import GradientEditor, Loss

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, EditError
+from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
 from modules.retrieval import Encoder, Retriever

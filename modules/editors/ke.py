@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from modules.editing import Delta, Update
+from modules.delta import Delta, Update
 from modules.gradients import by_owner, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel

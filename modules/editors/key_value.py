@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from datamodules.records import Edit
 from modules.adapters import ModulePatch
-from modules.editing import Delta
+from modules.delta import Delta
 from modules.hooks import capture, first
 from modules.lm import LanguageModel
 from modules.rows import Rows

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditError, LowRank, Update, WeightEditor
+from modules.delta import Delta, EditError, LowRank, Update
+from modules.editing import WeightEditor
 from modules.editors.key_value import sample_contexts
 from modules.hooks import capture, hooked
 from modules.lm import LanguageModel

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modules.editing import Delta, LowRank
+from modules.delta import Delta, LowRank
 from modules.lm import LanguageModel
 from modules.structure import is_linear, sizes
 from modules.tuning import GradientEditor, Loss

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
-from modules.editing import Delta, LowRank, Update
+from modules.delta import Delta, LowRank, Update
 from modules.gradients import PairNetwork, gradient_factors
 from modules.learned import LearnedEditor, drift
 from modules.lm import LanguageModel

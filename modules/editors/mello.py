@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditHandle
+from modules.delta import Delta
+from modules.editing import EditHandle
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
 from modules.retrieval import Encoder

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import EditCase
-from modules.editing import Delta, Update
+from modules.delta import Delta, Update
 from modules.gradients import PairNetwork, by_owner, gradient_factors
 from modules.learned import LearnedEditor
 from modules.lm import LanguageModel

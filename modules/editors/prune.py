@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import Delta, LowRank, Update, WeightEditor, WeightPatch, add_deltas, svd
+from modules.delta import Delta, LowRank, Update, add_deltas, svd
+from modules.editing import WeightEditor, WeightPatch
 from modules.lm import LanguageModel
 from modules.structure import read_parameter
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
-from modules.editing import Delta, Update, WeightEditor
+from modules.delta import Delta, Update
+from modules.editing import WeightEditor
 from modules.lm import LanguageModel
 from modules.structure import read_parameter
 

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from datamodules.records import Edit
-from modules.editing import Delta, LowRank, WeightEditor, WeightPatch, add_deltas
+from modules.delta import Delta, LowRank, add_deltas
+from modules.editing import WeightEditor, WeightPatch
 from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
 from modules.editors.value_search import ValueSettings, optimise_values, searched_together
 from modules.lm import LanguageModel

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from datamodules.records import Edit
 from modules.counterfactual import Counterfactual, in_front
-from modules.editing import Delta, EditError
+from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch
 from modules.retrieval import Encoder, SentenceEncoder

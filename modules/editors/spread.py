@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.editing import Delta, EditError, LowRank, Update, WeightEditor, WeightPatch
+from modules.delta import Delta, EditError, LowRank, Update
+from modules.editing import WeightEditor, WeightPatch
 from modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
 from modules.editors.value_search import (
     FoundValues,

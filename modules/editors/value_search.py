@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
-from modules.editing import EditError, read_tensors, write_tensors
+from modules.delta import EditError, read_tensors, write_tensors
 from modules.editors.key_value import KeyRows
 from modules.hooks import first, hooked, replace_first
 from modules.lm import LanguageModel
