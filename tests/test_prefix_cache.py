@@ -186,9 +186,10 @@ EDITORS = {
 def test_losses_and_gradients_are_those_of_the_plain_way(lm, folder, name, layers):
     cls, settings = EDITORS[name]
     editor = cls(lm, layers=layers, **settings)
+    generator = torch.Generator().manual_seed(1)  # puts no unit of a ReLU at zero, where rounding decides
     for parameter in editor.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn_like(parameter)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     found = []
     for way in ("plain", "reused", "kept", "kept"):
         lm.reuse_prefix = way != "plain"
@@ -203,8 +204,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way(lm, folder, name, layer
     assert plain[1] > 1e-5 and plain[2].norm() > 0
     for edit_loss, kl, gradient in others:
         assert abs(edit_loss - plain[0]) < 1e-4 and abs(kl - plain[1]) < 1e-4
-        limit = 5e-3 if name == "MALMEN" else 1e-4  # its ridge solution makes more of a rounding
-        assert (gradient - plain[2]).norm() < limit * plain[2].norm()
+        assert (gradient - plain[2]).norm() < 1e-5 * plain[2].norm()
     first_time, second_time = others[1:]
     assert first_time[:2] == second_time[:2] and torch.equal(first_time[2], second_time[2])
 
