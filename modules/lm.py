@@ -131,6 +131,11 @@ class LanguageModel(nn.Module):
             for handle in self.handles:
                 handle.swap()
 
+    @property
+    def adapted(self) -> bool:
+        """Whether a memory beside the network is in force, which must see rows whole."""
+        return any(isinstance(handle, ModulePatch) for handle in self.handles)
+
     def _text_patch(self) -> TextPatch | None:
         """The newest edit in force on what the model is asked."""
         patches = [h for h in self.handles if isinstance(h, TextPatch) and h.active]
@@ -234,12 +239,13 @@ class LanguageModel(nn.Module):
         rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
         special = set(self.tokenizer.all_special_ids)
         return [
-            row[:-1] if len(row) > 1 and self._appends and row[-1] in special else row
+            row[:-1] if len(row) > 1 and self.appends and row[-1] in special else row
             for row in rows
         ]
 
     @cached_property
-    def _appends(self) -> bool:
+    def appends(self) -> bool:
+        """Whether the tokenizer puts a special token behind a text."""
         return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
 
     def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
@@ -247,7 +253,7 @@ class LanguageModel(nn.Module):
         prompts = [prompt.rstrip() for prompt in prompts]
         if targets is None:
             ids = self.encode(prompts)
-            return self._pad(ids, [len(row) for row in ids])
+            return self.pad(ids, [len(row) for row in ids])
         joint = [
             f"{prompt} {target.strip()}" for prompt, target in zip(prompts, targets, strict=True)
         ]
@@ -261,9 +267,10 @@ class LanguageModel(nn.Module):
             if start >= len(row) or not target.strip():
                 raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
             starts.append(start)
-        return self._pad(ids, starts)
+        return self.pad(ids, starts)
 
-    def _pad(self, ids: list[list[int]], starts: list[int]) -> Rows:
+    def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
+        """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""
         device = self.device
         ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         length_B = torch.tensor([len(row) for row in ids], device=device)
@@ -358,7 +365,7 @@ class LanguageModel(nn.Module):
         logprob_BM = torch.zeros(target_BM.shape, device=self.device)
         greedy_BM = torch.zeros_like(target_BM)
         full_BMV: Tensor | None = None
-        for chunk_C in self._chunks(read.select(row_U), start):
+        for chunk_C in self.chunks(read.select(row_U), start):
             row_C = row_U[chunk_C]
             part, place_N = read.select(row_C), rows.select(row_C).answer_positions()
             tail = self._after(start, part, begun) if begun else self._remembered(part)
@@ -403,9 +410,9 @@ class LanguageModel(nn.Module):
                 break
         if not ids:
             raise ValueError("perplexity needs text of at least two tokens, and there is none")
-        rows = self._pad(ids, [1] * len(ids))
+        rows = self.pad(ids, [1] * len(ids))
         total, count = 0.0, 0
-        for chunk_B in self._chunks(rows, tokens=CHUNK_TOKENS // 4):  # all logits of all tokens
+        for chunk_B in self.chunks(rows, tokens=CHUNK_TOKENS // 4):  # all logits of all tokens
             part = rows.select(chunk_B)
             row_N, position_N = part.answer_positions()
             branch = self.side_by_side([delta] if delta else None, None)
@@ -425,8 +432,7 @@ class LanguageModel(nn.Module):
 
     def _may_share(self, deltas: Sequence[Delta] | None) -> bool:
         """Whether a common start may be computed apart from the rest."""
-        routed = any(isinstance(handle, ModulePatch) for handle in self.handles)
-        return self._shares_start and not deltas and not routed
+        return self._shares_start and not deltas and not self.adapted
 
     @property
     def _sees_all(self) -> bool:
@@ -468,7 +474,7 @@ class LanguageModel(nn.Module):
         stored = replace_first(self._block_output, states_BTD)
         return Tail(self.net, self.structure, ids_BT, mask_BT, layer, stored=stored)
 
-    def _chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
+    def chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
         """Row indices in batches of similar length: at most ``tokens`` padded tokens from ``start`` on, and
         twice as many with what is kept of those before it; little padding once there is enough work."""
         order = rows.length_B.argsort(descending=True, stable=True)

@@ -434,7 +434,7 @@ def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
         count = 1
         while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
             count += 1
-        yield lm._pad(ids[begin : begin + count], [1] * count)
+        yield lm.pad(ids[begin : begin + count], [1] * count)
         begin += count
 
 

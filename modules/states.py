@@ -25,7 +25,7 @@ def read_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(row_R, states_RTH) in parts: the input (or output) of module ``site`` at every token, float32."""
     module = lm.net.get_submodule(site)
-    for row_R in lm._chunks(rows):
+    for row_R in lm.chunks(rows):
         part = rows.select(row_R)
         with lm.asking(part.prompt_BT), capture({site: module}, stop=True) as seen:
             lm.net.get_decoder()(

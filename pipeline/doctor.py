@@ -152,7 +152,7 @@ def _tokenizer(lm: LanguageModel, edits: Sequence[Edit]) -> list[str]:
     spare = lm.net.get_output_embeddings().weight.shape[0] - len(tokenizer)
     return _pairs({
         "special tokens in front": ", ".join(begins) or "none",
-        "and behind": "one, taken off" if lm._appends else "none",
+        "and behind": "one, taken off" if lm.appends else "none",
         "prompt + target": f"{total - merged} of {total} prompts keep their tokens when a target follows",
         "leading space": f"{apart} of {total} targets are other tokens alone than after a prompt",
         "numbers": f"' 1984' is {digits} token{'s' * (digits > 1)}",

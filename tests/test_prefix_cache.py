@@ -186,7 +186,7 @@ EDITORS = {
 def test_losses_and_gradients_are_those_of_the_plain_way(lm, folder, name, layers):
     cls, settings = EDITORS[name]
     editor = cls(lm, layers=layers, **settings)
-    generator = torch.Generator().manual_seed(1)  # puts no unit of a ReLU at zero, where rounding decides
+    generator = torch.Generator().manual_seed(1)  # no unit of a ReLU comes to stand at zero
     for parameter in editor.parameters():
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from datamodules.records import Edit
-from modules.adapters import ModulePatch
 from modules.delta import Delta
 from modules.hooks import capture, first
 from modules.lm import LanguageModel
@@ -194,9 +193,8 @@ class SubjectRows:
         self, lm: LanguageModel, module: nn.Module, deltas: Sequence[Delta]
     ) -> Iterator[tuple[Tensor, DynamicCache | None]]:
         """Rows that run together, and the keys and values of what they begin with, where that is shared."""
-        adapted = any(isinstance(handle, ModulePatch) for handle in lm.handles)
-        if len(deltas) > 1 or adapted or len(self.rows.ids_BT) == self.num_contexts:
-            yield from ((row_b, None) for row_b in lm._chunks(self.rows))
+        if len(deltas) > 1 or lm.adapted or len(self.rows.ids_BT) == self.num_contexts:
+            yield from ((row_b, None) for row_b in lm.chunks(self.rows))
             return
         every_R = torch.arange(len(self.rows.ids_BT), device=lm.device)
         for row_n in every_R.view(-1, self.num_contexts).T:
@@ -206,7 +204,7 @@ class SubjectRows:
                 with lm.side_by_side(deltas, None):
                     begun = run_start(lm.net, rows.ids_BT[:1, :start], until=module)
                 begun = begun if begun and can_be_cut(begun) else None
-            yield from ((row_n[b], begun) for b in lm._chunks(rows, start if begun else 0))
+            yield from ((row_n[b], begun) for b in lm.chunks(rows, start if begun else 0))
 
     def _per_edit(self, count: int) -> list[tuple[Tensor, None]]:
         return [((self.owner_R == n).nonzero()[:, 0], None) for n in range(count)]

@@ -170,7 +170,7 @@ class KN(WeightEditor):
             logits_1V = lm.tail(bare, 0).logits(torch.zeros_like(bare.start_B), bare.length_B - 1)
         answer = int(logits_1V.argmax())
         ids = lm.encode([prompt.rstrip() for prompt in prompts])
-        return lm._pad([[*row, answer] for row in ids], [len(row) for row in ids])
+        return lm.pad([[*row, answer] for row in ids], [len(row) for row in ids])
 
     def _towards(self, lm: LanguageModel, rows: Rows, edit: Edit) -> Tensor:
         """What an update adds to a value of norm one: away from the old answer, towards the new one."""
