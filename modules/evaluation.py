@@ -218,10 +218,10 @@ class EditingModule(LightningModule):
         return {name: metric.to(self.device) for name, metric in self._metrics.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trainable parts only, and the name and weights of the base model they belong to."""
+        """Keeps trainable parts, the name and weights of their base model, and what was measured last."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("lm.")}
-        checkpoint["base_model"] = self.base_model
+        checkpoint["base_model"], checkpoint["means"] = self.base_model, self.means
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = checkpoint.get("base_model")
@@ -241,6 +241,7 @@ class EditingModule(LightningModule):
                 f"this checkpoint's {name} has shape {saved.get(name)}, that of {type(self).__name__} as it is "
                 f"set up here {own.get(name)}: choose the class and the settings it was trained with"
             )
+        self.means = checkpoint.get("means", {})
 
     # ------------------------------------------------------------------ asking
 

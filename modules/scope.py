@@ -276,7 +276,7 @@ class ScopeClassifier(LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if ".selector." not in k}
         checkpoint["scope"] = {"form": self.form}
-        checkpoint["base_model"] = self.base_model
+        checkpoint["base_model"], checkpoint["means"] = self.base_model, self.means
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         was = checkpoint.get("scope"), checkpoint.get("base_model")
@@ -285,6 +285,7 @@ class ScopeClassifier(LightningModule):
                 f"this checkpoint is of {was}, not of a scope classifier of form {self.form!r} on "
                 f"{self.base_model}: set --model.form and --model.encoder as then"
             )
+        self.means = checkpoint.get("means", {})
 
     @classmethod
     def load(cls, path: str) -> ScopeClassifier:

@@ -32,7 +32,6 @@ NOISE = (
     # A stream of edits trains nothing, and ends after one epoch.
     r".*`max_epochs` was not set.*",
     r".*`LightningModule.configure_optimizers` returned `None`.*",
-    r"Using ModelCheckpoint with manual optimization.*",
     r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -46,7 +45,7 @@ def fit_or_validate(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
 
     from pipeline.callbacks import EditCallback
-    from pipeline.run_writer import RunWriter
+    from pipeline.run_writer import LastCheckpoint, RunWriter
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -91,6 +90,9 @@ def fit_or_validate(args: list[str]) -> None:
             _pass_on_seed(config)
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            given = self.config_init[self.subcommand].trainer
+            if given.enable_checkpointing is not False:
+                given.callbacks = [*_as_list(given.callbacks), LastCheckpoint(self.run_dir)]
             trainer = super().instantiate_trainer(**kwargs)
             seed = self.config[self.subcommand].seed_everything
             writer = RunWriter(self.run_dir, self.subcommand, seed)
@@ -246,8 +248,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
             "save_dir"
         ):
             logger.setdefault("init_args", Namespace())["save_dir"] = str(run_dir)
-    callbacks = trainer.callbacks or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = _as_list(trainer.callbacks)
     if trainer.enable_progress_bar is False:
         callbacks = trainer.callbacks = [
             c for c in callbacks if not c.class_path.endswith("ProgressBar")
@@ -256,6 +257,11 @@ def _place(config: Namespace, run_dir: Path) -> None:
         if callback.class_path.endswith("ModelCheckpoint") and not callback.init_args.dirpath:
             callback.init_args.dirpath = str(run_dir / "checkpoints")
     run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _as_list(callbacks: Any) -> list[Any]:  # noqa: ANN401
+    """Callbacks as they may be given: none, one or several."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def _pass_on_seed(config: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: every case as it is evaluated, the last checkpoint, and a summary at the end."""
+"""What a run leaves behind: every case as it is evaluated, what it goes on from, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
@@ -18,6 +19,9 @@ from pipeline.callbacks import EditCallback, peak_gib, wandb_loggers
 from pipeline.report.logs import read_training
 
 FORMAT = 1  # of summary.json and cases.jsonl
+KEPT_EVERY = (
+    60.0  # seconds, what may be lost of a run that is killed, or one step if that takes longer
+)
 
 
 class RunWriter(Callback):
@@ -88,12 +92,6 @@ class RunWriter(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._finish(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """``last.ckpt`` is of the last step, also where the interval of checkpoints does not meet it."""
-        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = self.folder / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)
-
     def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
@@ -158,6 +156,45 @@ class RunWriter(Callback):
             },
             "numbers": edit.editor.numbers() if edit.editor else {},
         }
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt``, which an interrupted ``fit`` goes on from.
+
+    It is of the last step, of the last evaluation, or at most a minute old. A step that is evaluated is kept
+    after that: a run that went on from before would leave the evaluation out. To be called after all other
+    callbacks, whose state it keeps. (Lightning's ModelCheckpoint keeps a step before its evaluation, and knows no
+    time where optimization is manual, as a stream's is.)
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "checkpoints" / "last.ckpt"
+        self._kept_at = time.monotonic()
+        self._step = 0
+        self._whole = False  # no gradients are being accumulated, which a checkpoint would lose
+
+    def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._kept_at, self._step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self._whole, self._step = trainer.global_step != self._step, trainer.global_step
+        loop = trainer.fit_loop
+        if self._whole and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            late = time.monotonic() - self._kept_at >= KEPT_EVERY
+            if trainer.strategy.broadcast(late):  # all processes save together
+                self._keep(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if self._whole and not trainer.sanity_checking:
+            self._keep(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._kept_at = time.monotonic()
 
 
 def _edit_callback(trainer: Trainer) -> EditCallback:

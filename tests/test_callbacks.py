@@ -1,14 +1,12 @@
 """When edits are in force, what a run writes, and that a stopped stream goes on where it was."""
 
 import json
-import math
 from contextlib import suppress
 
 import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
@@ -26,7 +24,7 @@ from modules.tuning import FineTune
 from pipeline.callbacks import EditCallback
 from pipeline.report.comparison import join
 from pipeline.report.runs import read_run
-from pipeline.run_writer import RunWriter
+from pipeline.run_writer import LastCheckpoint, RunWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -111,15 +109,14 @@ def lm(tiny_lm):
 
 
 @pytest.fixture
-def run(lm, data, tmp_path):
+def run(lm, data, tmp_path, monkeypatch):
     """``run(editor, schedule)``: a whole run in ``tmp_path / name``; returns its spy and its trainer."""
+    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", 0.0)
 
     def run(
         editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest
     ):
         folder, spy = tmp_path / name, Spy(fail_at)
-        last = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0,
-                               every_n_train_steps=2, enable_version_counter=False)  # fmt: skip
         settings = {
             "max_steps": -1,
             "val_check_interval": 2,
@@ -128,7 +125,7 @@ def run(lm, data, tmp_path):
         ckpt_path = settings.pop("ckpt_path", None)
         trainer = Trainer(
             accelerator="cpu", default_root_dir=folder,
-            callbacks=[EditCallback(editor, schedule), spy, last], inference_mode=False,
+            callbacks=[EditCallback(editor, schedule), spy, LastCheckpoint(folder)], inference_mode=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             log_every_n_steps=1, **settings,
         )  # fmt: skip
@@ -298,14 +295,17 @@ def test_max_steps_counts_edits_of_a_stream(run, lm, tmp_path):
         ("current", 2), ("current", 2), ("val", 2), ("val", 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("batch_size", "fail_at"), [(1, 3), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "fail_at", "left"),
+    [(1, 3, 2), (1, 4, 1), (2, 2, 1), (1, "validation", 4), (2, "validation", 2)],
+)
 @pytest.mark.parametrize(
     "make", [lambda _: ft(), rome, alphaedit, grace], ids=["FT", "ROME", "AlphaEdit", "GRACE"]
 )
 def test_a_stopped_stream_goes_on_to_the_bit(
-    run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at
+    run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at, left
 ):
-    """Steps after the last checkpoint (one in two) are made again; the model is a new one."""
+    """Steps that are left are made, a step whose evaluation was stopped again; the model is a new one."""
     data.batch_size = batch_size
     _, trainer = run(make(data_files), "stream", "fit", "whole")
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -314,7 +314,7 @@ def test_a_stopped_stream_goes_on_to_the_bit(
     fresh = tiny_lm("gpt2")
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     spy, resumed = run(make(data_files), "stream", "fit", "cut", model=fresh, ckpt_path=checkpoint)
-    assert spy.steps == math.ceil(5 / batch_size) - fail_at // 2 * 2
+    assert spy.steps == left
     assert all(torch.equal(p, lm.net.get_parameter(n)) for n, p in fresh.net.named_parameters())
     whole, cut = (rows(tmp_path / name) for name in ("whole", "cut"))
     assert sorted(map(str, whole)) == sorted(map(str, cut))
@@ -330,6 +330,33 @@ def test_a_stopped_stream_goes_on_to_the_bit(
     assert len(fresh.handles) == 1
     fresh.handles[0].remove()  # the undo has been kept, too
     assert unchanged(fresh, weights(tiny_lm("gpt2")))
+
+
+@pytest.mark.parametrize("stopped", ["evaluation", "summary"])
+def test_a_run_stopped_at_its_very_end_has_its_results(
+    run, tiny_lm, data, tmp_path, monkeypatch, stopped
+):
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    data.batch_size = 1
+    run(ft(), "stream", "fit", "whole", val_check_interval=5)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+        if stopped == "summary":
+            patch.setattr(RunWriter, "_finish", fail)
+        fail_at = "validation" if stopped == "evaluation" else None
+        run(
+            ft(), "stream", "fit", "cut",
+            fail_at=fail_at, model=tiny_lm("gpt2"), val_check_interval=5,
+        )  # fmt: skip
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    spy, _ = run(
+        ft(), "stream", "fit", "cut",
+        model=tiny_lm("gpt2"), ckpt_path=checkpoint, val_check_interval=5,
+    )  # fmt: skip
+    assert spy.steps == (stopped == "evaluation")
+    means = [summary(tmp_path / name)["means"] for name in ("whole", "cut")]
+    assert means[0] == means[1] and means[0]["efficacy/exact"] >= 0
 
 
 def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):

@@ -422,15 +422,8 @@ def test_a_case_without_anything_that_must_stay_borrows_another_one(tiny_lm):
 # ---------------------------------------------------------------------------- runs
 
 
-def config(tiny_folder, data_files, every=1, **trainer):
+def config(tiny_folder, data_files, **trainer):
     """A training run of nine steps, in epochs of three, with a validation after every second step."""
-    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    last = {
-        "save_top_k": 0,
-        "save_last": True,
-        "every_n_train_steps": every,
-        "enable_version_counter": False,
-    }
     return {
         "model": {"class_path": "MEND", "init_args": {
             "lm": {"name": str(tiny_folder("gpt2"))}, "layers": [1], "rank": 4, "lr": 1e-2, "warm_up": 2,
@@ -439,8 +432,7 @@ def config(tiny_folder, data_files, every=1, **trainer):
             "path": data_files.zsre, "train_path": data_files.zsre_train, "batch_size": 2,
             "val_fraction": 0.2}},
         "trainer": {"max_steps": 9, "val_check_interval": 2, "check_val_every_n_epoch": None,
-                    "enable_progress_bar": False, "log_every_n_steps": 1, "accelerator": "cpu",
-                    "callbacks": [{"class_path": checkpoint, "init_args": last}]} | trainer,
+                    "enable_progress_bar": False, "log_every_n_steps": 1, "accelerator": "cpu"} | trainer,
         "wandb": "off",
     }  # fmt: skip
 
@@ -467,25 +459,35 @@ def rows(folder):
     return [line | {"edits": None} for line in lines]
 
 
-@pytest.mark.parametrize(("every", "step"), [(1, 5), (2, 5), (3, 8)])
+@pytest.mark.parametrize(
+    ("where", "call", "kept_every", "kept"),
+    [
+        ("training_step", 5, 0, 5),
+        ("training_step", 5, 60, 4),  # what was evaluated is kept at once
+        ("training_step", 8, 60, 8),
+        ("on_validation_epoch_start", 1, 0, 3),
+        ("on_validation_epoch_start", 3, 0, 7),
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
-    run_mend, tmp_path, monkeypatch, every, step
+    run_mend, tmp_path, monkeypatch, where, call, kept_every, kept
 ):
-    """Stopped in the middle of the second or third epoch, after its own or an earlier checkpoint."""
-    assert run_mend(tmp_path / "whole", every=every) == 0
-    steps, training_step = iter(range(99)), MEND.training_step
+    """Stopped in the second or third epoch, in a step or in an evaluation, which is then made."""
+    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", kept_every)
+    assert run_mend(tmp_path / "whole") == 0
+    calls, stopped = iter(range(99)), getattr(MEND, where)
 
     def stop_once(self, *args):
-        if next(steps) == step:
+        if next(calls) == call:
             raise KeyboardInterrupt
-        return training_step(self, *args)
+        return stopped(self, *args)
 
-    monkeypatch.setattr(MEND, "training_step", stop_once)
-    assert run_mend(tmp_path / "cut", every=every) == 130
+    monkeypatch.setattr(MEND, where, stop_once)
+    assert run_mend(tmp_path / "cut") == 130
     saved = load(tmp_path / "cut")
-    assert saved["global_step"] == step // every * every
+    assert saved["global_step"] == kept
     assert not (tmp_path / "cut" / "summary.json").exists()
-    assert run_mend(tmp_path / "cut", "--ckpt_path", "last", every=every) == 0
+    assert run_mend(tmp_path / "cut", "--ckpt_path", "last") == 0
 
     whole, cut = load(tmp_path / "whole"), load(tmp_path / "cut")
     assert whole["global_step"] == cut["global_step"] == 9
@@ -571,10 +573,20 @@ def test_a_foreign_checkpoint_is_refused_in_one_line(
     assert all(word in message for word in words), message
 
 
-def test_the_best_is_kept_and_training_stops_when_it_gets_worse(run_mend, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_is_kept_and_training_stops_when_it_gets_worse(
+    run_mend, tmp_path, monkeypatch, interrupted
+):
     """INV-E10: of a scripted sequence, in which less is worse."""
-    script = iter([0.2, 0.5, 0.4, 0.45, 0.3, 0.9, 0.9])
-    monkeypatch.setattr(EditingModule, "compute_means", lambda _: {"all/balance": next(script)})
+    script = [0.2, 0.5, 0.4, *([None] if interrupted else []), 0.45, 0.3, 0.9, 0.9]
+
+    def scripted(_):
+        value = script.pop(0)
+        if value is None:
+            raise KeyboardInterrupt
+        return {"all/balance": value}
+
+    monkeypatch.setattr(EditingModule, "compute_means", scripted)
     (tmp_path / "stop.yaml").write_text(
         "trainer:\n  callbacks+:\n"
         "  - class_path: ModelCheckpoint\n"
@@ -583,7 +595,11 @@ def test_the_best_is_kept_and_training_stops_when_it_gets_worse(run_mend, tmp_pa
         "    init_args: {monitor: val/all/balance, mode: max, patience: 3}\n"
     )
     folder = tmp_path / "run"
-    assert run_mend(folder, "-c", tmp_path / "stop.yaml", max_steps=20, val_check_interval=1) == 0
+    rest, settings = ["-c", tmp_path / "stop.yaml"], {"max_steps": 20, "val_check_interval": 1}
+    if interrupted:
+        assert run_mend(folder, *rest, **settings) == 130
+        rest += ["--ckpt_path", "last"]
+    assert run_mend(folder, *rest, **settings) == 0
     assert load(folder, "best")["global_step"] == 2
     assert load(folder)["global_step"] == 5  # three validations without a better one
     summary = json.loads((folder / "summary.json").read_text())
