@@ -146,6 +146,7 @@ class EditingModule(LightningModule):
         self.case_deltas: list[Delta] | None = None  # one update per case of the batch
         self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
         self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
+        self.measured: dict[str, dict[str, float]] = {}  # by fingerprint, before an interruption
         self.edited: Set[str] = frozenset()  # prompts of the edits in force, which are to move
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._metrics: dict[str, metrics.CaseMetric] = {}
@@ -186,7 +187,13 @@ class EditingModule(LightningModule):
         """Evaluates a batch of cases; its results are the ``results`` of the output."""
         if self.only_cases is not None:
             batch = [case for case in batch if case.case_id in self.only_cases]
-        return {"results": self.evaluate(batch)}
+        for case in batch:
+            self._count_again(self.measured.get(case.fingerprint, {}))
+        return {"results": self.evaluate(self.unmeasured(batch))}
+
+    def unmeasured(self, cases: Sequence[EditCase]) -> list[EditCase]:
+        """Those that were not measured before an interruption."""
+        return [case for case in cases if case.fingerprint not in self.measured]
 
     def on_validation_epoch_end(self) -> None:
         self.means = self.compute_means()
@@ -367,6 +374,16 @@ class EditingModule(LightningModule):
                 for b, value in zip(rows, values_B.tolist(), strict=True):
                     if entries is not None:
                         entries[b][measure] = value if math.isfinite(value) else None
+
+    def _count_again(self, means: dict[str, float]) -> None:
+        """Adds a case's means as they were measured before."""
+        for name, value in means.items():
+            criterion, _, measure = name.rpartition("/")
+            verdict, metric, _ = VERDICTS.get(criterion, ("", metrics.CaseMean, None))
+            is_verdict = verdict and measure.startswith(f"{verdict}_")
+            kind = metric if is_verdict else metrics.CaseMean
+            running = self._metrics.setdefault(name, kind(PROTOCOLS[measure]))
+            running.update(torch.tensor([value]), torch.tensor([0]))
 
     def _ask_freely(
         self,

@@ -191,10 +191,12 @@ class EditCallback(Callback):
             pl_module.edited = _prompts(batch)
         if self.editor is None or trainer.sanity_checking:
             return
+        left = pl_module.unmeasured(batch)
         if self.schedule == "each":
-            self._propose_each(trainer, pl_module, batch)
             self.num_edits = 1
-        elif self.schedule == "batch":
+            if left:
+                self._propose_each(trainer, pl_module, left)
+        elif self.schedule == "batch" and left:
             name = f"batch-{batch_idx * trainer.world_size + trainer.global_rank:06d}"
             self._handles = [self._edit(trainer, pl_module, batch, name)]
             self.num_edits = len(batch)

@@ -220,8 +220,8 @@ def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> No
 def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) -> None:
     """Refuse to keep or continue what was run with other arguments."""
     folder = study.out / run.name
-    is_kept = is_finished(folder) or _can_resume(folder, run)
     before = known.get(run.name, {}).get("args")
+    is_kept = is_finished(folder) or _can_resume(folder, run, before)
     if is_kept and before is not None and before != list(run.args):
         raise UserError(
             f"run {run.name} in {study.out} was made with other arguments ({shlex.join(before)}); "
@@ -241,15 +241,16 @@ def _do(study: Study, run: StudyRun, title: str) -> None:
     """Bring one run to its end, whatever state it is in; exits if that fails."""
     console = Console(highlight=False)
     folder = study.out / run.name
+    before = _read_record(study.out).get(run.name, {}).get("args")
     if is_finished(folder):
         console.print(f"{title}: finished before, skipped", markup=False)
-        _write_record(study, run, _read_record(study.out).get(run.name, {}).get("args"))
+        _write_record(study, run, before)
         return
     console.rule(Text(title), align="left")
     args = [word.replace("{out}", str(study.out)) for word in run.args]
-    if _can_resume(folder, run):
-        console.print("interrupted before, goes on from its last checkpoint", markup=False)
-        args += ["--ckpt_path", "last"]
+    if _can_resume(folder, run, before):
+        console.print("interrupted before, goes on where it was", markup=False)
+        args += ["--ckpt_path", "last"] if run.args[0] == "fit" else []
     elif folder.exists():
         aside = _put_aside(folder)
         console.print(f"interrupted before, kept as {aside} and started over", markup=False)
@@ -257,10 +258,16 @@ def _do(study: Study, run: StudyRun, title: str) -> None:
     _finish(run, folder, _wait(run_command(args, folder)))
 
 
-def _can_resume(folder: Path, run: StudyRun) -> bool:
-    """Whether ``folder`` holds an interrupted fit with a checkpoint to go on from."""
-    has_checkpoint = (folder / "checkpoints" / "last.ckpt").exists()
-    return run.args[0] == "fit" and has_checkpoint and not is_finished(folder)
+def _can_resume(folder: Path, run: StudyRun, before: Sequence[str] | None) -> bool:
+    """Whether ``folder`` holds an interrupted run to go on with: a fit's checkpoint, a validation's cases.
+
+    A validation under other arguments than ``before`` is begun anew.
+    """
+    if (folder / "summary.json").exists():
+        return False
+    if run.args[0] == "fit":
+        return (folder / "checkpoints" / "last.ckpt").exists()
+    return (folder / "cases.jsonl").exists() and before == list(run.args)
 
 
 def _put_aside(folder: Path) -> Path:

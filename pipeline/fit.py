@@ -85,7 +85,7 @@ def fit_or_validate(args: list[str]) -> None:
             config = self.config[self.subcommand]
             # As given, before _place: a copy of the file can be run into another folder.
             self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
-            self.run_dir = _run_dir(config, self.subcommand)
+            self.run_dir = _run_dir(config, self.subcommand, self.config_text)
             _place(config, self.run_dir)
             _pass_on_seed(config)
 
@@ -187,8 +187,11 @@ def _require_yaml(path: str) -> None:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _run_dir(config: Namespace, verb: str) -> Path:
-    """The run's folder; refuses one that already holds a run, unless that is resumed."""
+def _run_dir(config: Namespace, verb: str, text: str) -> Path:
+    """The run's folder; refuses one that already holds a run, unless that is resumed.
+
+    An unfinished ``validate`` is by the same settings (``text``), a ``fit`` when it is told so.
+    """
     from lightning.pytorch.utilities import rank_zero_only
 
     folder = Path(config.run_dir) if config.run_dir else _named_by_time(verb)
@@ -203,14 +206,29 @@ def _run_dir(config: Namespace, verb: str) -> Path:
         raise UserError(
             f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
         )
-    if verb != "fit" or config.ckpt_path != "last":
-        resume = "resume it with --ckpt_path last, or " if verb == "fit" else ""
-        raise UserError(f"{folder} holds an unfinished run: {resume}choose another --run_dir")
+    if verb == "validate":
+        if not _has_settings(folder, text):
+            raise UserError(
+                f"{folder} holds an unfinished run of other settings: choose another --run_dir"
+            )
+        return folder
+    if config.ckpt_path != "last":
+        raise UserError(
+            f"{folder} holds an unfinished run: resume it with --ckpt_path last, or choose another --run_dir"
+        )
     if not list(folder.glob("checkpoints/last*.ckpt")):
         raise UserError(
             f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir"
         )
     return folder
+
+
+def _has_settings(folder: Path, text: str) -> bool:
+    """Whether the run in a folder was begun with these settings, by whatever path the folder is called."""
+    file = folder / "config.yaml"
+    texts = [file.read_text("utf-8"), text] if file.exists() else ["", text]
+    known, given = ([x for x in t.splitlines() if not x.startswith("run_dir:")] for t in texts)
+    return known == given
 
 
 def _named_by_time(verb: str) -> Path:

@@ -40,6 +40,10 @@ class RunWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         if trainer.is_global_zero and self._cases.exists():
             self._end_last_line()
+        trainer.strategy.barrier("cases.jsonl")
+        if trainer.state.fn == TrainerFn.VALIDATING and self._cases.exists():
+            lines = map(json.loads, self._cases.read_text("utf-8").splitlines())
+            pl_module.measured = {line["fingerprint"]: line["metrics"] for line in lines}
 
     def _end_last_line(self) -> None:
         """A run that was killed may have left half a line; what follows starts on a new one."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
 from pipeline.callbacks import EditCallback
 from pipeline.fit import CONFIGS
@@ -86,7 +87,10 @@ def one_line(capsys):
         (["--ckpt_path", "bad.jsonl"], ["ckpt_path", "not a checkpoint"]),
         (["--ckpt_path", "last"], ["--ckpt_path needs a file"]),
         (["--run_dir", "finished"], ["finished holds a finished run", "choose another --run_dir"]),
-        (["--run_dir", "begun"], ["begun holds an unfinished run: choose another --run_dir"]),
+        (
+            ["--run_dir", "begun"],
+            ["begun holds an unfinished run of other settings: choose another --run_dir"],
+        ),
         (["--trainer.devices", "0"], ["devices"]),
     ],
     ids=lambda value: " ".join(value[-2:]) if value[0].startswith("-") else "",
@@ -316,6 +320,38 @@ def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, mon
     assert [row["case_id"] for row in rows if row["phase"] == "val"] == list("01234")
     saved = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["callbacks"]["EditCallback"]["done"] == list("01234")
+
+
+@pytest.mark.parametrize(("schedule", "edits"), [("each", 1), ("batch", 1), ("epoch", 5)])
+def test_an_interrupted_validation_goes_on(
+    corrigenda, tiny, tmp_path, capsys, monkeypatch, schedule, edits
+):
+    """By the same command: cases that were measured are not edited and not asked again."""
+    args = ["validate", *tiny, "--edit.schedule", schedule, "--data.batch_size", "2"]
+    assert corrigenda(*args, "--run_dir", "whole") == 0
+    evaluate, calls = EditingModule.evaluate, []
+
+    def stop_once(self, cases):
+        calls.append(len(cases))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, cases)
+
+    monkeypatch.setattr(EditingModule, "evaluate", stop_once)
+    assert corrigenda(*args, "--run_dir", "cut") == 130
+    assert corrigenda(*args, "--run_dir", "cut", "--data.limit", "4") == 2
+    assert "of other settings" in capsys.readouterr().err
+    assert corrigenda(*args, "--run_dir", str(tmp_path / "cut")) == 0
+    assert calls == [2, 2, 1, 0, 0, 1]
+    whole, cut = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")
+    )
+    assert whole["means"] == cut["means"] and whole["means"]["efficacy/exact"] is not None
+    assert cut["budget"]["num_edits"] == edits
+    whole, cut = (
+        (tmp_path / name / "cases.jsonl").read_text().splitlines() for name in ("whole", "cut")
+    )
+    assert whole == cut
 
 
 def test_moments(corrigenda, tiny_folder, data_files, capsys):

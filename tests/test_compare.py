@@ -131,6 +131,16 @@ def test_an_interrupted_fit_is_resumed(study, tmp_path):
     assert checkpoint.exists()
 
 
+def test_an_interrupted_validation_goes_on_in_its_folder(study, tmp_path):
+    with pytest.raises(SystemExit):
+        compare(study(("a", "validate silent")))
+    assert (tmp_path / "out" / "a" / "cases.jsonl").exists()
+    with pytest.raises(SystemExit):
+        compare(study(("a", "validate silent")))
+    assert called(tmp_path) == ["a", "a"]
+    assert not (tmp_path / "out" / "a.interrupted-1").exists()
+
+
 def test_an_interrupted_run_without_checkpoint_is_put_aside(study, tmp_path):
     file = study(("a", "validate ok"))
     for name in ("a", "a.interrupted-1"):
