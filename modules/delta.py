@@ -115,6 +115,14 @@ class Delta:
         }
         return Delta(cut, self.metadata, self.keys)
 
+    def scaled(self, factor: float) -> Delta:
+        """An update in the same direction."""
+        scaled: dict[str, Update] = {
+            name: LowRank(factor * u.left_Or, u.right_rI) if isinstance(u, LowRank) else factor * u
+            for name, u in self.updates.items()
+        }
+        return Delta(scaled, self.metadata, self.keys)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it as plain tensors: ``<parameter>.left``, ``.right`` or ``.dense``, and ``.keys``."""
         tensors = {f"{name}.keys": keys_NI for name, keys_NI in self.keys.items()}

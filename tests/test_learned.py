@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 
+from datamodules.records import Edit, Probe
+from modules.editing import editing_mode
 from modules.editors.ke import KE
 from modules.editors.malmen import MALMEN
 from modules.editors.mend import MEND
@@ -65,6 +67,29 @@ def run(name, corrigenda, tiny_folder, data_files, tmp_path):
 
 def load(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_scaled_update_is_made_but_not_trained_with(name, tiny_lm):
+    lm = tiny_lm("llama")
+    editor = EDITORS[name][0](lm, **EDITORS[name][1])
+    for parameter in editor.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape) * parameter.requires_grad
+    edits = [
+        Edit("The capital of {} is", "Ruritania", "Strelsau"),
+        Edit("{} plays the", "Ada", "oboe"),
+    ]
+    asked = edits, [Probe(e.text, e.target_new) for e in edits], [Probe("The sea is", "deep")] * 2
+    losses, updates = [], []
+    for scale in (1.0, 0.25):
+        editor.scale = scale
+        losses.append([loss.item() for loss in editor._losses(*asked)])
+        with editing_mode():
+            updates.append(editor.propose(lm, edits))
+    assert losses[0] == losses[1]
+    for parameter in updates[0].updates:
+        whole, part = (update.dense(parameter) for update in updates)
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(part, 0.25 * whole)
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(name, run, tmp_path, monkeypatch):

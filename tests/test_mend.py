@@ -204,17 +204,6 @@ def test_the_first_step_moves_what_starts_at_zero(tiny_lm):
     assert all(p.grad is None for p in editor.lm.parameters())
 
 
-def test_a_scaled_step_is_that_part_of_the_update(tiny_lm):
-    lm = tiny_lm("llama")
-    editor = mend(lm)
-    with editing_mode():
-        whole = editor.propose(lm, EDITS[:1])
-        editor.scale = 0.25
-        part = editor.propose(lm, EDITS[:1])
-    for name in whole.updates:
-        torch.testing.assert_close(part.dense(name), 0.25 * whole.dense(name))
-
-
 @pytest.mark.parametrize("observed", [False, True])
 def test_an_update_has_a_term_per_token_with_gradient(tiny_lm, observed):
     """INV-E4: with statistics, too, what has no gradient adds nothing."""

@@ -85,6 +85,7 @@ class KE(LearnedEditor):
         warm_up: steps until ``lr`` is reached; a cosine to 5 % follows over the run's ``max_steps``.
         margin: drift allowed at first, in nats per token.
         least_margin: drift allowed however often the edits have been found made.
+        scale: as in LearnedEditor.
         generate_tokens: as in EditingModule.
     """
 
@@ -104,9 +105,10 @@ class KE(LearnedEditor):
         warm_up: int = 100,
         margin: float = 1e-3,
         least_margin: float = 1e-5,
+        scale: float = 1.0,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, generate_tokens=generate_tokens)
+        super().__init__(lm, scale=scale, generate_tokens=generate_tokens)
         structure = lm.structure
         last = structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))

@@ -96,6 +96,7 @@ class MALMEN(LearnedEditor):
         micro_batch: rows that go through the language model together with gradient; it changes no result.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
+        scale: as in LearnedEditor.
         generate_tokens: as in EditingModule.
     """
 
@@ -118,9 +119,10 @@ class MALMEN(LearnedEditor):
         micro_batch: int = 32,
         c_edit: float = 1.0,
         c_loc: float = 1.0,
+        scale: float = 1.0,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, c_edit, c_loc, generate_tokens)
+        super().__init__(lm, c_edit, c_loc, scale, generate_tokens)
         last = lm.structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 6), last))
         self.names = [lm.structure.out_name(layer) for layer in self.layers]

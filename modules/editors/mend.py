@@ -62,8 +62,7 @@ class MEND(LearnedEditor):
         num_normalising: training cases whose edits give the statistics of the inputs, before the first step.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
-        scale: what learned step sizes are multiplied by; after training, less of it trades generality for
-            locality.
+        scale: as in LearnedEditor.
         generate_tokens: as in EditingModule.
     """
 
@@ -83,7 +82,7 @@ class MEND(LearnedEditor):
         scale: float = 1.0,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, c_edit, c_loc, generate_tokens)
+        super().__init__(lm, c_edit, c_loc, scale, generate_tokens)
         structure = lm.structure
         last = structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))
@@ -91,7 +90,7 @@ class MEND(LearnedEditor):
         names_of = every[projections == "out"]
         self.names = [name for layer in self.layers for name in names_of(layer)]
         self.lr, self.lr_alpha, self.warm_up = lr, lr_alpha, warm_up
-        self.num_normalising, self.scale = num_normalising, scale
+        self.num_normalising = num_normalising
         shapes = [sizes(lm.net.get_submodule(name)) for name in self.names]
         self.index = [shapes[:i].count(shape) for i, shape in enumerate(shapes)]
         self.transform_of = [f"{i}x{o}" for i, o in shapes]
@@ -135,7 +134,7 @@ class MEND(LearnedEditor):
             parts = zip(mine, x_nI.split(counts), d_nO.split(counts), strict=True)
             for i, x_mI, d_mO in parts:
                 owner_m = owner_B[used[i].nonzero()[:, 0]]
-                step_mO = -self.scale * self.log_alpha[i].exp() * d_mO
+                step_mO = -self.log_alpha[i].exp() * d_mO
                 for e, update in enumerate(by_owner(step_mO, x_mI, owner_m, num_edits)):
                     updates[e][f"{self.names[i]}.weight"] = update
         return [Delta(update) for update in updates]
