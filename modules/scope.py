@@ -11,7 +11,7 @@ and is trained on pairs, within scope and without, by balanced cross-entropy.
 Departures from the authors' code: phi reads the edit's prompt without its target, so an edit's scope does not
 depend on what it says; the scale is learned; all prompts of a step are drawn once, and every edit of the step
 is compared with all of them, which costs nothing in the distance form; the threshold is not 1/2 but the one
-that routes held-out prompts best with all held-out edits in one memory.
+that routes held-out prompts best with all held-out edits in one memory (:func:`best_threshold`).
 
 Shapes: B pairs or prompts, E edits, K candidates per prompt, D width of the encoder.
 """
@@ -39,6 +39,7 @@ from modules.search import nearest
 
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
 READ_TOGETHER = 64  # pairs
+OTHERS = 5.0
 
 
 # ---------------------------------------------------------------------------- two forms
@@ -135,7 +136,8 @@ FORMS: dict[str, type[Distance] | type[CrossEncoder]] = {
 def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[float, float]:
     """(threshold, balance): where prompts within scope find their own edit and others find none.
 
-    Balance is the mean of the two shares; of equally good thresholds the middle one is taken.
+    Balance is the mean of the two shares. For the threshold the second counts OTHERS times as much as the
+    first, as little of what a model is asked is about an edit; of equally good ones the middle one is taken.
 
     Args:
         score_B: phi of the most likely edit.
@@ -147,18 +149,18 @@ def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[fl
     above_LB = score_B > middles_L[:, None]
     found_L = (above_LB & own_B & inside_B).sum(1) / inside_B.sum().clamp(min=1)
     left_L = (~above_LB & ~inside_B).sum(1) / (~inside_B).sum().clamp(min=1)
-    balance_L = (found_L + left_L) / 2
-    best = (balance_L == balance_L.max()).nonzero()[:, 0]
+    worth_L = found_L + OTHERS * left_L
+    best = (worth_L == worth_L.max()).nonzero()[:, 0]
     middle = best[len(best) // 2]
-    return middles_L[middle].item(), balance_L[middle].item()
+    return middles_L[middle].item(), (found_L + left_L)[middle].item() / 2
 
 
 class ScopeClassifier(LightningModule):
     """phi: whether a prompt is within the scope of an edit. Train it with ``fit``; it needs no language model.
 
     Validation reports ``scope/auc`` over pairs, and ``scope/routed``, the balance of what is found and what is
-    left alone with all validation cases in one memory, at the threshold that is best for it and kept. Its
-    checkpoint with the best ``val/scope/routed`` is what SERAC takes.
+    left alone with all validation cases in one memory, at the threshold of :func:`best_threshold`, which is kept.
+    Its checkpoint with the best ``val/scope/routed`` is what SERAC takes.
 
     Args:
         encoder: a BERT-like model: a hub id, a local folder, or ``minilm``.

@@ -387,9 +387,14 @@ def test_the_threshold_is_the_best_and_in_the_middle_of_its_kind():
     score = torch.tensor([0.9, 0.6, 0.8, 0.2, 0.4, 0.1])
     threshold, balance = best_threshold(score, own, inside)
     assert threshold == pytest.approx(0.5) and balance == pytest.approx((2 / 3 + 1) / 2)
-    score[4] = 0.7  # leaving one more alone is worth less than one of two that are found
+    score[4] = 0.7  # leaving one of three alone is worth more than one of two that are found
     threshold, balance = best_threshold(score[1:], own[1:], inside[1:])
-    assert 0.2 < threshold < 0.6 and balance == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert 0.7 < threshold < 1 and balance == pytest.approx(1 / 2)
+    more = 30  # but one of ninety is not
+    several = [torch.cat([t[1:3], *[t[3:]] * more]) for t in (score, own, inside)]
+    several[0][2:] = torch.tensor([0.7, *[0.2] * (3 * more - 1)])
+    threshold, balance = best_threshold(*several)
+    assert 0.2 < threshold < 0.6 and balance == pytest.approx((1 / 2 + 89 / 90) / 2)
     nothing_outside = best_threshold(score[:3], own[:3], inside[:3])
     assert nothing_outside[0] < 0.6
 
