@@ -51,7 +51,8 @@ class LanguageModel(nn.Module):
         device: where to put the model now; Lightning moves it anyway when it runs.
         quantization: load the linear maps in 4 or 8 bit with bitsandbytes.
         requantize: pack a map that is edited in a quantised model again, which loses part of the update
-            (how much, the edit's metadata say); otherwise it is kept in ``dtype``.
+            (how much, the edit's metadata say); otherwise it is kept in ``dtype``. Independent edits are then
+            evaluated one after the other, as they are written.
         revision: commit or branch of a hub model.
         reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
             plain way, for comparison.

@@ -100,7 +100,8 @@ class EditCallback(Callback):
 
     def _propose_each(self, trainer: Trainer, module: EditingModule, batch: list[EditCase]) -> None:
         editor = self._prepare(module)
-        if not isinstance(editor, WeightEditor):
+        # What packing weights again loses shows only where they are written.
+        if not isinstance(editor, WeightEditor) or module.lm.requantize:
             module.around_case = lambda case: self._in_force(trainer, module, case)
             return
         with self._timed(len(batch)), editing_mode():

@@ -190,6 +190,12 @@ def test_each_is_one_at_a_time(run, lm, data, data_files, tmp_path, make):
         assert summary(tmp_path / "run")["means"][name] == pytest.approx(value, abs=1e-4)
 
 
+def test_what_is_packed_again_is_measured_as_it_was_written(run, lm):
+    lm.requantize = True
+    spy, _ = run(ft(), "each")
+    assert spy.seen == [(2, None, []), (2, None, []), (1, None, [])]
+
+
 def test_together_is_together(run, lm, data, tmp_path):
     run(ft(), "batch", name="batch")
     run(ft(), "epoch", name="epoch")
