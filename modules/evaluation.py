@@ -218,11 +218,17 @@ class EditingModule(LightningModule):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._metrics
         every: list[Any] = [None] * torch.distributed.get_world_size()
-        kinds = {name: type(metric) for name, metric in self._metrics.items()}
-        torch.distributed.all_gather_object(every, kinds)
-        for name, kind in {name: kind for part in every for name, kind in part.items()}.items():
-            self._metrics.setdefault(name, kind(PROTOCOLS[name.rpartition("/")[2]]))
+        torch.distributed.all_gather_object(every, list(self._metrics))
+        for name in dict.fromkeys(name for names in every for name in names):
+            self._running(name)
         return {name: metric.to(self.device) for name, metric in self._metrics.items()}
+
+    def _running(self, name: str) -> metrics.CaseMetric:
+        """The metric over cases of ``<criterion>/<measure>``; an empty one where it is met first."""
+        criterion, _, measure = name.rpartition("/")
+        verdict, judge, _ = VERDICTS.get(criterion, ("", metrics.CaseMean, None))
+        kind = judge if verdict and measure.startswith(f"{verdict}_") else metrics.CaseMean
+        return self._metrics.setdefault(name, kind(PROTOCOLS[measure]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable parts, the name and weights of their base model, and what was measured last."""
@@ -363,14 +369,11 @@ class EditingModule(LightningModule):
                     continue
                 values_B = torch.tensor([value_of[b] for b in rows])
                 case_B = torch.tensor([asked.case_B[b] for b in rows])
-                for name, metric, reduce in _reductions(criterion, measure):
-                    running = self._metrics.setdefault(
-                        f"{criterion}/{name}", metric(PROTOCOLS[name])
-                    )
-                    running.update(values_B, case_B)
+                for name, reduce in _reductions(criterion, measure):
+                    self._running(name).update(values_B, case_B)
                     values_C = reduce(values_B, case_B, len(results))
                     for case in case_B.unique().tolist():
-                        results[case].metrics[f"{criterion}/{name}"] = values_C[case].item()
+                        results[case].metrics[name] = values_C[case].item()
                 for b, value in zip(rows, values_B.tolist(), strict=True):
                     if entries is not None:
                         entries[b][measure] = value if math.isfinite(value) else None
@@ -378,12 +381,7 @@ class EditingModule(LightningModule):
     def _count_again(self, means: dict[str, float]) -> None:
         """Adds a case's means as they were measured before."""
         for name, value in means.items():
-            criterion, _, measure = name.rpartition("/")
-            verdict, metric, _ = VERDICTS.get(criterion, ("", metrics.CaseMean, None))
-            is_verdict = verdict and measure.startswith(f"{verdict}_")
-            kind = metric if is_verdict else metrics.CaseMean
-            running = self._metrics.setdefault(name, kind(PROTOCOLS[measure]))
-            running.update(torch.tensor([value]), torch.tensor([0]))
+            self._running(name).update(torch.tensor([value]), torch.tensor([0]))
 
     def _ask_freely(
         self,
@@ -416,14 +414,12 @@ class EditingModule(LightningModule):
         self._count(asked, results, table)
 
 
-def _reductions(
-    criterion: str, measure: str
-) -> Iterator[tuple[str, type[metrics.CaseMetric], Callable[..., Tensor]]]:
-    """Names of what a case's values become, the metric over cases, and the value of one case."""
-    yield measure, metrics.CaseMean, metrics.case_means
+def _reductions(criterion: str, measure: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Names of what a case's values become, and how."""
+    yield f"{criterion}/{measure}", metrics.case_means
     if criterion in VERDICTS and measure in JUDGED:
-        verdict, metric, reduce = VERDICTS[criterion]
-        yield f"{verdict}_{measure}", metric, reduce
+        verdict, _, reduce = VERDICTS[criterion]
+        yield f"{criterion}/{verdict}_{measure}", reduce
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -226,8 +226,12 @@ def _run_dir(config: Namespace, verb: str, text: str) -> Path:
 def _has_settings(folder: Path, text: str) -> bool:
     """Whether the run in a folder was begun with these settings, by whatever path the folder is called."""
     file = folder / "config.yaml"
-    texts = [file.read_text("utf-8"), text] if file.exists() else ["", text]
-    known, given = ([x for x in t.splitlines() if not x.startswith("run_dir:")] for t in texts)
+    if not file.exists():
+        return False
+    known, given = (
+        [line for line in lines.splitlines() if not line.startswith("run_dir:")]
+        for lines in (file.read_text("utf-8"), text)
+    )
     return known == given
 
 
