@@ -339,3 +339,22 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
 def test_a_collapsed_model_has_infinite_perplexity(lm):
     lm.net.get_input_embeddings().weight.data.fill_(float("nan"))
     assert lm.perplexity(["The town is on the ice."], 100) == math.inf
+
+
+def test_what_was_measured_before_counts_as_it_did_then(tiny_lm):
+    """Also a verdict over several wordings, whose metric further cases are added to."""
+    lm = tiny_lm("gpt2")
+    probes = (Probe("Where is Ada?", "at sea"), Probe("Ada is", "at home"))
+    cases = [
+        EditCase(str(i), (Edit("{} is", f"Ada {i}", "here"),), {"multihop": probes[i:]})
+        for i in (0, 1)
+    ]
+    whole, parts = EditingModule(lm), EditingModule(lm)
+    first, _ = whole.evaluate(cases)
+    parts.measured = {cases[0].fingerprint: first.metrics}
+    (left,) = parts.validation_step(cases, 0)["results"]
+    assert left.case is cases[1] and "multihop/any_exact" in first.metrics
+    assert parts.compute_means() == whole.compute_means()
+    assert {name: type(m) for name, m in parts._metrics.items()} == {
+        name: type(m) for name, m in whole._metrics.items()
+    }
