@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V wo
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +30,9 @@ from modules.delta import Delta, side_branches
 from modules.editing import EditHandle, TextPatch
 from modules.hooks import first, replace_first
 from modules.loading import cache_dir, hash_weights, load_model
+from modules.merging import Merged, SharedStates, distinct, trees, unmerged
 from modules.prefix_cache import PrefixCache, Shards
-from modules.rows import Rows, TargetScores
+from modules.rows import Rows, TargetScores, common_prefix
 from modules.structure import Structure, find_structure
 from modules.tail import Tail, can_be_cut, first_tokens, run_start
 
@@ -85,7 +87,7 @@ class LanguageModel(nn.Module):
         self.num_boundary_merges = 0
         self.cache_memory_gib, self.cache_disk_gib = cache_memory_gib, cache_disk_gib
         self._scaled_together = quantization == "int8"  # the rows of a batch
-        self._memo: tuple[int, dict[tuple[int, ...], Tensor]] | None = None
+        self._memo: SharedStates | None = None
         self._prefix: tuple[tuple[int, ...], PrefixCache] | None = None
         self._shares_start = False
         # Tokens, where they were run, and their keys and values.
@@ -150,11 +152,14 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def shared_prefix(self, layer: int) -> Iterator[None]:
-        """Inside, scoring the same rows again runs only the blocks from ``layer`` up."""
+        """Inside, what rows share runs once: below ``layer`` for all calls, above it for those of one call.
+
+        Numbers may differ in their last bits from those outside.
+        """
         if not self.reuse_prefix:
             yield
             return
-        outer, self._memo = self._memo, (layer, {})
+        outer, self._memo = self._memo, SharedStates(layer)
         try:
             yield
         finally:
@@ -262,7 +267,7 @@ class LanguageModel(nn.Module):
         alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
         starts = []
         for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
-            start = _common_prefix(left, row)
+            start = common_prefix(left, row)
             self.num_boundary_merges += start < len(left)
             start = max(start, 1)  # nothing predicts a row's first token
             if start >= len(row) or not target.strip():
@@ -299,9 +304,15 @@ class LanguageModel(nn.Module):
 
     def tail(self, rows: Rows, layer: int, start_B: Tensor | None = None) -> Tail:
         """These rows with everything below block ``layer`` (and before ``start_B``) computed once."""
-        stored = self._kept_states(rows.ids_BT, rows.mask_BT, layer) if start_B is None else None
+        stored = None
+        if start_B is None and rows.depth_BT is None:
+            stored = self._kept_states(rows.ids_BT, rows.mask_BT, layer)
+        return self._tail(rows, layer, start_B, stored=stored)
+
+    def _tail(self, rows: Rows, layer: int, start_B: Tensor | None = None, **more: Any) -> Tail:  # noqa: ANN401
         ids_BT, mask_BT, reuse = rows.ids_BT, rows.mask_BT, self.reuse_prefix
-        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, start_B, reuse, stored=stored)
+        more["depth_BT"] = rows.depth_BT
+        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, start_B, reuse, **more)
 
     def higher(self, tail: Tail, layer: int) -> Tail:
         """The tail of the same rows, from a higher block on."""
@@ -359,32 +370,62 @@ class LanguageModel(nn.Module):
         start, begun = 0, None
         if self._may_share(deltas):
             start, begun = self._begun(rows.ids_BT[0].tolist(), rows.common_start())
-        every_B = torch.arange(len(prompts), device=self.device)
-        row_U, which_B = rows.distinct(owner_B) if self.reuse_prefix else (every_B, every_B)
-        read = rows.read
+        merged = self._merged(rows.read, owner_B, whole=begun is not None)
+        row_K, position_K = rows.answer_positions()
+        column_K = position_K + 1 - rows.start_B[row_K]
+        row_N, column_N, which_K = merged.places(row_K, position_K)
         target_BM, mask_BM = rows.targets()
         logprob_BM = torch.zeros(target_BM.shape, device=self.device)
         greedy_BM = torch.zeros_like(target_BM)
         full_BMV: Tensor | None = None
-        for chunk_C in self.chunks(read.select(row_U), start):
-            row_C = row_U[chunk_C]
-            part, place_N = read.select(row_C), rows.select(row_C).answer_positions()
+        for chunk_C in self.chunks(merged.rows, start):
+            part = merged.rows.select(chunk_C)
+            here_N, place_U = torch.isin(row_N, chunk_C), chunk_C.argsort()
+            in_chunk_N = place_U[torch.searchsorted(chunk_C[place_U], row_N[here_N])]
             tail = self._after(start, part, begun) if begun else self._remembered(part)
-            with self.side_by_side(deltas, owner_B[row_C.cpu()]), self.asking(part.prompt_BT):
-                logprob_NV = tail.logits(*place_N).float().log_softmax(-1)
-            # The rows that read what was run here, and where.
-            first_C = torch.searchsorted(place_N[0], torch.arange(len(row_C), device=self.device))
-            first_U = which_B.new_full((len(row_U),), -1).index_put((chunk_C,), first_C)
-            here_BM = mask_BM & (first_U[which_B] >= 0)[:, None]
-            row_K, column_K = here_BM.nonzero(as_tuple=True)
-            place_K = first_U[which_B[row_K]] + column_K
-            logprob_BM[row_K, column_K] = logprob_NV[place_K, target_BM[row_K, column_K]]
-            greedy_BM[row_K, column_K] = logprob_NV.argmax(-1)[place_K]
+            branch = self.side_by_side(deltas, merged.owner_U[chunk_C.cpu()])
+            with branch, self.asking(part.prompt_BT):
+                logits_NV = tail.logits(in_chunk_N, column_N[here_N])
+            logprob_NV = logits_NV.float().log_softmax(-1)
+            here_K = here_N[which_K]
+            found_K = (here_N.cumsum(0) - 1)[which_K[here_K]]  # rows of logprob_NV
+            at_K = row_K[here_K], column_K[here_K]
+            logprob_BM[at_K] = logprob_NV[found_K, target_BM[at_K]]
+            greedy_BM[at_K] = logprob_NV.argmax(-1)[found_K]
             if full:
                 if full_BMV is None:
                     full_BMV = logprob_NV.new_zeros(*target_BM.shape, logprob_NV.shape[-1])
-                full_BMV[row_K, column_K] = logprob_NV[place_K]
+                full_BMV[at_K] = logprob_NV[found_K]
         return TargetScores(logprob_BM, greedy_BM, target_BM, mask_BM, full_BMV)
+
+    def _merged(self, rows: Rows, owner_B: Tensor, whole: bool) -> Merged:
+        """The rows with what they share standing once; ``whole`` where no row may become part of another."""
+        if not self.reuse_prefix:
+            return unmerged(rows, owner_B)
+        whole |= self._memo is None or self.kept(self._memo.layer) is not None  # kept row by row
+        if whole or self.adapted or not self._branches:
+            return distinct(rows, owner_B)
+        return trees(rows, owner_B)
+
+    @cached_property
+    def _branches(self) -> bool:
+        """Whether rows may be trees: whether the network goes by the positions and the mask that it is given."""
+        named = inspect.signature(self.net.forward).parameters
+        cache = DynamicCache(config=self.net.config)
+        plain = (
+            can_be_cut(cache) and self._sees_all and not getattr(self.net.config, "alibi", False)
+        )
+        if "position_ids" not in named or not plain:
+            return False
+        rows = self.pad([[2, 3, 4, 5, 6], [2, 3, 7, 8, 9]], [1, 1])
+        merged = trees(rows, torch.zeros(2))
+        with self.pristine(), torch.no_grad():
+            logits = self._tail(merged.rows, 0).logits(
+                merged.row_BT[:, -1], merged.column_BT[:, -1]
+            )
+            expected = self._tail(rows, 0).logits(torch.arange(2), torch.tensor([4, 4]))
+        close = torch.finfo(self.net.dtype).eps ** 0.5
+        return torch.allclose(logits, expected, rtol=0, atol=close)
 
     @torch.no_grad()
     def perplexity(
@@ -427,9 +468,7 @@ class LanguageModel(nn.Module):
 
     def _after(self, start: int, rows: Rows, begun: DynamicCache) -> Tail:
         """The tail of these rows from token ``start`` on, all rows being alike before."""
-        start_B = torch.full_like(rows.start_B, start)
-        ids_BT, mask_BT = rows.ids_BT, rows.mask_BT
-        return Tail(self.net, self.structure, ids_BT, mask_BT, 0, start_B, begun=begun)
+        return self._tail(rows, 0, torch.full_like(rows.start_B, start), begun=begun)
 
     def _may_share(self, deltas: Sequence[Delta] | None) -> bool:
         """Whether a common start may be computed apart from the rest."""
@@ -447,7 +486,7 @@ class LanguageModel(nn.Module):
         """
         as_it_was = all(isinstance(handle, TextPatch) for handle in self.handles)
         if as_it_was and self._start and self._start[1] == self.device:
-            alike = min(_common_prefix(self._start[0], ids), start)
+            alike = min(common_prefix(self._start[0], ids), start)
             if 2 * alike >= start > 0:
                 return alike, self._start[2]
         ids_1T = torch.tensor([ids[:start]], device=self.device)
@@ -460,20 +499,15 @@ class LanguageModel(nn.Module):
 
     def _remembered(self, rows: Rows) -> Tail:
         """The tail of these rows; what it starts from is kept while a :meth:`shared_prefix` is open."""
-        ids_BT, mask_BT = rows.ids_BT, rows.mask_BT
-        layer, states = self._memo or (0, {})
-        if layer == 0:
-            return Tail(self.net, self.structure, ids_BT, mask_BT, 0, reuse=self.reuse_prefix)
-        keys = [tuple(row) for row in rows.unpadded()]
-        new = [b for b, key in enumerate(keys) if key not in states]
-        if new:
-            part = rows.select(torch.tensor(new, device=self.device))
-            found_RTD = first(self.tail(part, layer).stored)
-            for b, row_TD in zip(new, found_RTD, strict=True):
-                states[keys[b]] = row_TD[: len(keys[b])]
-        states_BTD = pad_sequence([states[key] for key in keys], batch_first=True)
-        stored = replace_first(self._block_output, states_BTD)
-        return Tail(self.net, self.structure, ids_BT, mask_BT, layer, stored=stored)
+        if self._memo is None or self._memo.layer == 0:
+            return self._tail(rows, 0)
+
+        def run(part: Rows) -> Tensor:
+            return first(self.tail(part, layer).stored)
+
+        layer = self._memo.layer
+        states_BTD = self._memo.states(rows, run)
+        return self._tail(rows, layer, stored=replace_first(self._block_output, states_BTD))
 
     def chunks(self, rows: Rows, start: int = 0, tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
         """Row indices in batches of similar length: at most ``tokens`` padded tokens from ``start`` on, and
@@ -522,7 +556,7 @@ class LanguageModel(nn.Module):
         owner_B = _owners(deltas, owners, len(ids))
         start, begun = 0, None
         if self._may_share(deltas):
-            same = min(_common_prefix(ids[0], row) for row in ids)
+            same = min(common_prefix(ids[0], row) for row in ids)
             start, begun = self._begun(ids[0], min(same, *(len(row) - 1 for row in ids)))
             if begun and not (can_be_cut(begun) and self._sees_all):
                 start, begun = 0, None  # padding behind the start would count in a local window
@@ -601,12 +635,3 @@ def _owners(deltas: Sequence[Delta] | None, owners: Sequence[int] | None, count:
     if owners is None and deltas and len(deltas) > 1:
         raise ValueError("several deltas need owners, the delta of each row")
     return torch.tensor(owners if owners is not None else [0] * count)
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    same = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        same += 1
-    return same

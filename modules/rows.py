@@ -22,11 +22,13 @@ class Rows:
         ids_BT: token ids.
         mask_BT: 1 on real tokens.
         start_B: index of each row's first target token (the row's length where it has no target).
+        depth_BT: where rows are trees (:mod:`modules.merging`), how many tokens each token comes after.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     start_B: Tensor
+    depth_BT: Tensor | None = None
 
     @property
     def length_B(self) -> Tensor:
@@ -61,7 +63,9 @@ class Rows:
     def select(self, row_R: Tensor) -> Rows:
         """Some of the rows, without columns that only hold padding."""
         width = int(self.mask_BT[row_R].sum(1).max())
-        return Rows(self.ids_BT[row_R, :width], self.mask_BT[row_R, :width], self.start_B[row_R])
+        ids_BT, mask_BT = self.ids_BT[row_R, :width], self.mask_BT[row_R, :width]
+        depth_BT = None if self.depth_BT is None else self.depth_BT[row_R, :width]
+        return Rows(ids_BT, mask_BT, self.start_B[row_R], depth_BT)
 
     def widened(self, width: int) -> Rows:
         """The rows with padding up to a width."""
@@ -77,22 +81,6 @@ class Rows:
         """The rows' tokens."""
         lengths = self.length_B.tolist()
         return [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
-
-    def distinct(self, owner_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(row_U, which_B): rows no two of which are alike for one owner up to their last token, which no
-        answer is read at, and which of those each row is."""
-        number: dict[tuple[int, ...], int] = {}
-        firsts: list[int] = []
-        which: list[int] = []
-        facts = zip(owner_B.tolist(), self.start_B.tolist(), self.unpadded(), strict=True)
-        for b, (owner, start, row) in enumerate(facts):
-            key = (owner, start, *row[:-1])
-            if key not in number:
-                number[key] = len(firsts)
-                firsts.append(b)
-            which.append(number[key])
-        device = self.ids_BT.device
-        return torch.tensor(firsts, device=device), torch.tensor(which, device=device)
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """(target_BM, mask_BM): each row's target tokens, padded, and where they are."""
@@ -146,3 +134,13 @@ class TargetScores:
     def exact_B(self) -> Tensor:
         """Whether every target token is the most likely one."""
         return ((self.greedy_BM == self.target_BM) | ~self.mask_BM).all(1)
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    same = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from modules.hooks import capture, first, hooked, replace_first, stop_forward, until_stopped
+from modules.merging import sees
 from modules.structure import Structure
 
 
@@ -57,6 +58,7 @@ class Tail:
         reuse: False recomputes everything in every call, head included: the plain way, for comparison.
         begun: what :func:`run_start` kept of the tokens before ``start_B``, alike in all rows.
         stored: what the block below ``layer`` gives for these rows, where that is known.
+        depth_BT: where rows are trees (:mod:`modules.merging`), which then are not cut.
     """
 
     def __init__(
@@ -70,12 +72,13 @@ class Tail:
         reuse: bool = True,
         begun: DynamicCache | None = None,
         stored: Any = None,  # noqa: ANN401  as the block returns it
+        depth_BT: Tensor | None = None,
     ) -> None:
         self.net, self.structure, self.layer, self.reuse = net, structure, layer, reuse
         self.blocks = cast(nn.ModuleList, net.get_submodule(structure.blocks))
         self.offset_B = torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device)
         self.ids_BT, self.mask_BT = ids_BT, mask_BT
-        self._positions: Tensor | None = None
+        self._positions = depth_BT
         self._cache: DynamicCache | None = None
         self.stored = stored
         if not reuse or stored is not None:
@@ -155,6 +158,11 @@ class Tail:
                 "position_ids": self._positions,
                 "use_cache": True,
             }
+        elif self._positions is not None:
+            sees_B1TT = sees(self._positions)[:, None]
+            mask_B1TT = torch.zeros_like(sees_B1TT, dtype=self.net.dtype)
+            mask_B1TT.masked_fill_(~sees_B1TT, torch.finfo(self.net.dtype).min)
+            inputs |= {"position_ids": self._positions, "attention_mask": mask_B1TT}
         return inputs
 
     def logits(self, row_N: Tensor, position_N: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_a_shared_prefix_changes_no_number(lm):
     patch = WeightPatch(lm, updates(lm, 1)[0])
     edited = lm.score(PROMPTS, TARGETS).logprob_BM
     assert lm.lowest_edited_layer() == 1
-    assert lm._block_output is not None  # asks a block, once, for the form of what it returns
+    assert lm._block_output is not None and lm._branches  # ask the network once
     with lm.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)

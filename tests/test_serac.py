@@ -153,7 +153,7 @@ def test_out_of_scope_the_base_answers_to_the_bit(lm, make, encoder_folder, tmp_
 
 
 def lm_scores_with(lm, editor, prompts, targets):
-    with lm.pristine():
+    with lm.pristine(), lm.shared_prefix(0):
         return lm.score(prompts, targets, [editor.counterfactual.delta], full=True)
 
 
