@@ -28,21 +28,18 @@ def gradient_factors(
     lm: LanguageModel,
     tail: Tail,
     rows: Rows,
-    owner_B: Tensor,
-    num_edits: int,
     names: Sequence[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{matrix: (x_BTI, d_BTO)}``: inputs, and gradients of the edits' losses in the outputs.
+    """``{matrix: (x_BTI, d_BTO)}``: inputs, and gradients of the rows' losses in the outputs.
 
-    An edit's loss is the mean NLL of the target tokens of all its rows. Gradients are taken at zeros added to the
-    outputs, so no weight needs one.
+    A row's loss is the mean NLL of its target tokens, whatever other rows there are: what a learned editor reads
+    of an edit is the same in a batch of any size. Gradients are taken at zeros added to the outputs, so no weight
+    needs one.
 
     Args:
         lm: the language model.
         tail: the rows' lower blocks, run.
-        rows: answer rows.
-        owner_B: the edit of each row.
-        num_edits: how many edits there are.
+        rows: answer rows, one per edit.
         names: paths of the linear maps.
     """
     leaves: dict[str, Tensor] = {}
@@ -56,8 +53,7 @@ def gradient_factors(
 
         return hook
 
-    tokens_B = rows.length_B - rows.start_B
-    weight_B = 1 / tokens_B.new_zeros(num_edits).index_add(0, owner_B, tokens_B)[owner_B]
+    weight_B = 1 / (rows.length_B - rows.start_B)
     top = max(lm.structure.layer_of(name) for name in names) + 1
     back_BTD = _kept_back(lm, tail.layer, rows, top)
     with torch.enable_grad(), hooked([(lm.net.get_submodule(n), watch(n)) for n in names]):

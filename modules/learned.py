@@ -58,11 +58,11 @@ class LearnedEditor(EditingModule, WeightEditor):
         c_loc: weight of the locality loss.
         scale: length of an update that is made, in multiples of what was learned; training takes no notice of it.
             A little less than 1 often leaves more of what must stay and loses no edit.
+        together: training cases whose edits are one update, as when a batch of edits is made.
         generate_tokens: as in EditingModule.
     """
 
     trains_on: ClassVar[str] = "train"
-    together_only: ClassVar[str | None] = None  # why processes cannot share a training batch
     names: list[str]  # paths of the edited matrices
     training_time: Tensor
     num_skipped: Tensor
@@ -73,11 +73,14 @@ class LearnedEditor(EditingModule, WeightEditor):
         c_edit: float = 0.1,
         c_loc: float = 1.0,
         scale: float = 1.0,
+        together: int = 1,
         generate_tokens: int = 0,
     ) -> None:
         super().__init__(lm, generate_tokens)
+        if together < 1:
+            raise ValueError(f"together must be at least 1, got {together}")
         self.automatic_optimization = True
-        self.c_edit, self.c_loc, self.scale = c_edit, c_loc, scale
+        self.c_edit, self.c_loc, self.scale, self.together = c_edit, c_loc, scale, together
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
         self._step_started = 0.0
@@ -94,6 +97,11 @@ class LearnedEditor(EditingModule, WeightEditor):
     @abstractmethod
     def lowest_layer(self) -> int:
         """The lowest block with an edited matrix; what enters it is kept while the editor learns."""
+
+    @property
+    def _joins(self) -> bool:
+        """Whether edits of different training cases are one update."""
+        return self.together > 1
 
     @abstractmethod
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
@@ -142,8 +150,11 @@ class LearnedEditor(EditingModule, WeightEditor):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        if self.together_only and self.trainer.world_size > 1:
-            raise ValueError(self.together_only)
+        if self._joins and self.trainer.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} makes one update for several training cases here, of which each process "
+                "would see a part: train it with --trainer.devices 1"
+            )
         self.lm.keep_prefix(self.lowest_layer, self.lm.structure.num_layers)
 
     def on_fit_end(self) -> None:
@@ -251,8 +262,10 @@ class LearnedEditor(EditingModule, WeightEditor):
         count = len(edits)
         rows, tail = self._encoded(edits, outer, local)
         index = torch.arange(3 * count, device=self.lm.device)
-        owner_E, inner, asked = index[:count], index[:count], index[count:]
-        deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, count)
+        inner, asked = index[:count], index[count:]
+        owner_E = inner // self.together
+        num_updates = int(owner_E[-1]) + 1
+        deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, num_updates)
         asked_rows, asked_tail = rows.select(asked), tail.select(asked).trimmed()
         answer_N, local_N = _training_positions(asked_rows, count)
         with self.lm.side_by_side(deltas, torch.cat([owner_E, owner_E])):

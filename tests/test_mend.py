@@ -16,7 +16,7 @@ from modules.delta import Delta
 from modules.editing import WeightPatch, editing_mode
 from modules.editors.mend import MEND, GradientTransform
 from modules.evaluation import EditingModule
-from modules.gradients import Normaliser
+from modules.gradients import Normaliser, gradient_factors
 from modules.structure import is_linear, to_storage
 
 pytestmark = [
@@ -57,9 +57,9 @@ def own_rows(lm, edits):
 
 
 def factors(editor, edits):
-    rows, owner_B = own_rows(editor.lm, edits)
+    rows, _ = own_rows(editor.lm, edits)
     tail = editor.lm.tail(rows, editor.lowest_layer)
-    return editor.gradient_factors(tail, rows, owner_B, len(edits))
+    return gradient_factors(editor.lm, tail, rows, editor.names)
 
 
 def plain_gradients(lm, edits, names):
@@ -116,19 +116,16 @@ def test_at_first_an_edit_is_one_step_of_gradient_descent(tiny_lm, kind):
             close(delta.dense(f"{name}.weight"), -0.03 * gradient)
 
 
-def test_several_edits_of_one_case_share_a_loss(tiny_lm):
-    """Together they are edited by the gradient of the mean over all their target tokens."""
+def test_edits_that_are_made_together_add_up(tiny_lm):
+    """What the editor reads of one does not depend on how many others there are."""
     lm = tiny_lm("llama")
     editor = mend(lm)
+    editor.observe(CASES)
     with editing_mode():
-        delta = editor.propose(lm, EDITS)
-    counts = [len(lm.encode([f" {edit.target_new}"])[0]) for edit in EDITS]
-    rows, _ = own_rows(lm, EDITS)
-    counts = (rows.length_B - rows.start_B).tolist()
-    wanted = plain_gradients(lm, EDITS, editor.names)
-    for name in editor.names:
-        mean = sum(n * g[name] for n, g in zip(counts, wanted, strict=True)) / sum(counts)
-        close(delta.dense(f"{name}.weight"), -0.05 * mean)
+        together = editor.propose(lm, EDITS)
+        alone = editor.propose_each(lm, [[edit] for edit in EDITS])
+    for name in together.updates:
+        close(together.dense(name), sum(delta.dense(name) for delta in alone))
 
 
 def test_the_normalised_identity_at_first():
@@ -221,19 +218,21 @@ def test_an_update_has_a_term_per_token_with_gradient(tiny_lm, observed):
 
 
 @FAMILIES
-def test_the_training_loss_is_that_of_the_written_edit(tiny_lm, kind):
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_training_loss_is_that_of_the_written_edits(tiny_lm, kind, together):
     """INV-E5: the side branches that training differentiates are the edited model."""
     lm = tiny_lm(kind)
-    editor = trained_a_bit(mend(lm))
+    editor = trained_a_bit(mend(lm, together=together))
     editor.observe(CASES)
     before = lm.weights_hash
     with torch.enable_grad():
         edit_loss, kl = editor._losses(EDITS, OUTER, LOCAL)
     losses, drifts = [], []
-    for edit, outer, local in zip(EDITS, OUTER, LOCAL, strict=True):
+    for n, (outer, local) in enumerate(zip(OUTER, LOCAL, strict=True)):
         rows = lm.rows([local.prompt], [local.target])
         base = lm.net(rows.ids_BT).logits.log_softmax(-1)
-        handle = editor.edit(lm, [edit])
+        begin = n // together * together
+        handle = editor.edit(lm, EDITS[begin : begin + together])
         scores = lm.score([outer.prompt], [outer.target])
         losses.append(-scores.logprob_BM.sum() / scores.mask_BM.sum())
         edited = lm.net(rows.ids_BT).logits.log_softmax(-1)

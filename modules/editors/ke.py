@@ -86,6 +86,7 @@ class KE(LearnedEditor):
         margin: drift allowed at first, in nats per token.
         least_margin: drift allowed however often the edits have been found made.
         scale: as in LearnedEditor.
+        together: as in LearnedEditor.
         generate_tokens: as in EditingModule.
     """
 
@@ -106,9 +107,10 @@ class KE(LearnedEditor):
         margin: float = 1e-3,
         least_margin: float = 1e-5,
         scale: float = 1.0,
+        together: int = 1,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, scale=scale, generate_tokens=generate_tokens)
+        super().__init__(lm, scale=scale, together=together, generate_tokens=generate_tokens)
         structure = lm.structure
         last = structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))
@@ -140,7 +142,7 @@ class KE(LearnedEditor):
 
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
         alone_B = torch.arange(len(owner_B), device=owner_B.device)
-        pairs = gradient_factors(self.lm, tail, rows, alone_B, len(owner_B), self.names)
+        pairs = gradient_factors(self.lm, tail, rows, self.names)
         condition_BC = self.condition(tail, rows)
         updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
         for head, (name, (x_BTI, d_BTO)) in zip(self.heads, pairs.items(), strict=True):

@@ -100,11 +100,6 @@ class MALMEN(LearnedEditor):
         generate_tokens: as in EditingModule.
     """
 
-    together_only = (
-        "MALMEN makes one update for the whole training batch, of which each process would see a part: "
-        "train it with --trainer.devices 1; --model.micro_batch bounds the memory of a large batch"
-    )
-
     def __init__(
         self,
         lm: LanguageModel,
@@ -122,7 +117,7 @@ class MALMEN(LearnedEditor):
         scale: float = 1.0,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, c_edit, c_loc, scale, generate_tokens)
+        super().__init__(lm, c_edit, c_loc, scale, generate_tokens=generate_tokens)
         last = lm.structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 6), last))
         self.names = [lm.structure.out_name(layer) for layer in self.layers]
@@ -141,6 +136,10 @@ class MALMEN(LearnedEditor):
     @property
     def lowest_layer(self) -> int:
         return self.layers[0]
+
+    @property
+    def _joins(self) -> bool:
+        return True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(
@@ -185,10 +184,9 @@ class MALMEN(LearnedEditor):
         parts: list[dict[str, tuple[Tensor, Tensor]]] = []
         for index in torch.arange(len(rows.ids_BT), device=self.lm.device).split(self.micro_batch):
             some = rows.select(index)
-            alone = torch.arange(len(index), device=index.device)
             at = some.answer_positions()
             part = tail.select(index).trimmed()
-            found = gradient_factors(self.lm, part, some, alone, len(index), self.names)
+            found = gradient_factors(self.lm, part, some, self.names)
             parts.append({name: (k[at], g[at]) for name, (k, g) in found.items()})
         pairs = {
             name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))

@@ -63,6 +63,7 @@ class MEND(LearnedEditor):
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
         scale: as in LearnedEditor.
+        together: as in LearnedEditor.
         generate_tokens: as in EditingModule.
     """
 
@@ -80,9 +81,10 @@ class MEND(LearnedEditor):
         c_edit: float = 1.0,
         c_loc: float = 1.0,
         scale: float = 1.0,
+        together: int = 1,
         generate_tokens: int = 0,
     ) -> None:
-        super().__init__(lm, c_edit, c_loc, scale, generate_tokens)
+        super().__init__(lm, c_edit, c_loc, scale, together, generate_tokens)
         structure = lm.structure
         last = structure.num_layers
         self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))
@@ -116,7 +118,7 @@ class MEND(LearnedEditor):
         return self.scheduled(optimizer, self.warm_up)
 
     def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
-        pairs = list(self.gradient_factors(tail, rows, owner_B, num_edits).values())
+        pairs = list(gradient_factors(self.lm, tail, rows, self.names).values())
         # A token without gradient (padding, too) has no part; normalised, its zeros would be none.
         used = [(d_BTO != 0).any(-1) for _, d_BTO in pairs]
         updates: list[dict[str, Update]] = [{} for _ in range(num_edits)]
@@ -139,21 +141,14 @@ class MEND(LearnedEditor):
                     updates[e][f"{self.names[i]}.weight"] = update
         return [Delta(update) for update in updates]
 
-    def gradient_factors(
-        self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{matrix: (x_BTI, d_BTO)}`` of the edited matrices, see :func:`gradient_factors`."""
-        return gradient_factors(self.lm, tail, rows, owner_B, num_edits, self.names)
-
     def observe(self, cases: Sequence[EditCase]) -> None:
         """Takes the statistics of inputs and gradients from the first ``num_normalising`` cases."""
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
         for begin in range(0, len(edits), 16):
             part = edits[begin : begin + 16]
             rows = self.lm.rows([e.text for e in part], [e.target_new for e in part])
-            owner_B = torch.arange(len(part), device=self.lm.device)
             tail = self.lm.tail(rows.read, self.lowest_layer)
-            pairs = self.gradient_factors(tail, rows, owner_B, len(part))
+            pairs = gradient_factors(self.lm, tail, rows, self.names)
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
                 used_BT = (d_BTO != 0).any(-1)
                 transform = cast(GradientTransform, self.transforms[self.transform_of[matrix]])
