@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from itertools import zip_longest
@@ -17,6 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from pipeline.callbacks import EditCallback, peak_gib, wandb_loggers
 from pipeline.report.logs import read_training
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of summary.json and cases.jsonl
 KEPT_EVERY = (
@@ -44,6 +47,9 @@ class RunWriter(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING and self._cases.exists():
             lines = map(json.loads, self._cases.read_text("utf-8").splitlines())
             pl_module.measured = {line["fingerprint"]: line["metrics"] for line in lines}
+            if trainer.is_global_zero:
+                count = len(pl_module.measured)
+                log.warning("%d cases in %s are taken over, not measured again", count, self._cases)
 
     def _end_last_line(self) -> None:
         """A run that was killed may have left half a line; what follows starts on a new one."""

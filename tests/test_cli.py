@@ -324,7 +324,7 @@ def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, mon
 
 @pytest.mark.parametrize(("schedule", "edits"), [("each", 1), ("batch", 1), ("epoch", 5)])
 def test_an_interrupted_validation_goes_on(
-    corrigenda, tiny, tmp_path, capsys, monkeypatch, schedule, edits
+    corrigenda, tiny, tmp_path, capsys, caplog, monkeypatch, schedule, edits
 ):
     """By the same command: cases that were measured are not edited and not asked again."""
     args = ["validate", *tiny, "--edit.schedule", schedule, "--data.batch_size", "2"]
@@ -343,6 +343,7 @@ def test_an_interrupted_validation_goes_on(
     assert "of other settings" in capsys.readouterr().err
     assert corrigenda(*args, "--run_dir", str(tmp_path / "cut")) == 0
     assert calls == [2, 2, 1, 0, 0, 1]
+    assert "4 cases in" in caplog.text and "are taken over, not measured again" in caplog.text
     whole, cut = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")
     )
