@@ -115,10 +115,10 @@ class WISE(ModuleEditor):
     Args:
         layer: block of the projection, from 0.
         projection: the MLP's output projection (``out``), or its input projection where it has one.
-        margins: alpha, beta and gamma: an unrelated prompt's concern stays below alpha, an edit's goes
+        margins: alpha, beta and gamma, in units: an unrelated prompt's concern stays below alpha, an edit's goes
             above beta, and the two are gamma apart.
-        unit: what concern is counted in, in raw activations; the median size of the projection's output on
-            unrelated prompts where it is not given.
+        unit: of the margins, in raw activations; the median size of the projection's output on unrelated prompts
+            where it is not given.
         act_ratio: the threshold's part of the least concern of an edit.
         mask_ratio: part of the matrix that a memory may change.
         norm_constraint: no entry of an update gets larger than this.
@@ -264,10 +264,13 @@ class WISE(ModuleEditor):
         ]
 
     def _margins(self, delta_OI: Tensor, inside: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of concern: of the edits' prompts, and of unrelated ones."""
-        alpha, beta, gamma = self.margins
-        in_R = concern(delta_OI, *inside) / self.unit
-        out_U = concern(delta_OI, *self._out) / self.unit
+        """The loss of concern: of the edits' prompts, and of unrelated ones; in raw activations.
+
+        Counted in units its gradient would be as many times smaller, and an edit learned long before the router
+        can tell its prompts.
+        """
+        alpha, beta, gamma = (self.unit * margin for margin in self.margins)
+        in_R, out_U = concern(delta_OI, *inside), concern(delta_OI, *self._out)
         return (
             (out_U - alpha).relu().mean()
             + (beta - in_R).relu().mean()
