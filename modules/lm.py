@@ -277,11 +277,7 @@ class LanguageModel(nn.Module):
 
     def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
         """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""
-        device = self.device
-        ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        length_B = torch.tensor([len(row) for row in ids], device=device)
-        mask_BT = (torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]).long()
-        return Rows(ids_BT, mask_BT, torch.tensor(starts, device=device))
+        return Rows.of(ids, starts, self.device)
 
     def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
         """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
@@ -371,10 +367,10 @@ class LanguageModel(nn.Module):
         if self._may_share(deltas):
             start, begun = self._begun(rows.ids_BT[0].tolist(), rows.common_start())
         merged = self._merged(rows.read, owner_B, whole=begun is not None)
-        row_K, position_K = rows.answer_positions()
-        column_K = position_K + 1 - rows.start_B[row_K]
-        row_N, column_N, which_K = merged.places(row_K, position_K)
         target_BM, mask_BM = rows.targets()
+        row_K, column_K = mask_BM.nonzero(as_tuple=True)
+        before_K = rows.start_B[row_K] + column_K - 1  # the tokens that predict them
+        row_N, column_N, which_K = merged.places(row_K, before_K)
         logprob_BM = torch.zeros(target_BM.shape, device=self.device)
         greedy_BM = torch.zeros_like(target_BM)
         full_BMV: Tensor | None = None

@@ -11,7 +11,7 @@ Shapes: B rows, U rows after merging, T tokens, K tokens asked for, N places of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,22 +91,19 @@ def trees(rows: Rows, owner_B: Tensor) -> Merged:
         same = common_prefix(before, text)
         is_other = owner_U[-1:] != [owners[b]]
         if is_other or len(ids[-1]) + len(text) - same > most:
-            ids, depths, owner_U = [*ids, []], [*depths, []], [*owner_U, owners[b]]
+            ids.append([])
+            depths.append([])
+            owner_U.append(owners[b])
             same = 0
         path = path[:same] + list(range(len(ids[-1]), len(ids[-1]) + len(text) - same))
         ids[-1] += text[same:]
         depths[-1] += range(same, len(text))
         which[b], columns[b], before = len(ids) - 1, torch.tensor(path), text
     device, width = rows.ids_BT.device, rows.ids_BT.shape[1]
-    ids_UT, depth_UT = (
-        pad_sequence([torch.tensor(row) for row in part], batch_first=True).to(device)
-        for part in (ids, depths)
-    )
-    length_U = torch.tensor([len(row) for row in ids], device=device)
-    mask_UT = (torch.arange(ids_UT.shape[1], device=device) < length_U[:, None]).long()
+    depth_UT = pad_sequence([torch.tensor(row) for row in depths], batch_first=True).to(device)
     row_BT = torch.tensor(which, device=device)[:, None].expand(-1, width)
     column_BT = pad_sequence(columns, batch_first=True).to(device)
-    joined = Rows(ids_UT, mask_UT, torch.zeros_like(length_U), depth_UT)
+    joined = replace(Rows.of(ids, [0] * len(ids), device), depth_BT=depth_UT)
     return Merged(joined, torch.tensor(owner_U), row_BT, column_BT)
 
 

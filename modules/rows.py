@@ -30,6 +30,14 @@ class Rows:
     start_B: Tensor
     depth_BT: Tensor | None = None
 
+    @classmethod
+    def of(cls, ids: Sequence[list[int]], starts: Sequence[int], device: torch.device) -> Rows:
+        """Rows of token ids; ``starts`` are the places of their first target tokens."""
+        ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        length_B = torch.tensor([len(row) for row in ids], device=device)
+        mask_BT = (torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]).long()
+        return cls(ids_BT, mask_BT, torch.tensor(starts, device=device))
+
     @property
     def length_B(self) -> Tensor:
         return self.mask_BT.sum(1)
