@@ -1,20 +1,27 @@
 """MEND: a training step, each pass through the whole network, or over what is kept of the texts.
 
-New texts are those of a first epoch: what the frozen blocks make of them is computed, once for all passes, and
-kept. Cached ones have been seen.
+The plain step does what the authors' code does (arXiv 2110.11309): the edit's loss goes backward through the whole
+network and leaves a gradient in every weight, and every pass runs all blocks, and the head over all tokens. New
+texts are those of a first epoch: what the frozen blocks make of them is computed, once for all passes, and kept.
+Cached ones have been seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks.side_by_side import ratio, require_close
 from datamodules.records import EditCase
 from modules.editors.mend import MEND
+from modules.hooks import Hook, hooked
 from modules.lm import LanguageModel
+from modules.rows import Rows
+from modules.tail import Tail
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
@@ -33,23 +40,60 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
     chosen = ([case.edits[0] for case in cases], [case.probes["generality"][0] for case in cases],
               [case.probes["unrelated"][0] for case in cases])  # fmt: skip
 
-    def step(reuse: bool, new: bool = False) -> tuple[list[float], Tensor]:
+    def step() -> tuple[list[float], Tensor]:
         """Losses, and their gradient in the editor's weights."""
-        lm.reuse_prefix = reuse
-        if new:
-            lm.keep_prefix(layers[0], lm.structure.num_layers)
         editor.zero_grad()
         edit_loss, kl = editor._losses(*chosen)
         (edit_loss + kl).backward()
         gradients = [p.grad.flatten() for p in editor.parameters() if p.grad is not None]
         return [edit_loss.item(), kl.item()], torch.cat(gradients)
 
-    plain, gradient = step(False)
-    for losses, same in (step(True, new=True), step(True)):
-        apart = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(plain, losses, strict=True)]
+    def plain() -> tuple[list[float], Tensor]:
+        lm.reuse_prefix = False
+        with patch("modules.editors.mend.gradient_factors", backward_through_all):
+            return step()
+
+    def ours(new: bool) -> tuple[list[float], Tensor]:
+        lm.reuse_prefix = True
+        if new:
+            lm.keep_prefix(layers[0], lm.structure.num_layers)
+        return step()
+
+    expected, gradient = plain()
+    for losses, same in (ours(new=True), ours(new=False)):
+        apart = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, losses, strict=True)]
         require_close(lm, max(apart), 1e-4)
         require_close(lm, ((gradient - same).norm() / gradient.norm()).item(), 1e-4)
     edits = "1 edit" if len(cases) == 1 else f"{len(cases)} edits"
     for new, texts in ((True, "new"), (False, "cached")):
         name = f"MEND on blocks {layers[0]} to {layers[-1]}, a step of {edits}, {texts} texts"
-        yield ratio(name, lambda: step(False), lambda new=new: step(True, new), rounds)  # type: ignore[misc]
+        yield ratio(name, plain, lambda new=new: ours(new), rounds)  # type: ignore[misc]
+
+
+def backward_through_all(
+    lm: LanguageModel, _tail: Tail, rows: Rows, names: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What :func:`modules.gradients.gradient_factors` gives, as a by-product of ``loss.backward()``."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Hook:
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
+            x_BTI = args[0].detach()
+            output.register_hook(lambda d_BTO: factors.update({name: (x_BTI, d_BTO)}))
+
+        return hook
+
+    weights = list(lm.net.parameters())
+    row_N, position_N = rows.answer_positions()
+    weight_N = 1 / (rows.length_B - rows.start_B)[row_N]
+    for weight in weights:
+        weight.requires_grad_()
+    with torch.enable_grad(), hooked([(lm.net.get_submodule(n), watch(n)) for n in names]):
+        logits_BTV = lm.net(input_ids=rows.ids_BT, attention_mask=rows.mask_BT).logits
+        target_N = rows.ids_BT[row_N, position_N + 1]
+        nll_N = cross_entropy(logits_BTV[row_N, position_N].float(), target_N, reduction="none")
+        (nll_N * weight_N).sum().backward()
+    for weight in weights:
+        weight.requires_grad_(requires_grad=False)
+        weight.grad = None
+    return {name: factors[name] for name in names}
