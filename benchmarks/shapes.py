@@ -27,9 +27,9 @@ class RandomModel(LanguageModel):
         self._place = device or "cpu"
         super().__init__(shape, dtype=dtype)
 
-    def _load(self, dtype: torch.dtype, *_: object) -> tuple[Any, Any]:
+    def _load(self, name: str, dtype: torch.dtype, *_: object) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        config = SHAPES[self.name](**WORDS.get(self.name, {}))
+        config = SHAPES[name](**WORDS.get(name, {}))
         with torch.device(self._place):
             net = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return net, LanguageModel("smollm2").tokenizer

@@ -167,7 +167,7 @@ def test_a_model_it_cannot_read_is_refused(corrigenda, taught, capsys, monkeypat
     def refuse(net):
         raise UnsupportedModel("mixture: experts are not supported, choose a dense model")
 
-    monkeypatch.setattr("modules.lm.find_structure", refuse)
+    monkeypatch.setattr("modules.network.find_structure", refuse)
     assert find_structure is not refuse
     assert corrigenda("doctor", taught) == 2
     assert "choose a dense model" in capsys.readouterr().err

@@ -320,7 +320,7 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
         "A story of the year 1984",
         "São Paulo said that",
     ]
-    monkeypatch.setattr("modules.lm.CHUNK_TOKENS", 40)  # in several batches
+    monkeypatch.setattr("modules.network.CHUNK_TOKENS", 160)  # in several batches
     for limit in (10_000, 23):
         assert lm.perplexity(texts, limit) == pytest.approx(
             text_by_hand(lm, texts, limit), rel=1e-5

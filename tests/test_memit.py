@@ -371,7 +371,7 @@ def test_what_rows_begin_with_is_run_once(lm, make):
 def test_batches_of_rows_do_not_matter(gpt2, make, monkeypatch):
     editor = make()
     whole = editor.propose(gpt2, EDITS)
-    monkeypatch.setattr("modules.lm.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("modules.network.CHUNK_TOKENS", 16)
     for name in whole.updates:
         pieces = editor.propose(gpt2, EDITS).dense(name)
         torch.testing.assert_close(pieces, whole.dense(name), rtol=1e-4, atol=1e-5)
