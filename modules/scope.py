@@ -39,7 +39,7 @@ from modules.search import nearest
 
 EPSILON = 1e-6  # 1 - phi is not taken to be smaller
 READ_TOGETHER = 64  # pairs
-OTHERS = 5.0
+OTHERS = 20.0
 
 
 # ---------------------------------------------------------------------------- two forms
