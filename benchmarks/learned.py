@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.side_by_side import ratio, require_close
 from datamodules.records import EditCase
 from modules.editors.mend import MEND
-from modules.hooks import Hook, hooked
+from modules.hooks import capture
 from modules.lm import LanguageModel
 from modules.rows import Rows
 from modules.tail import Tail
@@ -74,26 +74,16 @@ def backward_through_all(
     lm: LanguageModel, _tail: Tail, rows: Rows, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What :func:`modules.gradients.gradient_factors` gives, as a by-product of ``loss.backward()``."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Hook:
-        def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
-            x_BTI = args[0].detach()
-            output.register_hook(lambda d_BTO: factors.update({name: (x_BTI, d_BTO)}))
-
-        return hook
-
-    weights = list(lm.net.parameters())
     row_N, position_N = rows.answer_positions()
+    target_N = rows.ids_BT[row_N, position_N + 1]
     weight_N = 1 / (rows.length_B - rows.start_B)[row_N]
-    for weight in weights:
-        weight.requires_grad_()
-    with torch.enable_grad(), hooked([(lm.net.get_submodule(n), watch(n)) for n in names]):
+    lm.net.requires_grad_(requires_grad=True)
+    with torch.enable_grad(), capture({n: lm.net.get_submodule(n) for n in names}) as seen:
         logits_BTV = lm.net(input_ids=rows.ids_BT, attention_mask=rows.mask_BT).logits
-        target_N = rows.ids_BT[row_N, position_N + 1]
+        for _, output_BTO in seen.values():
+            output_BTO.retain_grad()
         nll_N = cross_entropy(logits_BTV[row_N, position_N].float(), target_N, reduction="none")
         (nll_N * weight_N).sum().backward()
-    for weight in weights:
-        weight.requires_grad_(requires_grad=False)
-        weight.grad = None
-    return {name: factors[name] for name in names}
+    lm.net.requires_grad_(requires_grad=False)
+    lm.net.zero_grad()
+    return {name: (seen[name][0].detach(), seen[name][1].grad) for name in names}

@@ -17,7 +17,7 @@ from modules.lm import LanguageModel
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     """Six facts, each a round of its own, and together; 10 steps in 21 contexts.
 
-    A step runs the tokens from the subject on: of all there are, early subjects have most and late ones few.
+    A step runs the tokens from the subject on: most of a text whose subject is early, few where it is late.
     """
     layer = lm.structure.num_layers // 10
     editor = ROME(layer, corpus=corpus(lm), steps=10)

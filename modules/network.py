@@ -47,10 +47,10 @@ class Network(nn.Module):
     def __init__(
         self,
         net: Any,  # noqa: ANN401  a PreTrainedModel, whose types say too little
-        reuse_prefix: bool = True,
-        cache_memory_gib: float = 2.0,
-        cache_disk_gib: float = 8.0,
-        scaled_together: bool = False,
+        reuse_prefix: bool,
+        cache_memory_gib: float,
+        cache_disk_gib: float,
+        scaled_together: bool,
     ) -> None:
         super().__init__()
         self.net = net
