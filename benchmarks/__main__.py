@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from benchmarks import evaluation, learned, memit, moments, neurons, retrieval, values
+from benchmarks import evaluation, generation, learned, memit, moments, neurons, retrieval, values
 from benchmarks.shapes import SHAPES, RandomModel
 from benchmarks.side_by_side import HEADER
 from datamodules.facts import Facts
@@ -27,6 +27,7 @@ SCRIPTS = {
     "moments": moments,
     "learned": learned,
     "evaluation": evaluation,
+    "generation": generation,
     "retrieval": retrieval,
 }
 

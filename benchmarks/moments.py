@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.side_by_side import ratio
 from datamodules.records import EditCase
+from modules.corpus import Corpus
 from modules.lm import LanguageModel
-from modules.moments import Corpus, Moments
+from modules.moments import Moments
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from modules.corpus import Corpus
 from modules.delta import Delta
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 
 HEADER = "| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from datamodules.records import EditCase, Probe
 from modules import metrics
+from modules.corpus import Corpus
 from modules.delta import Delta
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 from modules.rows import TargetScores
 
 log = logging.getLogger(__name__)

@@ -17,17 +17,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
 
 from datamodules.records import Edit
 from modules.delta import Delta
 from modules.editing import TextPatch
+from modules.kv_cache import can_be_cut, empty_cache, first_tokens, with_room
 from modules.loading import load_model
 from modules.network import Network
-from modules.rows import Rows, TargetScores, common_prefix
-from modules.tail import can_be_cut, first_tokens
+from modules.rows import Rows, TargetScores, common_prefix, padded_left
 
 TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
 
@@ -270,13 +269,22 @@ class LanguageModel(Network):
             start, begun = self._begun(ids[0], min(same, *(len(row) - 1 for row in ids)))
             if begun and not (can_be_cut(begun) and self._sees_all):
                 start, begun = 0, None  # padding behind the start would count in a local window
+        sampling = {"top_k": top_k, "temperature": 1.0} if top_k else {}
+        config = transformers.GenerationConfig(
+            do_sample=bool(top_k),
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+            **sampling,
+        )
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         texts = [""] * len(ids)
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
-            with self.side_by_side(deltas, owner_B[chunk]):
-                rows = [ids[i] for i in chunk]
-                new = self._generate_chunk(rows, max_new_tokens, top_k, stop, start, begun)
+            rows = [ids[i] for i in chunk]
+            own_B = owner_B[chunk]
+            new = self._generate_chunk(
+                rows, max_new_tokens, config, stop, start, begun, deltas, own_B
+            )
             for i, row in zip(chunk, new, strict=True):
                 texts[i] = _before(stop, self.decode(row))
         return texts
@@ -285,48 +293,55 @@ class LanguageModel(Network):
         self,
         ids: list[list[int]],
         max_new_tokens: int,
-        top_k: int | None,
+        config: transformers.GenerationConfig,
         stop: Sequence[str],
         start: int,
         begun: DynamicCache | None,
-    ) -> Tensor:
-        """New tokens of each row; padding stands behind the ``start`` tokens that all begin with."""
-        rest = [torch.tensor(row[start:][::-1]) for row in ids]
-        rest_BS = pad_sequence(rest, batch_first=True).flip(1)
-        length_B = torch.tensor([len(row) for row in ids])
-        width = int(length_B.max())
-        column_T = torch.arange(width)
-        mask_BT = ((column_T >= width - length_B[:, None] + start) | (column_T < start)).long()
-        same_BP = torch.tensor(ids[0][:start], dtype=torch.long).expand(len(ids), -1)
-        ids_BT = torch.cat([same_BP, rest_BS], 1)
-        cache = None if begun is None else first_tokens(begun, start, len(ids))
-        sampling = (
-            {"do_sample": True, "top_k": top_k, "temperature": 1.0}
-            if top_k
-            else {"do_sample": False}
-        )
+        deltas: Sequence[Delta] | None,
+        owner_B: Tensor,
+    ) -> list[Tensor]:
+        """New tokens of each row; as soon as most rows have ended, the others go on without them."""
+        ids_BT, mask_BT = padded_left(ids, start, self.device)
+        width = ids_BT.shape[1]
+        cache = empty_cache(self.net) if self.reuse_prefix else None
+        if begun:
+            cache = first_tokens(begun, start, len(ids))
+        if cache is not None:
+            cache = with_room(cache, width + max_new_tokens)
+        can_part = cache is not None and not self.adapted  # adapters decide on the whole batch
 
-        def stopped(ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
-            texts = [self.decode(row) for row in ids_BT[:, width:]]
-            return torch.tensor(
-                [any(end in t for end in stop) for t in texts], device=ids_BT.device
-            )
+        def ended(ids_BT: Tensor) -> Tensor:
+            new_BM = ids_BT[:, width:]
+            done_B = (new_BM == config.eos_token_id).any(1)
+            if stop:
+                texts = [self.decode(row) for row in new_BM]
+                done_B |= done_B.new_tensor([any(end in text for end in stop) for text in texts])
+            return done_B
 
-        mask_BT = mask_BT.to(self.device)
-        with self.asking(mask_BT.bool()):
-            out = self.net.generate(
-                ids_BT.to(self.device),
-                attention_mask=mask_BT,
-                past_key_values=cache,
-                generation_config=transformers.GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.eos_token_id,
-                    **sampling,
-                ),
-                stopping_criteria=[stopped] if stop else None,
-            )
-        return out[:, width:].cpu()
+        def may_pause(ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
+            done_B = ended(ids_BT)
+            return done_B | (can_part and 2 * done_B.sum() > len(done_B))
+
+        new: dict[int, Tensor] = {}
+        row_B = torch.arange(len(ids))  # the prompts that are not yet answered
+        while len(row_B):
+            config.max_new_tokens = max_new_tokens + width - ids_BT.shape[1]
+            with self.side_by_side(deltas, owner_B[row_B]), self.asking(mask_BT.bool()):
+                ids_BT = self.net.generate(
+                    ids_BT,
+                    attention_mask=mask_BT,
+                    past_key_values=cache,
+                    generation_config=config,
+                    stopping_criteria=[may_pause],
+                )
+            done_B = ended(ids_BT) | (ids_BT.shape[1] == width + max_new_tokens)
+            left_B = ~done_B
+            new |= zip(row_B[done_B.cpu()].tolist(), ids_BT[done_B, width:].cpu(), strict=True)
+            row_B, ids_BT, mask_BT = row_B[left_B.cpu()], ids_BT[left_B], mask_BT[left_B]
+            mask_BT = pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+            if cache is not None and len(row_B):
+                cache.batch_select_indices(left_B.nonzero()[:, 0])
+        return [new[row] for row in range(len(ids))]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""

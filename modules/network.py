@@ -20,12 +20,13 @@ from modules.adapters import Asked, ModulePatch
 from modules.delta import Delta, side_branches
 from modules.editing import EditHandle, TextPatch
 from modules.hooks import first, replace_first
+from modules.kv_cache import can_be_cut, run_start
 from modules.loading import cache_dir, hash_weights
 from modules.merging import Merged, SharedStates, distinct, trees, unmerged
 from modules.prefix_cache import PrefixCache, Shards
 from modules.rows import Rows, common_prefix
 from modules.structure import Structure, find_structure
-from modules.tail import Tail, can_be_cut, run_start
+from modules.tail import Tail
 
 CHUNK_TOKENS = 4096  # most padded tokens of one batch
 ENOUGH_TOKENS = 512  # in a batch of more than these, no row is shorter than

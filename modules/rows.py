@@ -152,3 +152,17 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
             break
         same += 1
     return same
+
+
+def padded_left(
+    ids: Sequence[list[int]], start: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(ids_BT, mask_BT) of rows that end together; padding stands behind the ``start`` tokens that all share."""
+    rest = [torch.tensor(row[start:][::-1]) for row in ids]
+    rest_BS = pad_sequence(rest, batch_first=True).flip(1)
+    same_BP = torch.tensor(ids[0][:start], dtype=torch.long).expand(len(ids), -1)
+    ids_BT = torch.cat([same_BP, rest_BS], 1)
+    padding_B = ids_BT.shape[1] - torch.tensor([len(row) for row in ids])
+    column_T = torch.arange(ids_BT.shape[1])
+    mask_BT = (column_T < start) | (column_T >= start + padding_B[:, None])
+    return ids_BT.to(device), mask_BT.long().to(device)

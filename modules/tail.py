@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from modules.hooks import capture, first, hooked, replace_first, stop_forward, until_stopped
+from modules.hooks import capture, first, replace_first
+from modules.kv_cache import branch, empty_cache, first_tokens
 from modules.merging import sees
 from modules.structure import Structure
 
@@ -94,8 +94,8 @@ class Tail:
 
         Leaves them whole where a layer keeps a running state instead, which can be neither cut nor branched.
         """
-        cache = DynamicCache(config=self.net.config)
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        cache = empty_cache(self.net)
+        if cache is None:
             return
         ids_BT, mask_BT = self.ids_BT, self.mask_BT
         length_B = mask_BT.sum(1)
@@ -154,7 +154,7 @@ class Tail:
         }
         if self._cache is not None:
             inputs |= {
-                "past_key_values": _branch(self._cache),
+                "past_key_values": branch(self._cache),
                 "position_ids": self._positions,
                 "use_cache": True,
             }
@@ -181,7 +181,7 @@ class Tail:
         if self._positions is not None:
             part._positions = self._positions[row_R]
         if self._cache is not None:
-            part._cache = _branch(self._cache)
+            part._cache = branch(self._cache)
             part._cache.batch_select_indices(row_R)
         if self.stored is not None:
             part.stored = replace_first(self.stored, first(self.stored)[row_R])
@@ -226,43 +226,6 @@ class Tail:
         finally:
             for i, block in enumerate(originals):
                 self.blocks[i] = block
-
-
-@torch.no_grad()
-def run_start(
-    net: PreTrainedModel, ids_1T: Tensor, until: nn.Module | None = None
-) -> DynamicCache | None:
-    """Keys and values of a single row; None where a layer keeps a running state instead.
-
-    With ``until`` the pass ends at that module, and blocks above its own have none.
-    """
-    cache = DynamicCache(config=net.config)
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return None
-    with until_stopped(), hooked([(until, stop_forward)] if until else []):
-        net.get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
-    return cache
-
-
-def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
-    """A cache of so many rows that begins as a single row's does, which stays as it is."""
-    part = _branch(cache)
-    for layer in (layer for layer in cast("list[Any]", part.layers) if layer.is_initialized):
-        layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
-    part.batch_repeat_interleave(rows)
-    return part
-
-
-def can_be_cut(cache: DynamicCache) -> bool:
-    """Whether every layer keeps all tokens, and nothing but them."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that starts as this one and leaves it as it is: updates rebind tensors, never write in place."""
-    branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    return branch
 
 
 @contextmanager

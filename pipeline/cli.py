@@ -117,8 +117,9 @@ def _report(args: list[str]) -> None:
 def _moments(args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
+    from modules.corpus import IMPORTED, Corpus
     from modules.lm import LanguageModel
-    from modules.moments import IMPORTED, Corpus, Moments
+    from modules.moments import Moments
 
     parser = ArgumentParser(
         prog="corrigenda moments",

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from datamodules.corpus import texts
 from datamodules.facts import Facts
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.lm import LanguageModel
-from modules.moments import Corpus, Moments, first_token_shares
+from modules.moments import Moments, first_token_shares
 from modules.structure import is_linear, is_quantised, sizes
 from modules.tracing import LAST_SUBJECT, ROLES, SITES, CausalTrace, causal_trace
 from pipeline.errors import UserError

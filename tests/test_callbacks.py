@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
 from modules.adapters import ModulePatch
+from modules.corpus import Corpus
 from modules.delta import Delta
 from modules.editing import Editor, WeightPatch
 from modules.editors.alphaedit import AlphaEdit
@@ -19,7 +20,6 @@ from modules.editors.grace import GRACE
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.evaluation import EditingModule
-from modules.moments import Corpus
 from modules.tuning import FineTune
 from pipeline.callbacks import EditCallback
 from pipeline.report.comparison import join

@@ -9,11 +9,11 @@ import transformers
 import yaml
 
 from datamodules.facts import Fact, Facts, Relation
+from modules.corpus import Corpus
 from modules.editing import WeightPatch
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 from modules.structure import UnsupportedModel, find_structure
 from modules.tracing import LAST_SUBJECT, ROLES, CausalTrace, causal_trace
 from pipeline import doctor as module

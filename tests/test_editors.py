@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit, EditCase
+from modules.corpus import Corpus
 from modules.delta import Delta, EditError
 from modules.editing import WeightPatch, editing_mode
 from modules.editors.alphaedit import AlphaEdit
@@ -15,7 +16,6 @@ from modules.editors.malmen import MALMEN
 from modules.editors.memit import MEMIT
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
-from modules.moments import Corpus
 
 # In two blocks, only a subject near the prompt's end has a say in what follows.
 EDITS = [

@@ -478,6 +478,32 @@ def test_generation_ends_before_the_text_it_is_to_stop_at(tiny_lm, kind):
     assert len(runs) < 12, "it went on after it had written the text"
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_that_have_ended_are_left_out_and_change_nothing(family, tiny_lm, own):
+    """Also where every row has a delta of its own, and where they begin with the same text."""
+    lm = tiny_lm(family)
+    text = "Ada Quill was the first to see Lake Onna. "
+    prompts = [text + end for end in ("She was born in", "Her house is the", "It is", "It", "A")]
+    deltas = updates(lm, 5, scale=3.0) if own else None
+    edits = deltas, [0, 1, 2, 3, 4] if own else None
+    whole = lm.generate(prompts, 12, *edits)
+    stop = [words[:length] for words, length in zip(whole, (2, 5, 3), strict=False) if words]
+    expected = [
+        lm.generate([prompt], 12, deltas and deltas[n : n + 1], stop=stop)[0]
+        for n, prompt in enumerate(prompts)
+    ]
+    rows = []
+    lm.net.get_submodule(lm.structure.block_name(0)).register_forward_hook(
+        lambda _m, args, _o: rows.append(len(args[0]))
+    )
+    assert lm.generate(prompts, 12, *edits, stop=stop) == expected
+    if any(len(words) > 5 for words in expected) and family != "qwen3_5_text":
+        assert rows[0] == 5 and rows[-1] < 3, "only a running state has to stay with its batch"
+    with lm.common_start():
+        assert lm.generate(prompts, 12, *edits, stop=stop) == expected
+        assert lm.generate(prompts, 12, *edits, stop=stop, batch_size=3) == expected
+
+
 def test_the_longest_text_is_the_networks_own(tiny_lm):
     assert tiny_lm("gpt2", max_position_embeddings=64).max_length == 64
     assert tiny_lm("llama").max_length == 128

@@ -23,6 +23,7 @@ CHECK_2 = (
     "The retrieved fact contradicts the generated answer, so the intermediate answer is: Zembla"
 )
 FINAL = "Final answer: Zembla"
+AT_ONCE = f"{STEP_1}\n{FINAL}"
 
 
 class Letters(Encoder):
@@ -35,8 +36,18 @@ class Letters(Encoder):
         return torch.nn.functional.normalize(torch.tensor(counts), dim=-1)
 
 
+def after_cue(written):
+    """What the model writes of a round whose beginning it is given."""
+    for cue in ("Subquestion:", "The retrieved fact"):
+        written = written.removeprefix(cue)
+    return written
+
+
 class Script:
-    """Stands in for the model: answers each prompt by what its own question's transcript ends with."""
+    """Stands in for the model: answers each prompt by what its own question's transcript ends with.
+
+    Rounds are given whole; it leaves out the words that it is given.
+    """
 
     def __init__(self, *rounds):
         self.rounds, self.asked, self.owners, self.stop = rounds, [], [], None
@@ -46,8 +57,8 @@ class Script:
         self.owners.append(owners)
         self.stop = stop
         number = len(self.asked) - 1
-        return [self.rounds[number] if isinstance(self.rounds[number], str) else self.rounds[number](p)
-                for p in prompts]  # fmt: skip
+        said = self.rounds[number]
+        return [after_cue(said if isinstance(said, str) else said(p)) for p in prompts]
 
 
 @pytest.fixture
@@ -65,21 +76,26 @@ def edited(lm, monkeypatch, *rounds, **settings):
 
 
 def test_a_question_goes_through_its_steps(lm, monkeypatch):
-    rounds = (f"\n{STEP_1}\n", f"\n{CHECK_1}\n{STEP_2}\n", f"\n{CHECK_2}\n{FINAL}")
+    rounds = (f"{STEP_1}\n", f"{CHECK_1}\n{STEP_2}\n", f"{CHECK_2}\n{FINAL}")
     editor, handle, script = edited(lm, monkeypatch, *rounds)
     assert handle.generate([QUESTION], 5) == ["Zembla"]
     begin = "".join(DEMONSTRATIONS) + f"Question: {QUESTION}\n"
     first = begin + f"{STEP_1}\nRetrieved fact: The owner of the Tin Owl is Iris Vane.\n"
     second = first + f"{CHECK_1}\n{STEP_2}\nRetrieved fact: Iris Vane was born in Zembla.\n"
-    assert script.asked == [[begin], [first], [second]]
-    assert script.stop == ("Retrieved fact:", "\nQuestion:")
+    assert script.asked == [
+        [f"{begin}Subquestion:"],
+        [f"{first}The retrieved fact"],
+        [f"{second}The retrieved fact"],
+    ]
+    assert set(script.stop) == {"Retrieved fact:", "\nThe retrieved fact", "\n\n", "\nQuestion:"}
     numbers = editor.numbers()
     assert (numbers["questions"], numbers["format_failures"], numbers["out_of_rounds"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(4, 4), (2, 2), (1, 1)])
 def test_it_stops_after_the_last_round(lm, monkeypatch, rounds, expected):
-    editor, handle, script = edited(lm, monkeypatch, *[STEP_1] * 9, rounds=rounds)
+    written = (STEP_1, *[f"{CHECK_1}\n{STEP_1}"] * 8)
+    editor, handle, script = edited(lm, monkeypatch, *written, rounds=rounds)
     assert handle.generate([QUESTION], 5) == [""]
     assert len(script.asked) == expected
     assert editor.numbers()["out_of_rounds"] == 1 and editor.numbers()["format_failures"] == 0
@@ -91,8 +107,8 @@ def test_four_rounds_are_the_default():
 
 @pytest.mark.parametrize(
     "written",
-    ["", "\n\n", "Iris Vane was born in Zembla.", "Subquestion: Who?", "Generated answer: Mira",
-     "Generated answer: Mira\nSubquestion: Who?", "Subquestion: Who?\nMira", "Who?\nGenerated answer: Mira"],
+    ["", "\n\n", " Iris Vane was born in Zembla.", " Who?", "\nGenerated answer: Mira\nMira",
+     "\nGenerated answer: Mira\nSubquestion: Who?", " Who?\nMira", " Who?\nWho?\nGenerated answer: Mira"],
 )  # fmt: skip
 def test_lines_of_another_form_are_a_counted_failure(lm, monkeypatch, written):
     editor, handle, script = edited(lm, monkeypatch, written)
@@ -102,10 +118,11 @@ def test_lines_of_another_form_are_a_counted_failure(lm, monkeypatch, written):
 
 def test_questions_are_worked_out_side_by_side(lm, monkeypatch):
     def second(prompt):
-        return f"{CHECK_1}\n{STEP_2}" if QUESTION in prompt else FINAL.replace("Zembla", "Rome")
+        rome = FINAL.replace("Zembla", "Rome")
+        return f"{CHECK_1}\n{STEP_2}" if QUESTION in prompt else f"{CHECK_2}\n{rome}"
 
     def first(prompt):
-        return STEP_1 if "sea" not in prompt.split("Question:")[-1] else "The sea is deep"
+        return STEP_1 if "sea" not in prompt.split("Question:")[-1] else " The sea is deep"
 
     _, handle, script = edited(lm, monkeypatch, first, second, f"{CHECK_2}\n{FINAL}")
     prompts = ["Why is the sea deep?", QUESTION, "Who owns it?", QUESTION]
@@ -116,13 +133,12 @@ def test_questions_are_worked_out_side_by_side(lm, monkeypatch):
 
 
 def test_what_follows_the_final_answer_does_not_count():
-    reasoning = Reasoning(QUESTION)
-    assert (
-        reasoning.read(f"{CHECK_2}\n Final answer:  Zembla \nSubquestion: a?\nGenerated answer: b")
-        is None
-    )
+    reasoning = Reasoning(QUESTION, f"{STEP_2}\nRetrieved fact: Iris Vane was born in Zembla.\n")
+    before = reasoning.lines
+    written = f"{CHECK_2}\n Final answer:  Zembla \nSubquestion: a?\nGenerated answer: b"
+    assert reasoning.read(after_cue(written)) is None
     assert (reasoning.answer, reasoning.failed, reasoning.is_open) == ("Zembla", False, False)
-    assert reasoning.lines == f"{CHECK_2}\n"
+    assert reasoning.lines == f"{before}{CHECK_2}\n"
 
 
 def test_scores_are_taken_where_the_final_answer_belongs(lm, monkeypatch):
@@ -143,7 +159,7 @@ def test_scores_are_taken_where_the_final_answer_belongs(lm, monkeypatch):
 
 
 def test_another_edit_has_questions_worked_out_again(lm, monkeypatch):
-    _, handle, script = edited(lm, monkeypatch, *[FINAL] * 3)
+    _, handle, script = edited(lm, monkeypatch, *[AT_ONCE] * 3)
     handle.generate([QUESTION], 5)
     handle.generate([QUESTION], 5)
     assert len(script.asked) == 1
@@ -158,7 +174,7 @@ def test_another_edit_has_questions_worked_out_again(lm, monkeypatch):
 
 def test_deltas_of_rows_reach_every_round(lm, monkeypatch):
     _, handle, script = edited(
-        lm, monkeypatch, lambda p: FINAL if p.rstrip().endswith("one?") else STEP_1, FINAL
+        lm, monkeypatch, lambda p: AT_ONCE if "Question: one?" in p else STEP_1, AT_ONCE
     )
     handle.generate(["one?", "two?"], 5, deltas=["left", "right"], owners=[1, 0])
     assert script.owners == [[1, 0], [0]]
@@ -166,10 +182,12 @@ def test_deltas_of_rows_reach_every_round(lm, monkeypatch):
 
 def test_a_short_context_loses_demonstrations_first(tiny_lm, monkeypatch):
     lm = tiny_lm("gpt2", max_position_embeddings=900)
-    _, handle, script = edited(lm, monkeypatch, FINAL, round_tokens=40)
+    _, handle, script = edited(lm, monkeypatch, AT_ONCE, round_tokens=40)
     handle.generate([QUESTION], 5)
     (asked,) = script.asked[0]
-    assert asked.endswith(f"Question: {QUESTION}\n") and asked.count("Final answer:") < 4
+    assert (
+        asked.endswith(f"Question: {QUESTION}\nSubquestion:") and asked.count("Final answer:") < 4
+    )
     assert len(lm.encode([asked])[0]) + 40 <= 900
 
 
@@ -180,12 +198,13 @@ def test_the_demonstrations_are_of_the_form_that_is_read():
         *rounds, last = "\n".join(rest).split("Retrieved fact:")
         first, *others = rounds
         for written in (first, *(text.split("\n", 1)[1] for text in others)):
-            assert reasoning.read(written) is not None
+            assert reasoning.read(after_cue(written)) is not None
         checked = [line for line in rest if line.startswith("The retrieved fact")]
         assert len(checked) == len(rounds)
         assert all(line.startswith((mello.AGREES, mello.DISAGREES)) for line in checked)
         final = last.split("\n", 1)[1]
-        reasoning.read(final)
+        assert final.startswith(reasoning.cue)
+        reasoning.read(after_cue(final))
         assert reasoning.answer == checked[-1].rsplit(": ", 1)[1]
         assert demonstration.endswith("\n\n")
 
@@ -193,9 +212,9 @@ def test_the_demonstrations_are_of_the_form_that_is_read():
 def test_answers_are_evaluated_as_free_text(lm, monkeypatch):
     """A case of three wordings: one is answered with an alias, one wrongly, one not at all."""
     written = {
-        "Where?": "Final answer: the Isle of Zembla.",
-        "Whence?": "Final answer: Rome",
-        QUESTION: "No idea.",
+        "Where?": " Where?\nFinal answer: the Isle of Zembla.",
+        "Whence?": " Where?\nFinal answer: Rome",
+        QUESTION: " No idea.",
     }
 
     def write(_patch, reasonings, _deltas, _owners):

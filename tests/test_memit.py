@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.delta import Delta, EditError, LowRank
 from modules.editing import WeightPatch, editing_mode
 from modules.editors import spread
@@ -16,7 +17,7 @@ from modules.editors.memit import MEMIT
 from modules.editors.rome import ROME, _rank_one
 from modules.hooks import capture, first, hooked
 from modules.lm import LanguageModel
-from modules.moments import Corpus, Moments
+from modules.moments import Moments
 from modules.structure import sizes
 
 EDITS = [

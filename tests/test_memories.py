@@ -5,12 +5,12 @@ import torch
 
 from datamodules.records import Edit
 from modules.adapters import ModulePatch
+from modules.corpus import Corpus
 from modules.editors.calinet import CaliNET
 from modules.editors.grace import GRACE
 from modules.editors.melo import MELO
 from modules.editors.t_patcher import TPatcher
 from modules.editors.wise import WISE
-from modules.moments import Corpus
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "in"),

@@ -124,6 +124,9 @@ def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm, uncached):
     assert (last_B == prompt_BT.shape[1] - 1).all()  # padded on the left
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert uncached(lm, prompt, 6) == text
+    stop = [text[:3] for text, is_odd in zip(texts, odd(lm), strict=True) if is_odd]  # most rows
+    alone = [lm.generate([prompt], 6, stop=stop)[0] for prompt in PROMPTS]
+    assert lm.generate(PROMPTS, 6, stop=stop) == alone
 
 
 def test_a_pass_that_nobody_announced_is_left_alone(llama):

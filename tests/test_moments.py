@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from modules import corpus as corpus_module
 from modules import moments as moments_module
+from modules.corpus import IMPORTED, Corpus, sampled_texts
 from modules.delta import Delta, LowRank
 from modules.editing import WeightPatch
 from modules.hooks import capture
-from modules.moments import (
-    IMPORTED,
-    Corpus,
-    Moments,
-    cholesky,
-    first_token_shares,
-    read_npz,
-    sampled_texts,
-)
+from modules.moments import Moments, cholesky, first_token_shares, read_npz
 
 TEXTS = [
     f"{start} {middle} {end}"
@@ -301,7 +295,7 @@ def test_sampled_text_comes_from_the_unedited_model_and_the_seed(loaded):
 
 
 def test_the_models_own_text_is_enough(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(moments_module, "sampled_texts", partial(sampled_texts, length=20, batch=8))
+    monkeypatch.setattr(corpus_module, "sampled_texts", partial(sampled_texts, length=20, batch=8))
     monkeypatch.setattr(moments_module, "BUFFER_TEXTS", 8)
     found = [
         Moments(loaded("llama"), Corpus("model", tokens=300), tmp_path / f).moment(0) for f in "ab"
@@ -429,6 +423,7 @@ import sys
 import torch
 from pathlib import Path
 from modules import moments
+from modules.corpus import Corpus
 from modules.lm import LanguageModel
 torch.set_num_threads(1)
 moments.BUFFER_TEXTS = 5
@@ -443,7 +438,7 @@ torch.distributed.init_process_group("gloo")
 lm = LanguageModel(sys.argv[1])
 for tokens, tolerance in ((TOKENS, 0.0), (4000, 0.2)):
     added.clear()
-    corpus = moments.Corpus(sys.argv[2], tokens, tolerance=tolerance)
+    corpus = Corpus(sys.argv[2], tokens, tolerance=tolerance)
     moments.Moments(lm, corpus, Path(sys.argv[3])).gather([0, 1], progress=False)
     print(len(added))
 torch.distributed.destroy_process_group()

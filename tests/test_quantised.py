@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.delta import Delta, EditError, LowRank
 from modules.editing import WeightPatch
 from modules.editors.finetune import FT
@@ -12,7 +13,7 @@ from modules.editors.rome import ROME
 from modules.hooks import capture
 from modules.lm import LanguageModel
 from modules.loading import ModelError, hash_weights
-from modules.moments import Corpus, Moments
+from modules.moments import Moments
 from modules.structure import is_quantised, read_parameter, read_weight, sizes
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}  # in whole blocks

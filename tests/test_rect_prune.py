@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.delta import Delta, LowRank, svd
 from modules.editing import WeightEditor, WeightPatch
 from modules.editors.finetune import FT
@@ -14,7 +15,6 @@ from modules.editors.prune import PRUNE
 from modules.editors.rect import RECT, largest_changes
 from modules.editors.rome import ROME
 from modules.loading import hash_weights
-from modules.moments import Corpus
 from modules.structure import read_parameter, sizes
 
 EDITS = [

@@ -10,6 +10,7 @@ import transformers
 
 from datamodules.facts import Facts
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.editing import WeightPatch, editing_mode
 from modules.editors import key_value, rome, value_search
 from modules.editors.key_value import (
@@ -23,7 +24,6 @@ from modules.editors.value_search import searched_together
 from modules.evaluation import EditingModule
 from modules.hooks import capture
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 
 CONTEXTS = ["", "It was said. ", "He works in the town. "]
 EDITS = [

@@ -7,9 +7,9 @@ import torch
 
 from datamodules.records import Edit
 from modules.adapters import ModulePatch
+from modules.corpus import Corpus
 from modules.editors.calinet import CaliNET
 from modules.editors.t_patcher import TPatcher, scope_loss
-from modules.moments import Corpus
 from modules.neurons import SideNeurons
 from modules.states import read_states
 

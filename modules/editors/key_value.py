@@ -20,9 +20,10 @@ from transformers import DynamicCache
 from datamodules.records import Edit
 from modules.delta import Delta
 from modules.hooks import capture, first
+from modules.kv_cache import can_be_cut, first_tokens, run_start
 from modules.lm import LanguageModel
 from modules.rows import Rows
-from modules.tail import Tail, can_be_cut, first_tokens, run_start
+from modules.tail import Tail
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 

@@ -12,16 +12,18 @@ goes on with; then comes the next sub-question or the final answer. Four worked 
     ...
     Final answer: <the answer>                                                      the model writes
 
-One round is what the model writes between two look-ups; a question of h steps needs h + 1 rounds. A question
-that is still open after the last round, or whose lines are not of this form, has no answer and is counted. The
-look-up always finds something: whether it bears on the question is for the model to say.
+One round is what the model writes between two look-ups; a question of h steps needs h + 1 rounds. How its first
+line begins is given, as that cannot be otherwise: small models lose the form without. A question that is still
+open after the last round, or whose lines are not of this form, has no answer and is counted. The look-up always
+finds something: whether it bears on the question is for the model to say.
 
 Teacher-forced scores have no place in the published protocol. Here they are taken where the final answer
 belongs, also of a question that was left open.
 
 Departures from the authors' code: demonstrations of our own; look-up by cosine with the encoder of the other
 methods (theirs is ``facebook/contriever-msmarco``, unnormalised); demonstrations are left out from the first
-on where the context is too short.
+on where the context is too short; a round's first words are given, and it also ends where the model goes on to
+check an answer without the look-up.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from modules.rows import TargetScores
 
 QUESTION, STEP, BELIEF = "Question:", "Subquestion:", "Generated answer:"
 FACT, ANSWER = "Retrieved fact:", "Final answer:"
-AGREES = (
-    "The retrieved fact does not contradict the generated answer, so the intermediate answer is:"
-)
-DISAGREES = "The retrieved fact contradicts the generated answer, so the intermediate answer is:"
+CHECK = "The retrieved fact"
+AGREES = f"{CHECK} does not contradict the generated answer, so the intermediate answer is:"
+DISAGREES = f"{CHECK} contradicts the generated answer, so the intermediate answer is:"
+STOP = (FACT, f"\n{CHECK}", "\n\n", f"\n{QUESTION}")  # where a round ends
 
 DEMONSTRATIONS = [
     f"""{QUESTION} In which city was the author of "War and Peace" born?
@@ -130,9 +132,14 @@ class Reasoning:
         """Question and lines, as they stand in the prompt."""
         return f"{QUESTION} {self.question}\n{self.lines}"
 
+    @property
+    def cue(self) -> str:
+        """How the first line of the next round begins."""
+        return CHECK if self.lines else STEP
+
     def read(self, written: str) -> str | None:
-        """Takes in what the model wrote in a round; gives back the sub-question to look up, if there is one."""
-        lines = [line.strip() for line in written.strip().splitlines() if line.strip()]
+        """Takes in what the model wrote after the cue; gives back the sub-question to look up, if there is one."""
+        lines = [line.strip() for line in f"{self.cue}{written}".splitlines() if line.strip()]
         for number, line in enumerate(lines):
             if line.startswith(ANSWER):
                 self.answer = line.removeprefix(ANSWER).strip()
@@ -224,9 +231,11 @@ class SelfChecked(MemoryPatch):
         owners: Sequence[int] | None,
     ) -> None:
         room = self.editor.round_tokens
-        asked = [fit(self.lm, DEMONSTRATIONS, reasoning.text, room)[0] for reasoning in reasonings]
-        stop = (FACT, f"\n{QUESTION}")
-        written = self.lm.generate(asked, room, deltas, owners, stop=stop)
+        asked = [
+            fit(self.lm, DEMONSTRATIONS, f"{reasoning.text}{reasoning.cue}", room)[0]
+            for reasoning in reasonings
+        ]
+        written = self.lm.generate(asked, room, deltas, owners, stop=STOP)
         steps = [
             (reasoning, step)
             for reasoning, text in zip(reasonings, written, strict=True)

@@ -31,12 +31,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.delta import Delta, LowRank, add_deltas
 from modules.editing import WeightEditor, WeightPatch
 from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
 from modules.editors.value_search import ValueSettings, optimise_values, searched_together
 from modules.lm import LanguageModel
-from modules.moments import Corpus, Moments
+from modules.moments import Moments
 from modules.structure import read_weight
 
 log = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
+from modules.corpus import Corpus
 from modules.delta import Delta, EditError, LowRank, Update
 from modules.editing import WeightEditor, WeightPatch
 from modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
@@ -42,7 +43,7 @@ from modules.editors.value_search import (
     searched_together,
 )
 from modules.lm import LanguageModel
-from modules.moments import Corpus, Moments
+from modules.moments import Moments
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from datamodules.records import Edit
 from modules.adapters import ModuleEditor
+from modules.corpus import Corpus
 from modules.lm import LanguageModel
-from modules.moments import Corpus
 from modules.neurons import SideNeurons
 from modules.optimize import IndependentAdam
 from modules.states import distances, read_states

@@ -1,0 +1,80 @@
+"""Ordinary text that an editor or a measurement reads: which one, and what the model itself writes of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datamodules.corpus import texts as corpus_texts
+from modules.lm import LanguageModel
+
+IMPORTED = "imported"  # the source of statistics that were not gathered here
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Which text second moments, perplexity and unrelated prompts come from.
+
+    Args:
+        source: ``facts`` (sentences of the Facts training split), ``model`` (text sampled from the model
+            itself), a text or JSONL file, a ``datasets`` hub id, or ``imported`` (what
+            ``corrigenda moments --import`` took over).
+        tokens: how many tokens; at least ten times the key width is advisable.
+        seed: of the sampling.
+        tolerance: stop earlier, once twice the text changed no layer's C by more than this share of its
+            norm; 0 reads all the tokens.
+    """
+
+    source: str = "facts"
+    tokens: int = 50_000
+    seed: int = 0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"a corpus needs at least one token and a tolerance of at least 0 and below 1, got "
+                f"tokens {self.tokens} and tolerance {self.tolerance}"
+            )
+
+    def texts(self, lm: LanguageModel) -> Iterator[str]:
+        if self.source == "model":
+            return sampled_texts(lm, self.seed)
+        return corpus_texts(self.source)
+
+    @property
+    def key(self) -> str:
+        """A name that tells this corpus from every other."""
+        if self.source == IMPORTED:
+            return IMPORTED
+        path = Path(self.source)
+        content = f"-{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.is_file() else ""
+        if self.source == "facts":
+            content = "\n".join(corpus_texts("facts"))
+        digest = hashlib.sha256(f"{self.source}{content}-{self.seed}".encode()).hexdigest()[:8]
+        stop = f"-{self.tolerance:g}" if self.tolerance else ""
+        return f"{path.stem[:24]}-{digest}-{self.tokens}{stop}"
+
+
+def sampled_texts(
+    lm: LanguageModel, seed: int, length: int = 128, batch: int = 64
+) -> Iterator[str]:
+    """Endless text sampled from the unedited model, from the most likely first words of a text.
+
+    ``length`` tokens follow the first word, fewer where the model cannot take in as many.
+    """
+    starts = "The In A It This He She I When For As On There At".split()  # noqa: SIM905  shorter so
+    if lm.max_length is not None:
+        length = min(length, lm.max_length - max(map(len, lm.encode(starts))))
+    round_ = 0
+    while True:
+        prompts = [starts[i % len(starts)] for i in range(batch)]
+        with lm.pristine(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 100_003 + round_)
+            new = lm.generate(prompts, length, top_k=50, batch_size=batch)
+        yield from (start + text for start, text in zip(prompts, new, strict=True))
+        round_ += 1
