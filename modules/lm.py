@@ -280,8 +280,7 @@ class LanguageModel(Network):
         texts = [""] * len(ids)
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
-            rows = [ids[i] for i in chunk]
-            own_B = owner_B[chunk]
+            rows, own_B = [ids[i] for i in chunk], owner_B[chunk]
             new = self._generate_chunk(
                 rows, max_new_tokens, config, stop, start, begun, deltas, own_B
             )
@@ -309,13 +308,16 @@ class LanguageModel(Network):
         if cache is not None:
             cache = with_room(cache, width + max_new_tokens)
         can_part = cache is not None and not self.adapted  # adapters decide on the whole batch
+        end = -1 if config.eos_token_id is None else config.eos_token_id
 
         def ended(ids_BT: Tensor) -> Tensor:
             new_BM = ids_BT[:, width:]
-            done_B = (new_BM == config.eos_token_id).any(1)
+            done_B = (new_BM == end).any(1)
             if stop:
                 texts = [self.decode(row) for row in new_BM]
-                done_B |= done_B.new_tensor([any(end in text for end in stop) for text in texts])
+                done_B |= done_B.new_tensor(
+                    [any(words in text for words in stop) for text in texts]
+                )
             return done_B
 
         def may_pause(ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
