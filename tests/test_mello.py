@@ -90,6 +90,7 @@ def test_a_question_goes_through_its_steps(lm, monkeypatch):
     assert set(script.stop) == {"Retrieved fact:", "\nThe retrieved fact", "\n\n", "\nQuestion:"}
     numbers = editor.numbers()
     assert (numbers["questions"], numbers["format_failures"], numbers["out_of_rounds"]) == (1, 0, 0)
+    assert numbers["demonstrations_left_out"] == 0
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(4, 4), (2, 2), (1, 1)])
@@ -182,13 +183,15 @@ def test_deltas_of_rows_reach_every_round(lm, monkeypatch):
 
 def test_a_short_context_loses_demonstrations_first(tiny_lm, monkeypatch):
     lm = tiny_lm("gpt2", max_position_embeddings=900)
-    _, handle, script = edited(lm, monkeypatch, AT_ONCE, round_tokens=40)
+    editor, handle, script = edited(lm, monkeypatch, AT_ONCE, round_tokens=40)
     handle.generate([QUESTION], 5)
     (asked,) = script.asked[0]
     assert (
         asked.endswith(f"Question: {QUESTION}\nSubquestion:") and asked.count("Final answer:") < 4
     )
     assert len(lm.encode([asked])[0]) + 40 <= 900
+    left = asked.count("Final answer:")
+    assert editor.numbers()["demonstrations_left_out"] == len(DEMONSTRATIONS) - left > 0
 
 
 def test_the_demonstrations_are_of_the_form_that_is_read():

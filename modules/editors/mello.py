@@ -170,12 +170,8 @@ class SelfChecked(MemoryPatch):
         full: bool,
     ) -> TargetScores:
         reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
-        asked = [
-            fit(self.lm, DEMONSTRATIONS, f"{reasoning.text}{ANSWER}", reserve)[0]
-            for reasoning, reserve in zip(
-                self._reason(prompts, deltas, owners), reserves, strict=True
-            )
-        ]
+        texts = [f"{reasoning.text}{ANSWER}" for reasoning in self._reason(prompts, deltas, owners)]
+        asked = self._after_demonstrations(texts, reserves)
         with self.lm.common_start():
             return self.lm.score(asked, targets, deltas, owners, full)
 
@@ -231,10 +227,8 @@ class SelfChecked(MemoryPatch):
         owners: Sequence[int] | None,
     ) -> None:
         room = self.editor.round_tokens
-        asked = [
-            fit(self.lm, DEMONSTRATIONS, f"{reasoning.text}{reasoning.cue}", room)[0]
-            for reasoning in reasonings
-        ]
+        texts = [f"{reasoning.text}{reasoning.cue}" for reasoning in reasonings]
+        asked = self._after_demonstrations(texts, [room] * len(texts))
         written = self.lm.generate(asked, room, deltas, owners, stop=STOP)
         steps = [
             (reasoning, step)
@@ -245,6 +239,16 @@ class SelfChecked(MemoryPatch):
             found = self.nearest([step for _, step in steps])
             for (reasoning, _), (edit, _) in zip(steps, found, strict=True):
                 reasoning.lines += f"{FACT} {sentence(edit)}.\n"
+
+    def _after_demonstrations(self, texts: Sequence[str], reserves: Sequence[int]) -> list[str]:
+        """Each text after the demonstrations that there is room for; those left out are counted."""
+        fitted = [
+            fit(self.lm, DEMONSTRATIONS, text, reserve)
+            for text, reserve in zip(texts, reserves, strict=True)
+        ]
+        left_out = sum(dropped for _, dropped in fitted)
+        self.editor.counts["demonstrations_left_out"] += left_out
+        return [text for text, _ in fitted]
 
 
 class MeLLo(MemoryEditor):
