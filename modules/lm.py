@@ -245,10 +245,12 @@ class LanguageModel(Network):
         top_k: int | None = None,
         batch_size: int = 32,
         stop: Sequence[str] = (),
+        num_beams: int = 1,
     ) -> list[str]:
         """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens.
 
-        A continuation ends before the first of the texts in ``stop``.
+        A continuation ends before the first of the texts in ``stop``. With ``num_beams`` it is the likeliest
+        that a search over so many at a time finds.
         """
         if patch := self._text_patch():
             with patch.set_aside():
@@ -260,11 +262,12 @@ class LanguageModel(Network):
                     top_k=top_k,
                     batch_size=batch_size,
                     stop=stop,
+                    num_beams=num_beams,
                 )
         ids = self.encode([prompt.rstrip() for prompt in prompts])
         owner_B = _owners(deltas, owners, len(ids))
         start, begun = 0, None
-        if self._may_share(deltas):
+        if self._may_share(deltas) and num_beams == 1:
             same = min(common_prefix(ids[0], row) for row in ids)
             start, begun = self._begun(ids[0], min(same, *(len(row) - 1 for row in ids)))
             if begun and not (can_be_cut(begun) and self._sees_all):
@@ -272,6 +275,7 @@ class LanguageModel(Network):
         sampling = {"top_k": top_k, "temperature": 1.0} if top_k else {}
         config = transformers.GenerationConfig(
             do_sample=bool(top_k),
+            num_beams=num_beams,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
             **sampling,
@@ -302,7 +306,8 @@ class LanguageModel(Network):
         """New tokens of each row; as soon as most rows have ended, the others go on without them."""
         ids_BT, mask_BT = padded_left(ids, start, self.device)
         width = ids_BT.shape[1]
-        cache = empty_cache(self.net) if self.reuse_prefix else None
+        beams = config.num_beams
+        cache = empty_cache(self.net) if self.reuse_prefix and beams == 1 else None
         if begun:
             cache = first_tokens(begun, start, len(ids))
         if cache is not None:
@@ -328,7 +333,8 @@ class LanguageModel(Network):
         row_B = torch.arange(len(ids))  # the prompts that are not yet answered
         while len(row_B):
             config.max_new_tokens = max_new_tokens + width - ids_BT.shape[1]
-            with self.side_by_side(deltas, owner_B[row_B]), self.asking(mask_BT.bool()):
+            branch = self.side_by_side(deltas, owner_B[row_B].repeat_interleave(beams))
+            with branch, self.asking(mask_BT.bool().repeat_interleave(beams, 0)):
                 ids_BT = self.net.generate(
                     ids_BT,
                     attention_mask=mask_BT,
@@ -336,7 +342,7 @@ class LanguageModel(Network):
                     generation_config=config,
                     stopping_criteria=[may_pause],
                 )
-            done_B = ended(ids_BT) | (ids_BT.shape[1] == width + max_new_tokens)
+            done_B = ended(ids_BT) | (ids_BT.shape[1] == width + max_new_tokens) | (not can_part)
             left_B = ~done_B
             new |= zip(row_B[done_B.cpu()].tolist(), ids_BT[done_B, width:].cpu(), strict=True)
             row_B, ids_BT, mask_BT = row_B[left_B.cpu()], ids_BT[left_B], mask_BT[left_B]

@@ -504,6 +504,28 @@ def test_rows_that_have_ended_are_left_out_and_change_nothing(family, tiny_lm, o
         assert lm.generate(prompts, 12, *edits, stop=stop, batch_size=3) == expected
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_beams_are_those_of_each_prompt_alone(family, tiny_lm, own):
+    """As ``transformers`` searches over a prompt without padding; also beside a delta per row."""
+    lm = tiny_lm(family)
+    deltas = updates(lm, 4, scale=3.0) if own else None
+    expected = []
+    for n, prompt in enumerate(PROMPTS):
+        patch = WeightPatch(lm, deltas[n]) if deltas else None
+        ids = torch.tensor(lm.encode([prompt]))
+        out = lm.net.generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=3, do_sample=False,
+            max_new_tokens=6, pad_token_id=lm.tokenizer.eos_token_id,
+        )  # fmt: skip
+        expected.append(lm.decode(out[0, ids.shape[1] :]))
+        if patch:
+            patch.remove()
+    found = lm.generate(PROMPTS, 6, deltas, [0, 1, 2, 3] if own else None, num_beams=3)
+    assert found == expected
+    with lm.common_start():
+        assert lm.generate(PROMPTS[:1], 6, deltas, num_beams=3, owners=[0]) == expected[:1]
+
+
 def test_the_longest_text_is_the_networks_own(tiny_lm):
     assert tiny_lm("gpt2", max_position_embeddings=64).max_length == 64
     assert tiny_lm("llama").max_length == 128

@@ -129,6 +129,14 @@ def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm, uncached):
     assert lm.generate(PROMPTS, 6, stop=stop) == alone
 
 
+def test_what_is_decided_on_the_prompt_holds_for_every_beam(lm):
+    base = lm.generate(PROMPTS, 6, num_beams=3)
+    Marker(strength=20.0).edit(lm, EDITS)
+    texts = lm.generate(PROMPTS, 6, num_beams=3)
+    assert [a != b for a, b in zip(texts, base, strict=True)] == odd(lm).tolist()
+    assert texts == [lm.generate([prompt], 6, num_beams=3)[0] for prompt in PROMPTS]
+
+
 def test_a_pass_that_nobody_announced_is_left_alone(llama):
     ids = torch.tensor(llama.encode(PROMPTS[:1]))
     with torch.no_grad():
