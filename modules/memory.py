@@ -167,6 +167,12 @@ class MemoryPatch(TextPatch):
         """For each query the edit whose key is nearest, and the cosine."""
         return self.memory.nearest(queries, self.end)
 
+    def shown(self, demonstrations: Sequence[str], question: str, reserve: int) -> str:
+        """The question after what :func:`fit` finds room for; demonstrations that are left out are counted."""
+        text, left_out = fit(self.lm, demonstrations, question, reserve)
+        self.editor.counts["demonstrations_left_out"] += left_out
+        return text
+
     @property
     def num_bytes(self) -> int:
         """Its facts in words, and the vectors that they are found by once something was looked up."""

@@ -22,14 +22,13 @@ look at generality and locality.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from datamodules.records import Edit, EditCase, Probe
 from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
+from modules.memory import MemoryEditor, MemoryPatch, sentence
 from modules.retrieval import Encoder, Retriever
 from modules.rows import TargetScores
 
@@ -78,9 +77,8 @@ class Demonstrated(MemoryPatch):
         for edit, prompt, reserve in zip(edits, prompts, reserves, strict=True):
             demonstrations = self.editor.demonstrations(self.lm, edit)
             question = f"New Fact: {sentence(edit)}\nPrompt: {prompt}"
-            text, dropped = fit(self.lm, demonstrations, question, reserve)
-            self.editor.counts += Counter(questions=1, demonstrations_left_out=dropped)
-            texts.append(text)
+            texts.append(self.shown(demonstrations, question, reserve))
+        self.editor.counts["questions"] += len(texts)
         return texts
 
 

@@ -36,7 +36,7 @@ from datamodules.records import Edit
 from modules.delta import Delta
 from modules.editing import EditHandle
 from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch, fit, sentence
+from modules.memory import MemoryEditor, MemoryPatch, sentence
 from modules.retrieval import Encoder
 from modules.rows import TargetScores
 
@@ -171,7 +171,10 @@ class SelfChecked(MemoryPatch):
     ) -> TargetScores:
         reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
         texts = [f"{reasoning.text}{ANSWER}" for reasoning in self._reason(prompts, deltas, owners)]
-        asked = self._after_demonstrations(texts, reserves)
+        asked = [
+            self.shown(DEMONSTRATIONS, text, reserve)
+            for text, reserve in zip(texts, reserves, strict=True)
+        ]
         with self.lm.common_start():
             return self.lm.score(asked, targets, deltas, owners, full)
 
@@ -227,8 +230,10 @@ class SelfChecked(MemoryPatch):
         owners: Sequence[int] | None,
     ) -> None:
         room = self.editor.round_tokens
-        texts = [f"{reasoning.text}{reasoning.cue}" for reasoning in reasonings]
-        asked = self._after_demonstrations(texts, [room] * len(texts))
+        asked = [
+            self.shown(DEMONSTRATIONS, f"{reasoning.text}{reasoning.cue}", room)
+            for reasoning in reasonings
+        ]
         written = self.lm.generate(asked, room, deltas, owners, stop=STOP)
         steps = [
             (reasoning, step)
@@ -239,16 +244,6 @@ class SelfChecked(MemoryPatch):
             found = self.nearest([step for _, step in steps])
             for (reasoning, _), (edit, _) in zip(steps, found, strict=True):
                 reasoning.lines += f"{FACT} {sentence(edit)}.\n"
-
-    def _after_demonstrations(self, texts: Sequence[str], reserves: Sequence[int]) -> list[str]:
-        """Each text after the demonstrations that there is room for; those left out are counted."""
-        fitted = [
-            fit(self.lm, DEMONSTRATIONS, text, reserve)
-            for text, reserve in zip(texts, reserves, strict=True)
-        ]
-        left_out = sum(dropped for _, dropped in fitted)
-        self.editor.counts["demonstrations_left_out"] += left_out
-        return [text for text, _ in fitted]
 
 
 class MeLLo(MemoryEditor):
