@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.files import DataError, Row, read_rows
 from datamodules.loader import CaseLoader, Share
 from datamodules.records import Edit, EditCase
+from modules import checks
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,9 @@ class EditDataModule(LightningDataModule):
         val_limit: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("limit", limit), ("val_limit", val_limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        checks.whole(1, batch_size=batch_size, limit=limit, val_limit=val_limit)
+        checks.number("at least 0 and below 1", lambda x: 0 <= x < 1, val_fraction=val_fraction)
+        checks.seeds(seed=seed)
         self.path = path
         self.train_path = train_path
         self.batch_size = batch_size

@@ -247,6 +247,7 @@ class ModuleEditor(Editor):
         """
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> ModulePatch:
+        self.check(lm)
         with editing_mode():
             self.prepare(lm)
             memory = self.empty(lm)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from datamodules.corpus import texts as corpus_texts
+from modules import checks
 from modules.lm import LanguageModel
 
 IMPORTED = "imported"  # the source of statistics that were not gathered here
@@ -35,11 +36,9 @@ class Corpus:
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or not 0 <= self.tolerance < 1:
-            raise ValueError(
-                f"a corpus needs at least one token and a tolerance of at least 0 and below 1, got "
-                f"tokens {self.tokens} and tolerance {self.tolerance}"
-            )
+        checks.whole(1, tokens=self.tokens)
+        checks.seeds(seed=self.seed)
+        checks.number("at least 0 and below 1", lambda x: 0 <= x < 1, tolerance=self.tolerance)
 
     def texts(self, lm: LanguageModel) -> Iterator[str]:
         if self.source == "model":

@@ -272,6 +272,12 @@ class TextPatch(EditHandle):
 class Editor(ABC):
     """A method. ``edit`` writes all the given edits together and returns how to undo them."""
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raises ValueError, at once, where ``layer`` or ``layers`` name a block that the model does not have."""
+        own = getattr(self, "layer", None)
+        for layer in [*(getattr(self, "layers", None) or ()), *([] if own is None else [own])]:
+            lm.structure.block_name(layer)
+
     def prepare(self, lm: LanguageModel) -> None:  # noqa: B027  optional
         """Once per model, before the first edit: statistics, prompts. Idempotent."""
 
@@ -308,6 +314,7 @@ class WeightEditor(Editor):
         return [self.propose(lm, group) for group in edits]
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> WeightPatch:
+        self.check(lm)
         with editing_mode():
             self.prepare(lm)
             return WeightPatch(lm, self.stamp(lm, self.propose(lm, edits), edits))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
+from modules import checks
 from modules.loading import ModelError, hash_weights, package_folder
 
 # Encoders that come as Python packages: alias to (package, folder inside it).
@@ -32,6 +33,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, name: str = "minilm", max_tokens: int = 256) -> None:
         super().__init__()
+        checks.whole(1, max_tokens=max_tokens)
         self.name = name
         self.net, self.tokenizer = _load(name)
         self.max_tokens = min(max_tokens, self.net.config.max_position_embeddings)

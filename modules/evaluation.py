@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from datamodules.records import EditCase, Probe
-from modules import metrics
+from modules import checks, metrics
 from modules.corpus import Corpus
 from modules.delta import Delta
 from modules.lm import LanguageModel
@@ -140,6 +140,7 @@ class EditingModule(LightningModule):
         self, lm: LanguageModel, generate_tokens: int = 0, perplexity: Corpus | None = None
     ) -> None:
         super().__init__()
+        checks.whole(0, generate_tokens=generate_tokens)
         self.lm, self.generate_tokens, self.perplexity = lm, generate_tokens, perplexity
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the base model out

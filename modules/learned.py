@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
+from modules import checks
 from modules.delta import Delta, EditError, add_deltas
 from modules.editing import WeightEditor
 from modules.evaluation import UNMOVED, EditingModule
@@ -77,8 +78,9 @@ class LearnedEditor(EditingModule, WeightEditor):
         generate_tokens: int = 0,
     ) -> None:
         super().__init__(lm, generate_tokens)
-        if together < 1:
-            raise ValueError(f"together must be at least 1, got {together}")
+        checks.at_least(0, c_edit=c_edit, c_loc=c_loc)
+        checks.positive(scale=scale)
+        checks.whole(1, together=together)
         self.automatic_optimization = True
         self.c_edit, self.c_loc, self.scale, self.together = c_edit, c_loc, scale, together
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
@@ -291,6 +293,13 @@ class LearnedEditor(EditingModule, WeightEditor):
         rows = self.lm.rows(prompts, targets)
         tail = self.lm.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
         return rows, tail
+
+
+def chosen_blocks(lm: LanguageModel, layers: Sequence[int] | None, last: int) -> list[int]:
+    """The given blocks, the lowest first; the ``last`` so many of the model if none were given."""
+    checks.blocks(layers=layers)
+    count = lm.structure.num_layers
+    return list(range(max(0, count - last), count)) if layers is None else sorted(layers)
 
 
 class _Drift(torch.autograd.Function):

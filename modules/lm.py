@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import Delta
 from modules.editing import TextPatch
 from modules.kv_cache import can_be_cut, empty_cache, first_tokens, with_room
@@ -61,6 +62,7 @@ class LanguageModel(Network):
         cache_memory_gib: float = 2.0,
         cache_disk_gib: float = 8.0,
     ) -> None:
+        checks.at_least(0, cache_memory_gib=cache_memory_gib, cache_disk_gib=cache_disk_gib)
         net, tokenizer = self._load(name, getattr(torch, dtype), quantization, revision)
         scaled_together = quantization == "int8"
         super().__init__(net, reuse_prefix, cache_memory_gib, cache_disk_gib, scaled_together)

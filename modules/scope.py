@@ -31,6 +31,7 @@ from torch.nn.functional import logsigmoid
 from torchmetrics.classification import BinaryAUROC
 
 from datamodules.records import EditCase
+from modules import checks
 from modules.delta import EditError
 from modules.encoder import TextEncoder
 from modules.learned import read_checkpoint
@@ -183,6 +184,9 @@ class ScopeClassifier(LightningModule):
         num_negatives: int = 4,
     ) -> None:
         super().__init__()
+        checks.positive(lr=lr)
+        checks.at_least(0, lr_head=lr_head)
+        checks.whole(0, num_negatives=num_negatives)
         self.strict_loading = False  # checkpoints leave the frozen encoder out
         self.form, self.num_negatives = form, num_negatives
         self.lr, self.lr_head = lr, lr_head

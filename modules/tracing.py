@@ -28,6 +28,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from datamodules.records import Edit
+from modules import checks
 from modules.hooks import Hook, capture, first, hooked, replace_first
 from modules.lm import LanguageModel
 from modules.tail import Tail
@@ -85,10 +86,9 @@ def causal_trace(
     """
     if not edits:
         raise ValueError("no facts to trace")
-    if samples < 1 or noise <= 0:
-        raise ValueError(
-            f"samples must be at least 1 and noise positive, got samples {samples} and noise {noise}"
-        )
+    checks.whole(1, samples=samples, window=window)
+    checks.positive(noise=noise)
+    checks.seeds(seed=seed)
     depth = lm.structure.num_layers
     width = window or max(1, round(depth * 10 / 48))
     facts = [_Fact(lm, edit) for edit in edits]

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import Edit, EditCase
+from modules import checks
 from modules.delta import Delta
 from modules.editing import WeightEditor
 from modules.evaluation import EditingModule
@@ -63,11 +64,9 @@ class GradientEditor(WeightEditor):
         loss: Loss = "target",
         parallel: int = 8,
     ) -> None:
-        if steps < 1 or lr <= 0 or parallel < 1:
-            raise ValueError(
-                f"steps and parallel must be at least 1 and lr positive, got steps {steps}, "
-                f"parallel {parallel}, lr {lr}"
-            )
+        checks.whole(1, steps=steps, parallel=parallel)
+        checks.positive(lr=lr)
+        checks.at_least(0, stop_loss=stop_loss, weight_decay=weight_decay)
         self.steps, self.lr, self.stop_loss = steps, lr, stop_loss
         self.weight_decay, self.loss, self.parallel = weight_decay, loss, parallel
 

@@ -66,6 +66,8 @@ class EditCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
+        if self.editor:
+            self.editor.check(pl_module.lm)  # before the model is asked what it knows
         if self.editor and self.schedule in ("each", "batch") and pl_module.perplexity:
             raise ValueError(
                 f"the schedule {self.schedule!r} has no edits in force over the whole evaluation, of which a "

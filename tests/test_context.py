@@ -338,8 +338,6 @@ def test_a_pool_that_is_too_small_is_said_so(lm):
     with pytest.raises(EditError, match="8 demonstrations .* only 7 training cases") as caught:
         editor.edit(lm, [PARIS])
     assert "\n" not in str(caught.value) and lm.handles == []
-    with pytest.raises(ValueError, match="num_demonstrations must be at least 0"):
-        ike(num_demonstrations=-1)
 
 
 def test_one_fact_is_given_several_are_looked_up(lm):

@@ -247,19 +247,6 @@ def test_distances_of_near_points_are_exact():
     torch.testing.assert_close(distances(a, b), torch.full((40, 40), 0.5), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epsilon": 0.0}, "epsilon must be positive"),
-        ({"steps": 0}, "steps and parallel at least 1"),
-        ({"scale": -1.0}, "scale and lr must be positive"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(make, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make(**changes)
-
-
 def test_too_little_text_is_an_error(llama, make, tmp_path):
     (tmp_path / "one.txt").write_text("The town is here.")
     with pytest.raises(ValueError, match="fewer than two different texts"):

@@ -409,9 +409,7 @@ def test_proposing_leaves_no_trace(lm):
 # --- mistakes ---
 
 
-@pytest.mark.parametrize(
-    "changes", [{"points": 0}, {"threshold": 1.5}, {"share": -1.0}, {"fewest": 4, "most": 2}]
-)
+@pytest.mark.parametrize("changes", [{"threshold": 1.5}, {"share": -1.0}, {"fewest": 4, "most": 2}])
 def test_settings_without_sense_are_refused(changes):
-    with pytest.raises(ValueError, match="must be|are between"):
+    with pytest.raises(ValueError, match="must be (at least|between)"):
         KN(**changes)

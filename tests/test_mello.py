@@ -238,8 +238,3 @@ def test_answers_are_evaluated_as_free_text(lm, monkeypatch):
     assert result.metrics["hops/all_wild_contains"] == 1
     assert editor.numbers()["questions"] == 3 and editor.numbers()["format_failures"] == 1
     handle.remove()
-
-
-def test_wrong_settings_are_one_clear_line():
-    with pytest.raises(ValueError, match="at least 1, got 0 and 96"):
-        MeLLo(rounds=0)

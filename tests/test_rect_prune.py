@@ -315,9 +315,9 @@ def test_a_rule_that_would_strengthen_is_said_to(lm, caplog):
 
 @pytest.mark.parametrize("base", [1.0, 0.5])
 def test_settings_that_make_no_sense(base):
-    with pytest.raises(ValueError, match="base is that of a logarithm and must be above 1"):
+    with pytest.raises(ValueError, match="base must be above 1"):
         PRUNE(Growing(1), base)
-    with pytest.raises(ValueError, match="keep is a share, from 0 to 1, got 40"):
+    with pytest.raises(ValueError, match="keep must be between 0 and 1, got 40"):
         RECT(Growing(1), keep=40)
 
 

@@ -153,7 +153,8 @@ def test_nothing_is_left_behind(lm):
         ([], {}, "no facts"),
         ([Edit("{} is", "Zembla", "x")], {}, "'Zembla is' has no true answer"),
         (FACTS, {"samples": 0}, "samples must be at least 1"),
-        (FACTS, {"noise": 0.0}, "noise positive"),
+        (FACTS, {"window": 0}, "window must be at least 1"),
+        (FACTS, {"noise": 0.0}, "noise must be positive"),
     ],
 )
 def test_what_cannot_be_traced(loaded, edits, changes, words):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import EditError
 from modules.editors.key_value import solve_update
 from modules.editors.spread import SpreadEditor
@@ -54,10 +55,8 @@ class AlphaEdit(SpreadEditor):
         **search: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(layers, **search)
-        if l2 <= 0 or not 0 < null_share <= 1:
-            raise ValueError(
-                f"l2 must be positive and null_share in (0, 1], got {l2} and {null_share}"
-            )
+        checks.positive(l2=l2, threshold=threshold)
+        checks.share(null_share=null_share)
         self.null_share, self.threshold, self.l2 = null_share, threshold, l2
 
     def statistics(self, moments: Moments, layer: int) -> Tensor:

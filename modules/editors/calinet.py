@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from datamodules.records import Edit
+from modules import checks
 from modules.adapters import ModuleEditor
 from modules.editors.key_value import sample_contexts
 from modules.lm import LanguageModel
@@ -55,14 +56,13 @@ class CaliNET(ModuleEditor):
         contexts: list[tuple[int, int]] = [(5, 4)],  # noqa: B006  never changed
         seed: int = 0,
     ) -> None:
-        if not layers:
-            raise ValueError("layers is empty: name at least one block, for example [11]")
-        if min(slots, steps, batch_size) < 1 or lr <= 0:
-            raise ValueError(
-                "slots, steps and batch_size must be at least 1 and lr positive, got "
-                f"{slots}, {steps}, {batch_size}, {lr}"
-            )
-        self.layers, self.slots, self.steps, self.lr = sorted(set(layers)), slots, steps, lr
+        checks.blocks(layers=layers)
+        checks.whole(1, slots=slots, steps=steps, batch_size=batch_size)
+        checks.positive(lr=lr)
+        checks.at_least(0, stop_loss=stop_loss)
+        checks.contexts(contexts=contexts)
+        checks.seeds(seed=seed)
+        self.layers, self.slots, self.steps, self.lr = sorted(layers), slots, steps, lr
         self.batch_size, self.stop_loss = batch_size, stop_loss
         self.contexts, self.seed = contexts, seed
         self._prepared: str | None = None

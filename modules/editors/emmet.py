@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import EditError
 from modules.editors.key_value import solve_update
 from modules.editors.spread import SpreadEditor
@@ -40,8 +41,7 @@ class EMMET(SpreadEditor):
 
     def __init__(self, layers: list[int], ridge: float = 0.0, **search: Any) -> None:  # noqa: ANN401
         super().__init__(layers, **search)
-        if ridge < 0:
-            raise ValueError(f"ridge must not be negative, got {ridge}")
+        checks.at_least(0, ridge=ridge)
         self.ridge = ridge
 
     def statistics(self, moments: Moments, layer: int) -> Tensor:

@@ -15,13 +15,13 @@ has its own stop; weight decay pulls towards the base weights, not towards zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from modules import checks
 from modules.delta import Delta
 from modules.lm import LanguageModel
 from modules.structure import sizes
@@ -58,10 +58,10 @@ class FT(GradientEditor):
         parallel: int = 8,
     ) -> None:
         super().__init__(steps, lr, stop_loss, weight_decay, loss, parallel)
-        if not layers:
-            raise ValueError("layers is empty: name at least one block to tune, for example [3]")
-        self.layers, self.projections = sorted(set(layers)), projections
-        self.norm_constraint = _positive(norm_constraint)
+        checks.blocks(layers=layers)
+        checks.positive(norm_constraint=norm_constraint)
+        self.layers, self.projections = sorted(layers), projections
+        self.norm_constraint = norm_constraint
 
     def lowest_layer(self, lm: LanguageModel) -> int:
         return self.layers[0]
@@ -87,17 +87,3 @@ class FT(GradientEditor):
         if self.norm_constraint is not None:
             for leaf in leaves.values():
                 leaf.data.clamp_(-self.norm_constraint, self.norm_constraint)
-
-
-def _positive(constraint: float | None) -> float | None:
-    """The constraint as a float, or an error: what is no number must not silently mean none."""
-    if constraint is None:
-        return None
-    if isinstance(constraint, bool) or not isinstance(constraint, int | float):
-        raise TypeError(
-            f"norm_constraint must be a number or null, got {constraint!r} "
-            f"({type(constraint).__name__}); in YAML write 5.0e-4, not 5e-4"
-        )
-    if math.isnan(constraint) or constraint <= 0:
-        raise ValueError(f"norm_constraint must be positive, got {constraint}; null means none")
-    return float(constraint)

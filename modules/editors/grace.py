@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.adapters import Adapter, Asked, ModuleEditor
 from modules.lm import LanguageModel
 from modules.optimize import IndependentAdam
@@ -184,13 +185,11 @@ class GRACE(ModuleEditor):
         source: str = "facts",
         num_prompts: int = 256,
     ) -> None:
-        if epsilon is not None and epsilon <= 0:
-            raise ValueError(f"epsilon must be positive, got {epsilon}; null calibrates it")
-        if scale <= 0 or lr <= 0 or steps < 1 or parallel < 1:
-            raise ValueError(
-                "scale and lr must be positive, steps and parallel at least 1, got "
-                f"scale {scale}, lr {lr}, steps {steps}, parallel {parallel}"
-            )
+        checks.whole(0, layer=layer)
+        checks.positive(epsilon=epsilon, scale=scale, lr=lr)
+        checks.whole(1, steps=steps, parallel=parallel)
+        checks.at_least(0, stop_loss=stop_loss)
+        checks.whole(2, num_prompts=num_prompts)
         self.layer, self.projection, self.replace = layer, projection, replace
         self.given, self.scale = epsilon, scale
         self.steps, self.lr, self.stop_loss, self.parallel = steps, lr, stop_loss, parallel

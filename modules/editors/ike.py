@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from datamodules.records import Edit, EditCase, Probe
+from modules import checks
 from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, sentence
@@ -104,8 +105,8 @@ class IKE(MemoryEditor):
         seed: int = 0,
     ) -> None:
         super().__init__(encoder)
-        if num_demonstrations < 0:
-            raise ValueError(f"num_demonstrations must be at least 0, got {num_demonstrations}")
+        checks.whole(0, num_demonstrations=num_demonstrations)
+        checks.seeds(seed=seed)
         self.pool, self.num_demonstrations, self.seed = pool, num_demonstrations, seed
         self._cases: list[EditCase] = []
         self._indices: dict[str, Retriever] = {}  # of the pool's facts, by the encoder's hash

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
+from modules import checks
 from modules.delta import Delta, Update
 from modules.gradients import by_owner, gradient_factors
-from modules.learned import LearnedEditor
+from modules.learned import LearnedEditor, chosen_blocks
 from modules.lm import LanguageModel
 from modules.rows import Rows
 from modules.structure import sizes
@@ -111,9 +112,12 @@ class KE(LearnedEditor):
         generate_tokens: int = 0,
     ) -> None:
         super().__init__(lm, scale=scale, together=together, generate_tokens=generate_tokens)
+        checks.whole(1, hidden=hidden, condition=condition)
+        checks.positive(max_scale=max_scale, lr=lr)
+        checks.at_least(0, lr_alpha=lr_alpha, margin=margin, least_margin=least_margin)
+        checks.whole(0, warm_up=warm_up)
         structure = lm.structure
-        last = structure.num_layers
-        self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))
+        self.layers = chosen_blocks(lm, layers, 3)
         every = (structure.mlp_names, lambda layer: (structure.out_name(layer),))
         names_of = every[projections == "out"]
         self.names = [name for layer in self.layers for name in names_of(layer)]

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import Delta, EditError, LowRank, Update
 from modules.editing import WeightEditor
 from modules.editors.key_value import sample_contexts
@@ -90,15 +91,12 @@ class KN(WeightEditor):
         seed: int = 0,
         batch_rows: int = 128,
     ) -> None:
-        if points < 1 or batch_rows < 1 or not 1 <= fewest <= most:
-            raise ValueError(
-                f"points and batch_rows must be at least 1 and 1 <= fewest <= most, got points {points}, "
-                f"batch_rows {batch_rows}, fewest {fewest}, most {most}"
-            )
-        if not 0 <= threshold <= 1 or not 0 <= share <= 1:
-            raise ValueError(
-                f"threshold and share are between 0 and 1, got threshold {threshold} and share {share}"
-            )
+        checks.whole(1, points=points, batch_rows=batch_rows, fewest=fewest)
+        checks.whole(fewest, most=most)
+        checks.between(0, 1, threshold=threshold, share=share)
+        checks.at_least(0, erase_scale=erase_scale, write_scale=write_scale)
+        checks.contexts(contexts=contexts)
+        checks.seeds(seed=seed)
         self.action, self.points, self.threshold, self.share = action, points, threshold, share
         self.fewest, self.most = fewest, most
         self.erase_scale, self.write_scale = erase_scale, write_scale

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from modules import checks
 from modules.delta import Delta, LowRank
 from modules.lm import LanguageModel
 from modules.structure import is_linear, sizes
@@ -60,11 +61,11 @@ class LoRA(GradientEditor):
         parallel: int = 8,
     ) -> None:
         super().__init__(steps, lr, stop_loss, weight_decay, loss, parallel)
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
-        if layers is not None and not layers:
-            raise ValueError("layers is empty: name at least one block, or leave it out for all")
-        self.layers = None if layers is None else sorted(set(layers))
+        checks.blocks(layers=layers)
+        checks.whole(1, rank=rank)
+        checks.positive(alpha=alpha)
+        checks.seeds(seed=seed)
+        self.layers = None if layers is None else sorted(layers)
         self.targets, self.rank, self.scale, self.seed = targets, rank, alpha / rank, seed
 
     def lowest_layer(self, lm: LanguageModel) -> int:

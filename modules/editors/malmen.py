@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
+from modules import checks
 from modules.delta import Delta, LowRank, Update
 from modules.gradients import PairNetwork, gradient_factors
-from modules.learned import LearnedEditor, drift
+from modules.learned import LearnedEditor, chosen_blocks, drift
 from modules.lm import LanguageModel
 from modules.rows import Rows
 from modules.structure import sizes
@@ -118,8 +119,11 @@ class MALMEN(LearnedEditor):
         generate_tokens: int = 0,
     ) -> None:
         super().__init__(lm, c_edit, c_loc, scale, generate_tokens=generate_tokens)
-        last = lm.structure.num_layers
-        self.layers = sorted(layers) if layers else list(range(max(0, last - 6), last))
+        checks.whole(1, rank=rank, num_normalising=num_normalising, micro_batch=micro_batch)
+        checks.positive(eta=eta, strength=strength, lr=lr)
+        checks.at_least(0, lr_scales=lr_scales)
+        checks.whole(0, warm_up=warm_up)
+        self.layers = chosen_blocks(lm, layers, 6)
         self.names = [lm.structure.out_name(layer) for layer in self.layers]
         self.lr, self.lr_scales, self.warm_up = lr, lr_scales, warm_up
         self.num_normalising, self.micro_batch = num_normalising, micro_batch

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import Delta
 from modules.editing import EditHandle
 from modules.lm import LanguageModel
@@ -265,10 +266,7 @@ class MeLLo(MemoryEditor):
         self, rounds: int = 4, round_tokens: int = 96, encoder: str | Encoder = "minilm"
     ) -> None:
         super().__init__(encoder)
-        if rounds < 1 or round_tokens < 1:
-            raise ValueError(
-                f"rounds and round_tokens must be at least 1, got {rounds} and {round_tokens}"
-            )
+        checks.whole(1, rounds=rounds, round_tokens=round_tokens)
         self.rounds, self.round_tokens = rounds, round_tokens
 
     def key(self, edit: Edit) -> str:

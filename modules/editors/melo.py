@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.adapters import Adapter, Asked, ModuleEditor
 from modules.lm import LanguageModel
 from modules.states import distances, last_states, neighbour_distance, unrelated_prompts
@@ -229,19 +230,20 @@ class MELO(ModuleEditor):
         source: str = "facts",
         num_prompts: int = 256,
     ) -> None:
-        if not layers or min(layers) <= layer:
+        checks.whole(0, layer=layer)
+        checks.blocks(layers=layers)
+        if min(layers) <= layer:
             raise ValueError(
                 f"layers must name blocks above the routing block {layer}, got {layers}: a block is chosen "
                 "before it is used"
             )
-        if epsilon is not None and epsilon <= 0:
-            raise ValueError(f"epsilon must be positive, got {epsilon}; null calibrates it")
-        if min(rank, edits_per_block, steps, halve_every) < 1 or min(lr, epsilon_scale, scale) <= 0:
-            raise ValueError(
-                "rank, edits_per_block, steps and halve_every must be at least 1, lr, scale and epsilon_scale "
-                f"positive, got {rank}, {edits_per_block}, {steps}, {halve_every}, {lr}, {scale}, {epsilon_scale}"
-            )
-        self.layer, self.layers, self.projection = layer, sorted(set(layers)), projection
+        checks.whole(1, rank=rank, edits_per_block=edits_per_block, steps=steps)
+        checks.whole(1, halve_every=halve_every)
+        checks.positive(epsilon=epsilon, epsilon_scale=epsilon_scale, scale=scale, lr=lr)
+        checks.at_least(0, stop_loss=stop_loss)
+        checks.seeds(seed=seed)
+        checks.whole(2, num_prompts=num_prompts)
+        self.layer, self.layers, self.projection = layer, sorted(layers), projection
         self.given, self.epsilon_scale = epsilon, epsilon_scale
         self.rank, self.scale, self.edits_per_block = rank, scale, edits_per_block
         self.steps, self.lr, self.halve_every = steps, lr, halve_every

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.editors.key_value import solve_update
 from modules.editors.spread import SpreadEditor
 from modules.moments import Moments
@@ -45,8 +46,7 @@ class MEMIT(SpreadEditor):
         **search: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(layers, **search)
-        if ridge <= 0:
-            raise ValueError(f"ridge must be positive, got {ridge}; EMMET is the method without")
+        checks.positive(ridge=ridge)
         self.ridge, self.keeps_keys = ridge, sequential
 
     def statistics(self, moments: Moments, layer: int) -> Tensor:

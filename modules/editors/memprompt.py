@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from datamodules.records import SLOT, Edit
+from modules import checks
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, sentence
 from modules.retrieval import Encoder
@@ -81,8 +82,8 @@ class MemPrompt(MemoryEditor):
         super().__init__(encoder)
         if SLOT not in clarification:
             raise ValueError(f"clarification needs a {{}} for the fact, got {clarification!r}")
-        if not -1 <= threshold <= 1:
-            raise ValueError(f"threshold is a cosine, between -1 and 1, got {threshold}")
+        checks.between(-1, 1, threshold=threshold)
+        checks.whole(0, max_distance=max_distance)
         self.lookup, self.threshold, self.max_distance = lookup, threshold, max_distance
         self.clarification = clarification
 

@@ -30,9 +30,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.records import EditCase
+from modules import checks
 from modules.delta import Delta, Update
 from modules.gradients import PairNetwork, by_owner, gradient_factors
-from modules.learned import LearnedEditor
+from modules.learned import LearnedEditor, chosen_blocks
 from modules.lm import LanguageModel
 from modules.rows import Rows
 from modules.structure import sizes
@@ -85,9 +86,12 @@ class MEND(LearnedEditor):
         generate_tokens: int = 0,
     ) -> None:
         super().__init__(lm, c_edit, c_loc, scale, together, generate_tokens)
+        checks.whole(1, rank=rank)
+        checks.positive(alpha=alpha, lr=lr)
+        checks.at_least(0, lr_alpha=lr_alpha)
+        checks.whole(0, warm_up=warm_up, num_normalising=num_normalising)
         structure = lm.structure
-        last = structure.num_layers
-        self.layers = sorted(layers) if layers else list(range(max(0, last - 3), last))
+        self.layers = chosen_blocks(lm, layers, 3)
         every = (structure.mlp_names, lambda layer: (structure.out_name(layer),))
         names_of = every[projections == "out"]
         self.names = [name for layer in self.layers for name in names_of(layer)]

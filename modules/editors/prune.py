@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import Delta, LowRank, Update, add_deltas, svd
 from modules.editing import WeightEditor, WeightPatch
 from modules.lm import LanguageModel
@@ -48,10 +49,12 @@ class PRUNE(WeightEditor):
     """
 
     def __init__(self, editor: WeightEditor, base: float = 1.2) -> None:
-        if not base > 1:
-            raise ValueError(f"base is that of a logarithm and must be above 1, got {base}")
+        checks.number("above 1", lambda a: a > 1, base=base)
         self.editor, self.base = editor, base
         self._sigma: dict[tuple[str, str], float] = {}  # by model and parameter
+
+    def check(self, lm: LanguageModel) -> None:
+        self.editor.check(lm)
 
     def prepare(self, lm: LanguageModel) -> None:
         self.editor.prepare(lm)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import Delta, Update
 from modules.editing import WeightEditor
 from modules.lm import LanguageModel
@@ -39,9 +40,11 @@ class RECT(WeightEditor):
     """
 
     def __init__(self, editor: WeightEditor, keep: float = 0.4) -> None:
-        if not 0 <= keep <= 1:
-            raise ValueError(f"keep is a share, from 0 to 1, got {keep}")
+        checks.between(0, 1, keep=keep)
         self.editor, self.keep = editor, keep
+
+    def check(self, lm: LanguageModel) -> None:
+        self.editor.check(lm)
 
     def prepare(self, lm: LanguageModel) -> None:
         self.editor.prepare(lm)

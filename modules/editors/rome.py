@@ -23,6 +23,7 @@ from character offsets; contexts begin with common words; the guard above; the K
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from datamodules.records import Edit
+from modules import checks
 from modules.corpus import Corpus
 from modules.delta import Delta, LowRank, add_deltas
 from modules.editing import WeightEditor, WeightPatch
@@ -82,6 +84,13 @@ class ROME(WeightEditor):
         parallel: int = 8,
         precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
+        checks.whole(0, layer=layer)
+        checks.contexts(contexts=contexts)
+        checks.with_slot(essence=essence)
+        if largest_change != math.inf:  # which is no limit
+            checks.positive(largest_change=largest_change)
+        checks.seeds(seed=seed)
+        checks.whole(1, parallel=parallel)
         self.layer, self.lengths, self.corpus, self.seed = layer, contexts, corpus, seed
         self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
         self.essence, self.key, self.largest_change = essence, key, largest_change

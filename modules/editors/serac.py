@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.counterfactual import Counterfactual, in_front
 from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
@@ -126,6 +127,7 @@ class SERAC(MemoryEditor):
 
     def __init__(self, scope: str, counterfactual: str, threshold: float | None = None) -> None:
         super().__init__()
+        checks.between(0, 1, threshold=threshold)
         self.scope_path, self.counterfactual_path = scope, counterfactual
         self.threshold = threshold
         missing = [path for path in (scope, counterfactual) if not Path(path).is_file()]

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
+from modules import checks
 from modules.corpus import Corpus
 from modules.delta import Delta, EditError, LowRank, Update
 from modules.editing import WeightEditor, WeightPatch
@@ -87,10 +88,13 @@ class SpreadEditor(WeightEditor):
         precision: Literal["float32", "bfloat16"] = "float32",
         values: str | None = None,
     ) -> None:
-        if not layers or sorted(set(layers)) != list(layers):
-            raise ValueError(f"layers must name each block once, the lowest first, got {layers}")
-        if parallel < 1:
-            raise ValueError(f"parallel must be at least 1, got {parallel}")
+        checks.blocks(layers=layers)
+        if sorted(layers) != list(layers):
+            raise ValueError(f"layers must be in order, the lowest first, got {layers}")
+        checks.contexts(contexts=contexts)
+        checks.with_slot(essence=essence)
+        checks.seeds(seed=seed)
+        checks.whole(1, parallel=parallel)
         self.layers, self.lengths, self.essence = layers, contexts, essence
         self.corpus, self.seed, self.parallel = corpus, seed, parallel
         self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
@@ -196,7 +200,7 @@ class SpreadEditor(WeightEditor):
 
     def _context_weights(self) -> Tensor:
         """A mean over kinds of contexts (the bare prompt is one) of the means within each kind."""
-        counts = [1, *(count for _, count in self.lengths if count)]
+        counts = [1, *(count for _, count in self.lengths)]
         return torch.cat([torch.full((n,), 1 / n / len(counts)) for n in counts])
 
     def _search(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from datamodules.records import Edit
+from modules import checks
 from modules.adapters import ModuleEditor
 from modules.corpus import Corpus
 from modules.lm import LanguageModel
@@ -81,11 +82,10 @@ class TPatcher(ModuleEditor):
         memory_weight: float = 10.0,
         corpus: Corpus = Corpus(tokens=20_000),  # noqa: B008  frozen
     ) -> None:
-        if max_neurons < 1 or steps < 1 or lr <= 0 or memory_weight < 0:
-            raise ValueError(
-                "max_neurons and steps must be at least 1, lr positive and memory_weight not negative, got "
-                f"{max_neurons}, {steps}, {lr}, {memory_weight}"
-            )
+        checks.whole(0, layer=layer)
+        checks.whole(1, max_neurons=max_neurons, steps=steps)
+        checks.positive(lr=lr)
+        checks.at_least(0, stop_loss=stop_loss, memory_weight=memory_weight)
         self.layer, self.max_neurons, self.steps, self.lr = layer, max_neurons, steps, lr
         self.stop_loss, self.memory_weight, self.corpus = stop_loss, memory_weight, corpus
         self._prepared: str | None = None

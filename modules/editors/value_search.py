@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
+from modules import checks
 from modules.delta import EditError, read_tensors, write_tensors
 from modules.editors.key_value import KeyRows
 from modules.hooks import first, hooked, replace_first
@@ -73,6 +74,12 @@ class ValueSettings:
     clamp_norm: float
     precision: Literal["float32", "bfloat16"] = "float32"
     stop_loss: float = 5e-2
+
+    def __post_init__(self) -> None:
+        checks.whole(1, steps=self.steps)
+        checks.positive(lr=self.lr, clamp_norm=self.clamp_norm)
+        checks.at_least(0, weight_decay=self.weight_decay, kl_weight=self.kl_weight)
+        checks.at_least(0, stop_loss=self.stop_loss)
 
 
 @dataclass

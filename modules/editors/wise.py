@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from datamodules.records import Edit
+from modules import checks
 from modules.adapters import Adapter, Asked, ModuleEditor
 from modules.editors.key_value import sample_contexts
 from modules.lm import LanguageModel
@@ -156,20 +157,20 @@ class WISE(ModuleEditor):
         source: str = "facts",
         num_prompts: int = 32,
     ) -> None:
-        alpha, beta, gamma = margins
-        if not 0 <= alpha < beta or gamma < 0:
-            raise ValueError(f"margins need 0 <= alpha < beta and gamma >= 0, got {margins}")
-        shares = {"act_ratio": act_ratio, "mask_ratio": mask_ratio, "density": density}
-        for name, share in shares.items():
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {share}")
-        if min(steps, together, save_freq, merge_freq) < 1 or min(lr, norm_constraint) <= 0:
-            raise ValueError(
-                "steps, together, save_freq and merge_freq must be at least 1, lr and norm_constraint "
-                f"positive, got {steps}, {together}, {save_freq}, {merge_freq}, {lr}, {norm_constraint}"
-            )
-        if unit is not None and unit <= 0:
-            raise ValueError(f"unit must be positive, got {unit}; null measures it")
+        checks.whole(0, layer=layer)
+        if not isinstance(margins, list | tuple) or len(margins) != 3:
+            raise ValueError(f"margins must be three numbers, got {margins!r}")
+        for margin in margins:
+            checks.number("three numbers of at least 0", lambda x: x >= 0, margins=margin)
+        if margins[0] >= margins[1]:
+            raise ValueError(f"margins must begin with alpha below beta, got {margins}")
+        checks.share(act_ratio=act_ratio, mask_ratio=mask_ratio, density=density)
+        checks.whole(1, steps=steps, together=together, save_freq=save_freq, merge_freq=merge_freq)
+        checks.positive(unit=unit, lr=lr, norm_constraint=norm_constraint)
+        checks.at_least(0, stop_loss=stop_loss)
+        checks.contexts(contexts=contexts)
+        checks.seeds(seed=seed)
+        checks.whole(2, num_prompts=num_prompts)
         self.layer, self.projection, self.margins, self.given = layer, projection, margins, unit
         self.act_ratio, self.mask_ratio, self.norm_constraint = (
             act_ratio,
