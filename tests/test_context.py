@@ -479,7 +479,7 @@ def test_the_banded_distance_is_the_whole_one():
 def test_wrong_settings_are_one_clear_line():
     with pytest.raises(ValueError, match="a {} for the fact"):
         MemPrompt(clarification="Note:")
-    with pytest.raises(ValueError, match="a cosine"):
+    with pytest.raises(ValueError, match="threshold must be between -1 and 1"):
         MemPrompt(threshold=5)
 
 
