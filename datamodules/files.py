@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from datamodules.records import Edit
+from datamodules.records import SLOT, Edit, occurrences
 
 T = TypeVar("T")
 RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -221,18 +221,20 @@ class Row:
         return str(value)
 
     def edit(self, name: str, target_new: str, **rest: str | None) -> Edit:
-        """The edit whose prompt is field ``name``, which holds the subject.
+        """The edit whose prompt is field ``name``, which holds the subject or, in its place, ``{}``.
 
         A few published records spell the subject in other letter case than their prompt does; the
         prompt's spelling is what the model reads, so it becomes the subject.
         """
         text, subject = self.text(name), self.text("subject").strip()
-        if subject not in text:
-            found = re.search(re.escape(subject), text, re.IGNORECASE)
-            if found is None:
-                raise self.error(name, f"the subject {subject!r} does not occur in {text!r}")
-            subject = found.group()
         try:
+            if SLOT in text:
+                return Edit(text, subject, target_new, **rest)
+            if subject not in text:
+                found = occurrences(text, subject, ignore_case=True)
+                if not found:
+                    raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
+                subject = text[found[0] : found[0] + len(subject)]
             return Edit.from_text(text, subject, target_new, **rest)
         except ValueError as error:
             raise self.error(name, str(error)) from None

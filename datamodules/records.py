@@ -7,11 +7,84 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Literal
+
+log = logging.getLogger(__name__)
 
 SLOT = "{}"
 REPHRASED = ("generality", "question")  # criteria that ask for an edit in other words
+Separator = Literal["auto", " ", ""]  # what stands between a prompt and its answer
+# How the Unicode names of letters begin whose scripts put no spaces between words.
+UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR",
+            "TIBETAN", "TAI", "NEW TAI LUE", "BALINESE", "JAVANESE")  # fmt: skip
+
+
+def prompt_end(prompt: str) -> str:
+    """The prompt without the spaces at its end; a line break or tab there stays, and the spaces beside it."""
+    text = prompt.rstrip()
+    return prompt if prompt[len(text) :].strip(" \u00a0") else text
+
+
+def joined(prompt: str, target: str, separator: Separator = "auto") -> str:
+    """A prompt and its answer as one text.
+
+    Spaces where they meet count as the separator. A line break or tab that ends the prompt or begins the
+    answer stays as it is, and no separator is added to it.
+
+    Args:
+        prompt: the text to continue.
+        target: its continuation; whitespace at its end is dropped.
+        separator: ``auto`` is a space, or nothing where the last letter of the prompt belongs to a script that
+            puts no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...).
+    """
+    start, answer = prompt_end(prompt), target.strip()
+    own = target[: len(target) - len(target.lstrip())]
+    if own.strip(" \u00a0"):
+        return start + own + answer
+    if start != start.rstrip():
+        return start + answer
+    if separator == "auto":
+        last = next(filter(str.isalpha, reversed(start)), answer[:1])
+        separator = "" if _is_unspaced(last) else " "
+    return start + separator + answer
+
+
+def occurrences(text: str, subject: str, ignore_case: bool = False) -> list[int]:
+    """Where a subject begins in a text: as whole words if it occurs so, else also inside other words."""
+    flags = re.IGNORECASE if ignore_case else re.NOFLAG
+    starts = [found.start() for found in re.finditer(f"(?={re.escape(subject)})", text, flags)]
+    whole = [s for s in starts if all(_is_boundary(text, i) for i in (s, s + len(subject)))]
+    return whole or starts
+
+
+def _is_boundary(text: str, place: int) -> bool:
+    """Whether a word may begin or end before the character at ``place``."""
+    around = text[place - 1 : place + 1] if place else ""
+    return len(around) < 2 or not all(map(_is_of_word, around)) or any(map(_is_unspaced, around))
+
+
+def _is_of_word(character: str) -> bool:
+    return character == "_" or unicodedata.category(character)[0] in "LMN"
+
+
+@cache
+def _is_unspaced(character: str) -> bool:
+    """Whether a character belongs to a script that puts no spaces between words."""
+    plain = unicodedata.normalize("NFKC", character)[:1]  # half-width forms have other names
+    return bool(plain) and unicodedata.name(plain, "").startswith(UNSPACED)
+
+
+@cache
+def _tell_which(text: str, subject: str, start: int) -> None:
+    """Says, once for each text, which of several occurrences is taken."""
+    log.warning("the subject %r occurs several times in %r; the one at character %d is edited: write {} in "
+                "its place to choose another", subject, text, start + 1)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,12 +117,21 @@ class Edit:
 
     @classmethod
     def from_text(cls, text: str, subject: str, target_new: str, **rest: str | None) -> Edit:
-        """An edit from a prompt that already holds its subject (its first occurrence is the slot)."""
-        if not subject or subject not in text:
+        """An edit from a prompt that already holds its subject.
+
+        Whole words come first ("India", not the beginning of "Indiana"). Where several occurrences remain, the
+        first is the slot, and a warning says so.
+        """
+        found = occurrences(text, subject) if subject else []
+        if not found:
             raise ValueError(f"the subject {subject!r} does not occur in the prompt {text!r}")
         if SLOT in text:
             raise ValueError(f"the prompt {text!r} holds {{}}, which marks the subject's place")
-        return cls(text.replace(subject, SLOT, 1), subject, target_new, **rest)
+        start = found[0]
+        if len(found) > 1:
+            _tell_which(text, subject, start)
+        prompt = text[:start] + SLOT + text[start + len(subject) :]
+        return cls(prompt, subject, target_new, **rest)
 
     @property
     def text(self) -> str:

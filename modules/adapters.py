@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from datamodules.records import Edit
 from modules.delta import EditError, read_tensors, write_tensors
 from modules.editing import EditHandle, Editor, editing_mode, require_base
-from modules.hooks import Hook
+from modules.hooks import Hook, remove_all
+from modules.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from modules.lm import LanguageModel
@@ -142,7 +143,6 @@ class ModulePatch(EditHandle):
         self.lowest_layer = min((lm.structure.layer_of(s) for s in adapter.sites), default=0)
         self._hooks: list[RemovableHandle] = []
         super().__init__(lm)
-        self.swap()
 
     @staticmethod
     def newest(lm: LanguageModel, adapter: Adapter) -> ModulePatch | None:
@@ -151,14 +151,15 @@ class ModulePatch(EditHandle):
         return next((p for p in reversed(patches) if p.adapter.is_kin(adapter)), None)
 
     def swap(self) -> None:
-        if self._hooks:
-            self._unhook()
-            if self.older is not None:
-                self.older._hook()
-        else:
-            if self.older is not None:
-                self.older._unhook()
-            self._hook()
+        with uninterrupted():
+            if self._hooks:
+                self._unhook()
+                if self.older is not None:
+                    self.older._hook()
+            else:
+                if self.older is not None:
+                    self.older._unhook()
+                self._hook()
 
     def _hook(self) -> None:
         for site in self.adapter.sites:
@@ -166,8 +167,7 @@ class ModulePatch(EditHandle):
             self._hooks.append(module.register_forward_hook(self._at(site)))
 
     def _unhook(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        remove_all(self._hooks)
 
     def _at(self, site: str) -> Hook:
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -195,10 +195,11 @@ class ModulePatch(EditHandle):
         """Takes over the memory of the newest patch, which extends this one's: one undo for both."""
         if self.lm.handles[-2:] != [self, newer] or newer.older is not self:
             raise EditError("only the newest edit can be absorbed, by the one it extends")
-        newer._unhook()
-        self.lm.handles.pop()
-        self.adapter, self.metadata = newer.adapter, newer.metadata
-        self._hook()
+        with uninterrupted():
+            newer._unhook()
+            self.lm.handles.pop()
+            self.adapter, self.metadata = newer.adapter, newer.metadata
+            self._hook()
 
     # ------------------------------------------------------------------ kept
 
@@ -254,13 +255,11 @@ class ModuleEditor(Editor):
             older = ModulePatch.newest(lm, memory)
             if older is not None:
                 memory = copy.deepcopy(older.adapter)
-            patch = ModulePatch(lm, memory, self.origin(lm, edits))
-            try:
-                patch.metadata["notes"] = self.learn(lm, memory, edits)
-            except BaseException:
-                patch.remove()
-                raise
-        if older is not None:
-            for key in ("edits", "notes"):
-                patch.metadata[key] = older.metadata.get(key, []) + patch.metadata[key]
-        return patch
+            with lm.provisional():
+                ModulePatch(lm, memory)
+                notes = self.learn(lm, memory, edits)
+            metadata = self.origin(lm, edits) | {"notes": notes}
+            if older is not None:
+                for key in ("edits", "notes"):
+                    metadata[key] = older.metadata.get(key, []) + metadata[key]
+            return ModulePatch(lm, memory, metadata)

@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from datamodules.records import Edit, EditCase, Probe
+from datamodules.records import Edit, EditCase, Probe, Separator, joined
 from modules.delta import Delta, EditError
 from modules.evaluation import UNMOVED
 from modules.learned import read_checkpoint
@@ -26,9 +26,9 @@ from modules.rows import TargetScores
 from modules.tuning import FineTune
 
 
-def in_front(edit: Edit, prompt: str) -> str:
+def in_front(edit: Edit, prompt: str, separator: Separator = "auto") -> str:
     """What the counterfactual model reads."""
-    return f"{edit.text.rstrip()} {edit.target_new.strip()}\n{prompt}"
+    return f"{joined(edit.text, edit.target_new, separator)}\n{prompt}"
 
 
 class CounterfactualModel(FineTune):
@@ -50,21 +50,28 @@ class CounterfactualModel(FineTune):
         """Mean loss of the new answer to one phrasing of each edit, with the edit in front."""
         draw = random.Random(f"{self.current_epoch} {batch_idx}")
         asked = [draw.choice([p for p in case.phrasings if p.target]) for case in batch]
-        prompts = [in_front(c.edits[0], p.prompt) for c, p in zip(batch, asked, strict=True)]
+        prompts = [
+            in_front(case.edits[0], probe.prompt, self.lm.separator)
+            for case, probe in zip(batch, asked, strict=True)
+        ]
         return self.loss(prompts, [str(probe.target) for probe in asked])
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Evaluates what is within the edits' scope; psi is never asked anything else."""
-        return super().validation_step([self.within_scope(case) for case in batch], batch_idx)
+        return super().validation_step(
+            [self.within_scope(case, self.lm.separator) for case in batch], batch_idx
+        )
 
     @staticmethod
-    def within_scope(case: EditCase) -> EditCase:
+    def within_scope(case: EditCase, separator: Separator = "auto") -> EditCase:
         """The case without probes that must not move, and with the edit in front of the others."""
         probes = {}
         for criterion, some in case.probes.items():
             if criterion not in UNMOVED:
                 probes[criterion] = tuple(
-                    Probe(in_front(case.edits[0], p.prompt), p.target, p.rival, p.aliases)
+                    Probe(
+                        in_front(case.edits[0], p.prompt, separator), p.target, p.rival, p.aliases
+                    )
                     for p in some
                 )
         return EditCase(case.case_id, case.edits, probes)
@@ -88,7 +95,7 @@ class Counterfactual:
         base = checkpoint["base_model"]
         own = lm
         if base["hash"] != lm.weights_hash:
-            own = LanguageModel(base["name"], device=str(lm.device))
+            own = LanguageModel(base["name"], device=str(lm.device), separator=lm.separator)
             if own.weights_hash != base["hash"]:
                 raise EditError(
                     f"{path} was trained for {base['name']!r} with weights {base['hash']}, and that name now "

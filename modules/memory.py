@@ -10,8 +10,7 @@ import json
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,19 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from datamodules.records import Edit
+from datamodules.records import Edit, Separator, joined
 from modules.delta import EditError, read_tensors, write_tensors
-from modules.editing import Editor, TextPatch
+from modules.editing import Editor, TextPatch, set_aside
+from modules.interrupts import Reversible, uninterrupted
 from modules.lm import LanguageModel
 from modules.retrieval import Encoder, Retriever, as_tensor, find_encoder, from_tensor
 
 FORMAT = "corrigenda-remembered-1"
 
 
-def sentence(edit: Edit) -> str:
+def sentence(edit: Edit, separator: Separator = "auto") -> str:
     """The new fact in words, without a full stop."""
-    return f"{edit.text} {edit.target_new}"
+    return joined(edit.text, edit.target_new, separator)
 
 
 def fit(
@@ -48,6 +48,7 @@ def fit(
     Raises:
         EditError: the question alone does not fit.
     """
+    lm.require_readable([question])
     limit = lm.max_length
 
     def text(dropped: int) -> str:
@@ -158,10 +159,14 @@ class MemoryPatch(TextPatch):
     ) -> None:
         if not edits:
             raise EditError(f"{type(editor).__name__} was given no edit to remember")
-        super().__init__(lm)
         self.editor, self.edits, self.memory = editor, list(edits), editor.memory(lm)
-        self.memory.add(edits, [editor.key(edit) for edit in edits], known)
-        self.end = len(self.memory)
+        keys = [editor.key(edit) for edit in edits]
+        if known is not None:
+            self.memory.encode()  # of older ones; takes a while
+        with uninterrupted():
+            self.memory.add(edits, keys, known)
+            self.end = len(self.memory)
+            super().__init__(lm)
 
     def nearest(self, queries: Sequence[str]) -> list[tuple[Edit, float]]:
         """For each query the edit whose key is nearest, and the cosine."""
@@ -181,26 +186,24 @@ class MemoryPatch(TextPatch):
         vectors = found_by.nbytes / len(found_by) if found_by else 0
         return words + round(vectors * len(self.edits))
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
+    def set_aside(self) -> Reversible:
         """Inside, the model answers as if nothing of this memory were there."""
-        with ExitStack() as stack:
-            for handle in self.lm.handles:
-                if isinstance(handle, MemoryPatch) and handle.memory is self.memory:
-                    stack.enter_context(TextPatch.set_aside(handle))
-            yield
+        patches = [handle for handle in self.lm.handles if isinstance(handle, MemoryPatch)]
+        return set_aside([patch for patch in patches if patch.memory is self.memory])
 
     def remove(self) -> None:
-        super().remove()
-        self.memory.drop(len(self.edits))
+        with uninterrupted():
+            super().remove()
+            self.memory.drop(len(self.edits))
 
     def absorb(self, newer: MemoryPatch) -> None:
         """Takes a newer patch of the same memory into this one."""
         if self.lm.handles[-2:] != [self, newer] or newer.memory is not self.memory:
             raise EditError("only the newest edit can be absorbed, by the one before it")
-        self.edits += newer.edits
-        self.end = newer.end
-        self.lm.handles.pop()
+        with uninterrupted():
+            self.edits += newer.edits
+            self.end = newer.end
+            self.lm.handles.pop()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the editor remembers the same edits again."""
@@ -277,6 +280,7 @@ class MemoryEditor(Editor):
         self.encoder(lm)
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
+        lm.require_readable([sentence(edit) for edit in edits])
         self.prepare(lm)
         return self.patch(self, lm, edits)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from modules.adapters import Asked, ModulePatch
 from modules.delta import Delta, side_branches
 from modules.editing import EditHandle, TextPatch
 from modules.hooks import first, replace_first
+from modules.interrupts import Reversible, replaced
 from modules.kv_cache import can_be_cut, run_start
 from modules.loading import cache_dir, hash_weights
 from modules.merging import Merged, SharedStates, distinct, trees, unmerged
@@ -59,6 +60,7 @@ class Network(nn.Module):
         self.eval()
         self.structure: Structure = find_structure(self.net)
         self.handles: list[EditHandle] = []
+        self._aside = False  # the edits, see :meth:`pristine`
         self.asked: Asked | None = None
         self.reuse_prefix = reuse_prefix
         self.cache_memory_gib, self.cache_disk_gib = cache_memory_gib, cache_disk_gib
@@ -93,16 +95,39 @@ class Network(nn.Module):
 
     # ------------------------------------------------------------------ edits in force
 
-    @contextmanager
-    def pristine(self) -> Iterator[None]:
-        """Inside, no edit is in force; afterwards all are again, bit for bit."""
-        for handle in reversed(self.handles):
-            handle.swap()
-        try:
-            yield
-        finally:
-            for handle in self.handles:
+    def pristine(self) -> AbstractContextManager:
+        """Inside, no edit is active; afterwards all are again, bit-exactly. Nested ones change nothing."""
+        if self._aside:
+            return nullcontext()
+        swapped: list[EditHandle] = []
+
+        def take_out() -> None:
+            self._aside = True
+            for handle in reversed(self.handles):
                 handle.swap()
+                swapped.append(handle)
+
+        def put_back() -> None:
+            while swapped:
+                swapped.pop().swap()
+            self._aside = False
+
+        return Reversible(take_out, put_back)
+
+    def provisional(self) -> Reversible:
+        """Edits that are made inside are removed at the end."""
+        count = len(self.handles)
+
+        def remove() -> None:
+            while len(self.handles) > count:
+                self.handles[-1].remove()
+
+        return Reversible(lambda: None, remove)
+
+    @property
+    def edited(self) -> bool:
+        """Whether any edit is active now."""
+        return bool(self.handles) and not self._aside
 
     @property
     def adapted(self) -> bool:
@@ -125,35 +150,22 @@ class Network(nn.Module):
             owner_B = torch.zeros(1, dtype=torch.long)
         return side_branches(self.net, deltas, owner_B)
 
-    @contextmanager
-    def asking(self, prompt_BT: Tensor) -> Iterator[None]:
+    def asking(self, prompt_BT: Tensor) -> Reversible:
         """Inside, one batch runs whose prompts are these tokens: what adapters go by that decide by prompt.
 
         Whoever runs the network in another way than by scoring and generating runs it as if there were
         none of those.
         """
-        outer, self.asked = self.asked, Asked(prompt_BT)
-        try:
-            yield
-        finally:
-            self.asked = outer
+        return replaced(self, asked=Asked(prompt_BT))
 
     # ------------------------------------------------------------------ what is run once
 
-    @contextmanager
-    def shared_prefix(self, layer: int) -> Iterator[None]:
+    def shared_prefix(self, layer: int) -> AbstractContextManager:
         """Inside, what rows share runs once: below ``layer`` for all calls, above it for those of one call.
 
         Numbers may differ in their last bits from those outside.
         """
-        if not self.reuse_prefix:
-            yield
-            return
-        outer, self._memo = self._memo, SharedStates(layer)
-        try:
-            yield
-        finally:
-            self._memo = outer
+        return replaced(self, _memo=SharedStates(layer)) if self.reuse_prefix else nullcontext()
 
     def keep_prefix(self, *layers: int) -> None:
         """From here on what enters these blocks is computed once per text, see :class:`PrefixCache`.
@@ -202,18 +214,13 @@ class Network(nn.Module):
             "transformers": transformers.__version__,
         }
 
-    @contextmanager
-    def common_start(self) -> Iterator[None]:
+    def common_start(self) -> Reversible:
         """Inside, what all rows begin with is computed once: for questions after the same long text.
 
         It is kept for the next call as long as nothing but the texts is edited. Not done beside what hooks
         a module, which would see the beginning apart from the rest, and a single row of it.
         """
-        self._shares_start, outer = self.reuse_prefix, self._shares_start
-        try:
-            yield
-        finally:
-            self._shares_start = outer
+        return replaced(self, _shares_start=self.reuse_prefix)
 
     def tail(self, rows: Rows, layer: int, start_B: Tensor | None = None) -> Tail:
         """These rows with everything below block ``layer`` (and before ``start_B``) computed once."""

@@ -12,15 +12,17 @@ Shapes: B rows, T tokens, P tokens before the touched one, S from it on, D width
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from modules.hooks import capture, first, replace_first
+from modules.hooks import capture, first, remove_all, replace_first
+from modules.interrupts import Reversible
 from modules.kv_cache import branch, empty_cache, first_tokens
 from modules.merging import sees
 from modules.structure import Structure
@@ -213,23 +215,20 @@ class Tail:
         with self._stand_ins():
             self.net.get_decoder()(**self._inputs())
 
-    @contextmanager
-    def _stand_ins(self) -> Iterator[None]:
+    def _stand_ins(self) -> AbstractContextManager:
         if self.stored is None:
-            yield
-            return
+            return nullcontext()
         originals = [self.blocks[i] for i in range(self.layer)]
-        try:
-            for i, block in enumerate(originals):
-                self.blocks[i] = _StandIn(block, self.stored)
-            yield
-        finally:
-            for i, block in enumerate(originals):
+        others = [_StandIn(block, self.stored) for block in originals]
+
+        def place(blocks: Sequence[nn.Module]) -> None:
+            for i, block in enumerate(blocks):
                 self.blocks[i] = block
 
+        return Reversible(lambda: place(others), lambda: place(originals))
 
-@contextmanager
-def read_at(net: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+
+def read_at(net: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Reversible:
     """Inside, the head sees only the given positions, and the network returns logits of shape [1, N, V]."""
 
     def select(_module: nn.Module, args: tuple) -> tuple:
@@ -239,7 +238,9 @@ def read_at(net: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Iterator
             *args[1:],
         )
 
-    with ExitStack() as stack:
-        handle = net.get_output_embeddings().register_forward_pre_hook(select)
-        stack.callback(handle.remove)
-        yield
+    head = net.get_output_embeddings()
+    handles: list[RemovableHandle] = []
+    return Reversible(
+        lambda: handles.append(head.register_forward_pre_hook(select)),
+        lambda: remove_all(handles),
+    )

@@ -25,7 +25,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from datamodules.records import Edit, EditCase, Probe
+from datamodules.records import Edit, EditCase, Probe, Separator, joined
 from modules import checks
 from modules.delta import Delta, EditError
 from modules.lm import LanguageModel
@@ -60,7 +60,9 @@ class Demonstrated(MemoryPatch):
         owners: Sequence[int] | None,
         full: bool,
     ) -> TargetScores:
-        reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
+        reserves = [
+            len(row) for row in self.lm.encode([self.lm.join("", target) for target in targets])
+        ]
         with self.lm.common_start():
             return self.lm.score(self._rewrite(prompts, reserves), targets, deltas, owners, full)
 
@@ -77,7 +79,7 @@ class Demonstrated(MemoryPatch):
         texts = []
         for edit, prompt, reserve in zip(edits, prompts, reserves, strict=True):
             demonstrations = self.editor.demonstrations(self.lm, edit)
-            question = f"New Fact: {sentence(edit)}\nPrompt: {prompt}"
+            question = f"New Fact: {sentence(edit, self.lm.separator)}\nPrompt: {prompt}"
             texts.append(self.shown(demonstrations, question, reserve))
         self.editor.counts["questions"] += len(texts)
         return texts
@@ -110,7 +112,7 @@ class IKE(MemoryEditor):
         self.pool, self.num_demonstrations, self.seed = pool, num_demonstrations, seed
         self._cases: list[EditCase] = []
         self._indices: dict[str, Retriever] = {}  # of the pool's facts, by the encoder's hash
-        self._chosen: dict[tuple[str, Edit], list[str]] = {}
+        self._chosen: dict[tuple[str, Separator, Edit], list[str]] = {}
 
     def key(self, edit: Edit) -> str:
         return sentence(edit)
@@ -126,6 +128,7 @@ class IKE(MemoryEditor):
         self._indices[encoder.hash] = Retriever.cached(facts, encoder)
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
+        lm.require_readable([sentence(edit) for edit in edits])
         self.prepare(lm)
         for edit in edits:
             self.demonstrations(lm, edit)
@@ -133,15 +136,18 @@ class IKE(MemoryEditor):
 
     def demonstrations(self, lm: LanguageModel, edit: Edit) -> list[str]:
         """What is shown before questions about this edit, the most similar last, then the edit's own copy."""
-        place = self.encoder(lm).hash, edit
+        place = self.encoder(lm).hash, lm.separator, edit
         if place not in self._chosen:
             cases = self._similar(place[0], edit)
             roles = _roles(len(cases))
             random.Random(f"{self.seed} {edit.text}").shuffle(roles)
-            shown = [self._show(case, role) for case, role in zip(cases, roles, strict=True)]
+            between = lm.separator
+            shown = [
+                self._show(case, role, between) for case, role in zip(cases, roles, strict=True)
+            ]
             self._chosen[place] = [
                 *reversed(shown),
-                _demonstration(edit, edit.text, edit.target_new),
+                _demonstration(edit, edit.text, edit.target_new, between),
             ]
         return self._chosen[place]
 
@@ -162,13 +168,13 @@ class IKE(MemoryEditor):
         found = [n for n in index_BK[0].tolist() if n not in same]
         return [self._cases[n] for n in found[: self.num_demonstrations]]
 
-    def _show(self, case: EditCase, role: str) -> str:
+    def _show(self, case: EditCase, role: str, separator: Separator) -> str:
         (edit,) = case.edits
         rng = random.Random(f"{self.seed} {case.case_id}")
         if role == "copy":
-            return _demonstration(edit, edit.text, edit.target_new)
+            return _demonstration(edit, edit.text, edit.target_new, separator)
         probe = rng.choice(_part(case, "generality" if role == "update" else "locality"))
-        return _demonstration(edit, probe.prompt, str(probe.target))
+        return _demonstration(edit, probe.prompt, str(probe.target), separator)
 
 
 def _roles(count: int) -> list[str]:
@@ -178,8 +184,9 @@ def _roles(count: int) -> list[str]:
     return roles + ["retain"] * (count - len(roles))
 
 
-def _demonstration(edit: Edit, prompt: str, answer: str) -> str:
-    return f"New Fact: {sentence(edit)}\nPrompt: {prompt} {answer}\n\n"
+def _demonstration(edit: Edit, prompt: str, answer: str, separator: Separator) -> str:
+    fact, asked = sentence(edit, separator), joined(prompt, answer, separator)
+    return f"New Fact: {fact}\nPrompt: {asked}\n\n"
 
 
 def _part(case: EditCase, criterion: str) -> list[Probe]:

@@ -167,7 +167,7 @@ class KN(WeightEditor):
         with torch.no_grad():
             logits_1V = lm.tail(bare, 0).logits(torch.zeros_like(bare.start_B), bare.length_B - 1)
         answer = int(logits_1V.argmax())
-        ids = lm.encode([prompt.rstrip() for prompt in prompts])
+        ids = lm.rows(prompts).unpadded()
         return lm.pad([[*row, answer] for row in ids], [len(row) for row in ids])
 
     def _towards(self, lm: LanguageModel, rows: Rows, edit: Edit) -> Tensor:

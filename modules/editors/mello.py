@@ -158,9 +158,9 @@ class SelfChecked(MemoryPatch):
     editor: MeLLo
 
     def __init__(self, editor: MemoryEditor, lm: LanguageModel, edits: Sequence[Edit]) -> None:
-        super().__init__(editor, lm, edits)
         self._done: dict[str, Reasoning] = {}
         self._beside: list[EditHandle] = []
+        super().__init__(editor, lm, edits)
 
     def score(
         self,
@@ -170,7 +170,9 @@ class SelfChecked(MemoryPatch):
         owners: Sequence[int] | None,
         full: bool,
     ) -> TargetScores:
-        reserves = [len(row) for row in self.lm.encode([f" {target}" for target in targets])]
+        reserves = [
+            len(row) for row in self.lm.encode([self.lm.join("", target) for target in targets])
+        ]
         texts = [f"{reasoning.text}{ANSWER}" for reasoning in self._reason(prompts, deltas, owners)]
         asked = [
             self.shown(DEMONSTRATIONS, text, reserve)
@@ -244,7 +246,7 @@ class SelfChecked(MemoryPatch):
         if steps:
             found = self.nearest([step for _, step in steps])
             for (reasoning, _), (edit, _) in zip(steps, found, strict=True):
-                reasoning.lines += f"{FACT} {sentence(edit)}.\n"
+                reasoning.lines += f"{FACT} {sentence(edit, self.lm.separator)}.\n"
 
 
 class MeLLo(MemoryEditor):

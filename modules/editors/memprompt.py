@@ -23,7 +23,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from datamodules.records import SLOT, Edit
+from datamodules.records import SLOT, Edit, Separator
 from modules import checks
 from modules.lm import LanguageModel
 from modules.memory import MemoryEditor, MemoryPatch, sentence
@@ -44,7 +44,7 @@ class Clarified(MemoryPatch):
         self.editor.counts["questions"] += len(prompts)
         self.editor.counts["clarified"] += sum(edit is not None for edit in found)
         return [
-            prompt if edit is None else self.editor.clarify(edit) + prompt
+            prompt if edit is None else self.editor.clarify(edit, self.lm.separator) + prompt
             for prompt, edit in zip(prompts, found, strict=True)
         ]
 
@@ -94,9 +94,9 @@ class MemPrompt(MemoryEditor):
     def key(self, edit: Edit) -> str:
         return edit.text
 
-    def clarify(self, edit: Edit) -> str:
+    def clarify(self, edit: Edit, separator: Separator = "auto") -> str:
         """The text that is put before a prompt."""
-        return self.clarification.replace(SLOT, sentence(edit))
+        return self.clarification.replace(SLOT, sentence(edit, separator))
 
 
 def normalise(text: str) -> str:

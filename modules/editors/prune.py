@@ -69,12 +69,10 @@ class PRUNE(WeightEditor):
         """What each proposal adds to the restrained update in force, so that the sum is restrained."""
         before = self._in_force(lm)
         given_back = self._change(lm, before, self._loosen)  # before + given_back is D
-        patch = WeightPatch(lm, given_back) if given_back.updates else None
-        try:
+        with lm.provisional():
+            if given_back.updates:
+                WeightPatch(lm, given_back)
             deltas = propose()
-        finally:
-            if patch is not None:
-                patch.remove()
         return [self._with_restraint(lm, before, given_back, delta) for delta in deltas]
 
     def _with_restraint(

@@ -109,15 +109,11 @@ class ROME(WeightEditor):
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
         """One after the other, each on the model that the ones before it left."""
         deltas: list[Delta] = []
-        patches: list[WeightPatch] = []
-        try:
+        with lm.provisional():
             for edit in edits:
                 deltas += self._independent(lm, [edit])
                 if len(edits) > 1:
-                    patches.append(WeightPatch(lm, deltas[-1]))
-        finally:
-            for patch in reversed(patches):
-                patch.remove()
+                    WeightPatch(lm, deltas[-1])
         return add_deltas(deltas)
 
     def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:

@@ -100,7 +100,11 @@ class ScopePatch(MemoryPatch):
     def _within_scope(self, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
         """What the counterfactual model is asked, and the prompts it is asked in place of."""
         edits = self.route(prompts)
-        found = {b: in_front(e, prompts[b]) for b, e in enumerate(edits) if e is not None}
+        found = {
+            b: in_front(edit, prompts[b], self.lm.separator)
+            for b, edit in enumerate(edits)
+            if edit is not None
+        }
         return list(found.values()), list(found)
 
     def route(self, prompts: Sequence[str]) -> list[Edit | None]:

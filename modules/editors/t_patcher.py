@@ -117,7 +117,7 @@ class TPatcher(ModuleEditor):
         notes = []
         for edit in edits:
             notes.append(self._learn(lm, memory, edit))
-            seen_MD = _inputs(lm, [f"{edit.text} {edit.target_new}"], memory.sites[0])
+            seen_MD = _inputs(lm, [lm.join(edit.text, edit.target_new)], memory.sites[0])
             memory.seen_MD = torch.cat([memory.seen_MD, seen_MD])
         return notes
 

@@ -42,7 +42,8 @@ def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -
     the others' would be padding.
     """
     tokens = [
-        len(lm.encode([f"{edit.text} {edit.target_new}"])[0]) - lm.lookup(edit) for edit in edits
+        len(lm.encode_whole([lm.join(edit.text, edit.target_new)])[0]) - lm.lookup(edit)
+        for edit in edits
     ]
     parts: list[list[int]] = []
     for n in sorted(range(len(edits)), key=tokens.__getitem__):
