@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -119,6 +120,20 @@ class _Asked:
         return [b for b, name in enumerate(self.criterion_B) if name in criteria]
 
 
+def require_own_dtype(trainer: Trainer) -> None:
+    """Raises ValueError for a precision that would convert the model's weights."""
+    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise ValueError(
+            f"--trainer.precision {trainer.precision} would convert the model's weights, to which edits and "
+            "checkpoints belong: leave it out and choose their type with --model.lm.dtype, or use bf16-mixed"
+        )
+
+
+def warn_untrained(module: LightningModule) -> None:
+    log.warning("%s has not been trained, and its results say nothing: train it with fit, or give its checkpoint "
+                "with --ckpt_path", type(module).__name__)  # fmt: skip
+
+
 class EditingModule(LightningModule):
     """A language model under evaluation; edits are put in and taken out from outside.
 
@@ -145,6 +160,8 @@ class EditingModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the base model out
         self.case_deltas: list[Delta] | None = None  # one update per case of the batch
+        self.has_schedule = False  # whether an EditCallback decides what is edited
+        self._told = False
         self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
         self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
         self.measured: dict[str, dict[str, float]] = {}  # by fingerprint, before an interruption
@@ -155,6 +172,9 @@ class EditingModule(LightningModule):
         self._base_perplexity: float | None = None
 
     # ------------------------------------------------------------------ Lightning
+
+    def setup(self, stage: str) -> None:
+        require_own_dtype(self.trainer)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         return None
@@ -173,10 +193,24 @@ class EditingModule(LightningModule):
         if self.perplexity is not None and not self.trainer.sanity_checking:
             self._text_means = self._read_text(self.perplexity)
 
+    def on_validation_start(self) -> None:
+        """Warns, once, where what is evaluated is hardly what was meant."""
+        if self._told or self.trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        self._told = True
+        if self.trained is False:
+            warn_untrained(self)
+        edits = self.lm.handles or self.own_delta() is not None
+        if not (self.has_schedule or edits):
+            log.warning("the unedited model is evaluated, as nothing edits it: give the Trainer an EditCallback, "
+                        "or edit the model before")  # fmt: skip
+
     def _read_text(self, corpus: Corpus) -> dict[str, float]:
         if self._base_perplexity is None:
             with self.lm.pristine():
                 self._base_perplexity = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens)
+            if math.isinf(self._base_perplexity):
+                self.lm.refuse_not_finite()
         own = self.own_delta()
         found = self._base_perplexity
         if own or self.lm.handles:
@@ -267,6 +301,11 @@ class EditingModule(LightningModule):
     @property
     def method_name(self) -> str | None:
         """What this module itself has done to the model, for summaries; nothing by default."""
+        return None
+
+    @property
+    def trained(self) -> bool | None:
+        """Whether what this module learns has been learned; None where it learns nothing."""
         return None
 
     def own_delta(self) -> Delta | None:

@@ -93,6 +93,10 @@ class LearnedEditor(EditingModule, WeightEditor):
         """Time spent in training steps so far, over all resumed runs."""
         return float(self.training_time)
 
+    @property
+    def trained(self) -> bool:
+        return self.training_seconds > 0
+
     # ------------------------------------------------------------------ the method's part
 
     @property

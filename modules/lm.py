@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
@@ -32,9 +32,7 @@ from modules.rows import Rows, TargetScores, common_prefix, padded_left
 TEXT_TOKENS = 512  # of a plain text whose perplexity is taken
 MOST_CHARACTERS = 1_000_000  # of a text, where the model sets no limit to its tokens
 SHOWN = 60  # characters of a text in a message
-LOOKS_AHEAD = (
-    0.01  # how far a later token may move logits by rounding, as a share of how it moves its own
-)
+LOOKS_AHEAD = 1e-4  # most that a later token may move logits, as a share of how it moves its own
 ORDINARY = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
@@ -92,6 +90,11 @@ class LanguageModel(Network):
     def _require_causal(self) -> None:
         """Raises ModelError unless ordinary text has finite logits that depend on no later token."""
         row = self.encode([ORDINARY])[0][: self.max_length]
+        if len(row) < 2:
+            raise ModelError(
+                f"the tokenizer of {self.name!r} makes no tokens of ordinary text: its files are missing or "
+                "damaged"
+            )
         other = [*row[:-1], next(token for token in range(3) if token != row[-1])]
         one_TV, other_TV = (
             self.net(ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False)
@@ -100,17 +103,18 @@ class LanguageModel(Network):
             for ids_1T in torch.tensor([row, other], device=self.device)[:, None]
         )
         if one_TV.isnan().any():
-            raise ModelError(self._not_finite())
-        moved = (one_TV[:-1] - other_TV[:-1]).abs().nan_to_num(0.0).max()
-        if moved > LOOKS_AHEAD * (one_TV[-1] - other_TV[-1]).abs().nan_to_num(0.0).max():
+            self.refuse_not_finite()
+        moved_T = (one_TV - other_TV).abs().nan_to_num(0.0).amax(1)
+        if moved_T[:-1].max() > LOOKS_AHEAD * moved_T[-1] and not self._scaled_together:
             raise ModelError(
                 f"the model {self.name!r} looks at the tokens that follow, as encoders like BERT do: only models "
                 "that write text from left to right can be edited"
             )
 
-    def _not_finite(self) -> str:
+    def refuse_not_finite(self) -> NoReturn:
+        """Raises ModelError: the unedited model gives NaN."""
         dtype = str(self.net.dtype).removeprefix("torch.")
-        return (
+        raise ModelError(
             f"the model {self.name!r} in {dtype} gives logits that are not finite for ordinary text: load it with "
             "another dtype (--model.lm.dtype float32), or its weights are damaged"
         )
@@ -285,7 +289,7 @@ class LanguageModel(Network):
                     full_BMV = logprob_NV.new_zeros(*target_BM.shape, logprob_NV.shape[-1])
                 full_BMV[at_K] = logprob_NV[found_K]
         if not (deltas or self.edited) and logprob_BM.isnan().any():
-            raise ModelError(self._not_finite())
+            self.refuse_not_finite()
         return TargetScores(logprob_BM, greedy_BM, target_BM, mask_BM, full_BMV)
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ from datamodules.records import EditCase
 from modules import checks
 from modules.delta import EditError
 from modules.encoder import TextEncoder
+from modules.evaluation import require_own_dtype, warn_untrained
 from modules.learned import read_checkpoint
 from modules.pairs import Kin, Pairs, kin_of, unmoved
 from modules.search import nearest
@@ -196,8 +197,12 @@ class ScopeClassifier(LightningModule):
         self.auc = BinaryAUROC()
         self.means: dict[str, float] = {}  # of the last finished validation
         self.method_name = type(self).__name__
+        self.trained = False
         self._kin: Kin = {}
         self._held_out: list[EditCase] = []  # of the validation that is running
+
+    def setup(self, stage: str) -> None:
+        require_own_dtype(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         encoder = list(self.scorer.encoder.parameters())
@@ -209,6 +214,7 @@ class ScopeClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Looks through all training cases: few batches hold two that are about one subject."""
+        self.trained = True
         self._kin = kin_of(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
@@ -222,6 +228,10 @@ class ScopeClassifier(LightningModule):
             loss = loss - log_rest_B[~inside_B].mean()
         self.log("train/loss", loss, batch_size=len(batch), prog_bar=True)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        if not self.trained and not self.trainer.sanity_checking:
+            warn_untrained(self)
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Keeps the cases for the epoch's end; none is edited, so there are no results of cases."""
@@ -291,7 +301,7 @@ class ScopeClassifier(LightningModule):
                 f"this checkpoint is of {was}, not of a scope classifier of form {self.form!r} on "
                 f"{self.base_model}: set --model.form and --model.encoder as then"
             )
-        self.means = checkpoint.get("means", {})
+        self.means, self.trained = checkpoint.get("means", {}), True
 
     @classmethod
     def load(cls, path: str) -> ScopeClassifier:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from datamodules.records import Edit, EditCase
 from modules import checks
-from modules.delta import Delta
+from modules.delta import Delta, LowRank
 from modules.editing import WeightEditor
 from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
@@ -286,6 +286,13 @@ class FineTune(EditingModule):
     @property
     def method_name(self) -> str:
         return type(self.method).__name__
+
+    @property
+    def trained(self) -> bool:
+        return any(
+            bool(u.left_Or.any() and u.right_rI.any() if isinstance(u, LowRank) else u.any())
+            for u in self.own_delta().updates.values()
+        )
 
     def own_delta(self) -> Delta:
         return self.method.deltas(self.lm, self.leaves)[0].detach()

@@ -64,6 +64,7 @@ class EditCallback(Callback):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+        pl_module.has_schedule = True
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
         if self.editor:

@@ -144,6 +144,7 @@ class RunWriter(Callback):
             "finished": True,
             "seed": self.seed,
             "editor": type(edit.editor).__name__ if edit.editor else module.method_name,
+            **({} if module.trained is None else {"trained": module.trained}),
             "model": module.base_model["name"],
             "model_hash": module.base_model["hash"],
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
