@@ -106,6 +106,10 @@ class Edit:
     relation: str | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            optional = name in ("target_true", "relation")
+            if not isinstance(value, str) and not (optional and value is None):
+                raise ValueError(f"an edit's {name} must be text, got {value!r}")
         if self.prompt.count(SLOT) != 1:
             raise ValueError(
                 f"an edit's prompt needs exactly one {{}} for the subject, got {self.prompt!r}; "
@@ -188,4 +192,4 @@ class EditCase:
     def fingerprint(self) -> str:
         """Hash of everything asked: equal in two runs only if they measured the same thing."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from datamodules.records import Edit
-from modules.delta import EditError, read_tensors, write_tensors
+from modules.delta import EditError, read_origin, read_tensors, require_finite
 from modules.editing import EditHandle, Editor, editing_mode, require_base
+from modules.files import write_tensors
 from modules.hooks import Hook, remove_all
 from modules.interrupts import uninterrupted
 
@@ -94,30 +96,54 @@ class Adapter(nn.Module, ABC):
         """Whether the other is an earlier or later state of the same memory."""
         return type(self) is type(other) and self.settings == other.settings
 
+    @classmethod
+    def path(cls) -> str:
+        """What files call the class."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
     def description(self) -> str:
         """Class and settings as JSON, from which, with the buffers, :meth:`rebuild` makes it again."""
-        path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return json.dumps({"class": path, "settings": self.settings})
+        return json.dumps({"class": self.path(), "settings": self.settings})
 
     @staticmethod
     def rebuild(description: str, tensors: dict[str, Tensor]) -> Adapter:
         """The adapter of :meth:`description` and its ``state_dict``; raises EditError if it is not one."""
         found = json.loads(description)
-        module, _, name = found["class"].rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            kind = None
-        if not (isinstance(kind, type) and issubclass(kind, Adapter)):
+        kind = _known(found["class"])
+        if kind is None:
             raise EditError(
-                f"there is no adapter {found['class']}: is the method's file installed?"
+                f"there is no adapter {found['class']}: it is neither of this project nor of a module that has "
+                "been imported"
             )
+        sites = found["settings"]["sites"]
+        if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+            raise EditError(f"{found['class']}: its sites are not a list of module names")
         adapter = kind(**found["settings"])
-        if missing := adapter.state_dict().keys() ^ tensors.keys():
+        empty = adapter.state_dict()
+        if missing := empty.keys() ^ tensors.keys():
             raise EditError(f"{found['class']}: tensors {sorted(missing)} do not fit this version")
         for key, tensor in tensors.items():
+            if tensor.dim() != empty[key].dim() or any(
+                wanted not in (0, size)  # 0 is what grows with the edits
+                for wanted, size in zip(empty[key].shape, tensor.shape, strict=True)
+            ):
+                raise EditError(f"{found['class']}: {key} has the shape {tuple(tensor.shape)}")
             setattr(adapter, key, tensor)
         return adapter
+
+
+def _known(path: object) -> type[Adapter] | None:
+    """The class that files call ``path``: of the project's own methods or of modules that have been imported.
+
+    A name from a file is compared with those of the classes that there are, and nothing is imported by it.
+    """
+    package = importlib.import_module("modules.editors")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    kinds: list[type[Adapter]] = [Adapter]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds[1:] if kind.path() == path), None)
 
 
 class ModulePatch(EditHandle):
@@ -218,19 +244,24 @@ class ModulePatch(EditHandle):
         return cls(lm, adapter, json.loads(state["metadata"]))
 
     def save(self, path: str | Path) -> None:
-        """Writes the whole memory into one safetensors file, atomically."""
+        """Writes the whole memory into one safetensors file, in one step."""
         header = {"format": MEMORY_FORMAT, "adapter": self.adapter.description()}
         metadata = {"metadata": json.dumps(self.metadata)}
-        write_tensors(path, dict(self.adapter.state_dict()), header | metadata)
+        write_tensors(Path(path), dict(self.adapter.state_dict()), header | metadata)
 
     @classmethod
     def load(cls, lm: LanguageModel, path: str | Path) -> ModulePatch:
         """Puts a memory that :meth:`save` wrote in force; raises EditError for another model's."""
         tensors, header = read_tensors(path, MEMORY_FORMAT, "memory")
         try:
-            return cls.restore(lm, {**header, "tensors": tensors})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            require_finite(tensors)
+            adapter = Adapter.rebuild(header["adapter"], tensors)
+            metadata = read_origin(header["metadata"])
+        except EditError as error:
+            raise EditError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise EditError(f"{path}: a damaged memory file ({error})") from None
+        return cls(lm, adapter, metadata)
 
 
 class ModuleEditor(Editor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,20 @@ class Corpus:
 
     @property
     def key(self) -> str:
-        """A name that tells this corpus from every other."""
+        """A name that tells this corpus from every other; a local file is told by its content, not its path."""
         if self.source == IMPORTED:
             return IMPORTED
-        path = Path(self.source)
-        content = f"-{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.is_file() else ""
+        path, stem = Path(os.path.expanduser(self.source)), Path(self.source).stem[:24]
+        what = self.source
         if self.source == "facts":
-            content = "\n".join(corpus_texts("facts"))
-        digest = hashlib.sha256(f"{self.source}{content}-{self.seed}".encode()).hexdigest()[:8]
+            what += "\n".join(corpus_texts("facts"))
+        elif path.is_file():
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            stem, what = "file", f"{Path(path.name.removesuffix('.gz')).suffix} {content}"
+        digest = hashlib.sha256(f"{what}-{self.seed}".encode()).hexdigest()[:8]
         stop = f"-{self.tolerance:g}" if self.tolerance else ""
-        return f"{path.stem[:24]}-{digest}-{self.tokens}{stop}"
+        return f"{stem}-{digest}-{self.tokens}{stop}"
 
 
 def sampled_texts(

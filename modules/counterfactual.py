@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from datamodules.records import Edit, EditCase, Probe, Separator, joined
+from modules.checkpoints import read_checkpoint
 from modules.delta import Delta, EditError
 from modules.evaluation import UNMOVED
-from modules.learned import read_checkpoint
 from modules.lm import LanguageModel
 from modules.rows import TargetScores
 from modules.tuning import FineTune
@@ -91,7 +91,7 @@ class Counterfactual:
     @classmethod
     def load(cls, path: str, lm: LanguageModel) -> Counterfactual:
         """The model of a checkpoint, to answer in place of ``lm``; raises EditError for anything else."""
-        checkpoint = read_checkpoint(path, "counterfactual", CounterfactualModel.__name__)
+        checkpoint = read_checkpoint(path, "counterfactual", of=CounterfactualModel.__name__)
         base = checkpoint["base_model"]
         own = lm
         if base["hash"] != lm.weights_hash:

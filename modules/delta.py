@@ -7,17 +7,17 @@ side. Updates are always [out, in], whatever the module stores.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from datamodules.records import Edit
+from modules import files
 from modules.hooks import Hook, hooked
 from modules.interrupts import Reversible
 
@@ -136,49 +136,51 @@ class Delta:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Delta:
-        """The delta that :meth:`tensors` took apart."""
+        """The delta that :meth:`tensors` took apart; raises EditError for tensors that are not one."""
         updates: dict[str, Update] = {}
         keys = {}
         for name, tensor in tensors.items():
             parameter, _, part = name.rpartition(".")
+            shapes = {"keys": (2,), "dense": (1, 2), "left": (2,), "right": (2,)}
+            if tensor.dim() not in shapes.get(part, ()) or not tensor.is_floating_point():
+                raise EditError(f"no part of an update: {name}, {_described(tensor)}")
             if part == "keys":
                 keys[parameter] = tensor
-            elif part == "dense":
-                updates[parameter] = tensor
-            elif part == "left":
-                updates[parameter] = LowRank(tensor, tensors[f"{parameter}.right"])
+            elif part != "right":
+                if parameter in updates:
+                    raise EditError(f"two updates of {parameter}")
+                right = tensors.get(f"{parameter}.right")
+                if part == "dense":
+                    updates[parameter] = tensor
+                elif right is None:
+                    raise EditError(f"{name} without its other factor")
+                else:
+                    updates[parameter] = LowRank(tensor, right)
+            elif f"{parameter}.left" not in tensors:
+                raise EditError(f"{name} without its other factor")
         return cls(updates, metadata, keys)
 
     def save(self, path: str | Path) -> None:
-        """Writes :meth:`tensors` into one safetensors file, atomically."""
-        write_tensors(path, self.tensors(), {"format": FORMAT, "delta": json.dumps(self.metadata)})
+        """Writes :meth:`tensors` into one safetensors file, in one step."""
+        header = {"format": FORMAT, "delta": json.dumps(self.metadata)}
+        files.write_tensors(Path(path), self.tensors(), header)
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Reads a file that :meth:`save` wrote; raises EditError for anything else."""
+        """Reads a file that :meth:`save` wrote; raises EditError for anything else, also for NaN and infinity."""
         tensors, header = read_tensors(path, FORMAT, "delta")
         try:
-            return cls.from_tensors(tensors, json.loads(header["delta"]))
-        except (KeyError, ValueError) as error:
+            require_finite(tensors)
+            return cls.from_tensors(tensors, read_origin(header["delta"]))
+        except (KeyError, ValueError, RecursionError) as error:
             raise EditError(f"{path}: a damaged delta file ({error})") from None
-
-
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One safetensors file, written atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(copies, part, header)
-    part.replace(path)
 
 
 def file_format(path: str | Path) -> str | None:
     """What kind of file of ours this is; None where it is none, or not there."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError):
+        return files.read_metadata(Path(path)).get("format")
+    except (ValueError, OSError):
         return None
 
 
@@ -186,19 +188,61 @@ def read_tensors(
     path: str | Path, wanted: str, kind: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header) of a file of ours; raises EditError for anything else."""
-    if not Path(path).is_file():
-        raise EditError(f"{path}: no such {kind} file")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise EditError(f"{path}: not a readable safetensors file ({error})") from None
+        tensors, header = files.read_tensors(Path(path))
+    except FileNotFoundError:
+        raise EditError(f"{path}: no such {kind} file") from None
+    except (ValueError, OSError) as error:
+        raise EditError(str(error)) from None
     if header.get("format") != wanted:
         raise EditError(
             f"{path}: not a {kind} of this project (format {header.get('format')!r}, wanted {wanted!r})"
         )
     return tensors, header
+
+
+def read_origin(text: str) -> dict[str, Any]:
+    """Metadata of an edit from JSON: what :meth:`~modules.editing.Editor.origin` wrote and what was added to it.
+
+    Raises:
+        EditError: a value of another type than ours.
+        ValueError: not JSON; RecursionError where it is nested too deeply to be read.
+    """
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict):
+        raise EditError("its metadata is not a record")
+    for name in ("base", "model", "editor", "encoder"):
+        if not isinstance(metadata.get(name), str | None):
+            raise EditError(f"its {name!r} is not text")
+    for name, is_entry in (("edits", _is_edit), ("requantized", _is_loss)):
+        entries = metadata.get(name, [])
+        if not isinstance(entries, list) or not all(map(is_entry, entries)):
+            raise EditError(f"its {name!r} are not a list as this project writes it")
+    return metadata
+
+
+def _is_edit(entry: object) -> bool:
+    """Whether these are the arguments of an Edit, in their order."""
+    try:
+        return isinstance(entry, list) and bool(Edit(*entry))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_loss(entry: object) -> bool:
+    numbers = entry.values() if isinstance(entry, dict) else [None]
+    return all(isinstance(number, int | float) for number in numbers)
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises EditError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise EditError(f"{name} holds numbers that are not finite: make the edit again")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}".removeprefix("torch.")
 
 
 def add_deltas(deltas: Sequence[Delta]) -> Delta:
@@ -211,7 +255,7 @@ def add_deltas(deltas: Sequence[Delta]) -> Delta:
     keys: dict[str, Tensor] = {}
     for delta in deltas:
         for key, value in delta.metadata.items():
-            joins = key in metadata and isinstance(value, list)
+            joins = isinstance(metadata.get(key), list) and isinstance(value, list)
             metadata[key] = metadata[key] + value if joins else metadata.get(key, value)
         for name, keys_NI in delta.keys.items():
             keys[name] = torch.cat([keys[name], keys_NI]) if name in keys else keys_NI

@@ -1,19 +1,40 @@
-"""Files that appear whole or not at all, and files that one process writes at a time."""
+"""Files that appear whole or not at all, that one process writes at a time, and that are checked when read."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
+DIGEST = "digest"  # the metadata field that holds the hash of a file's tensors
+SAFE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+LONGEST_NAME = 120  # bytes of a case id that are kept in a file name; file systems allow 255 in all
+
+
+def file_name(case_id: str) -> str:
+    """A name, without suffix, for the file of a case: another one for every id, on any file system.
+
+    An id of lower-case ASCII letters, digits, ``-``, ``_`` and ``.`` is its own name. Of any other id, and of
+    those that are hidden or too long, the readable part is followed by ``~`` and a hash of the id, because file
+    systems differ in whether they tell upper from lower case and how they spell accents.
+    """
+    short = 0 < len(case_id) <= LONGEST_NAME
+    if short and case_id[0] not in "._" and case_id[-1] != "." and SAFE.issuperset(case_id):
+        return case_id
+    readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in case_id).lstrip(".")
+    readable = readable.encode()[:LONGEST_NAME].decode(errors="ignore")
+    digest = hashlib.sha256(case_id.encode(errors="surrogatepass")).hexdigest()
+    return f"{readable}~{digest[:16]}"
 
 
 @contextmanager
@@ -22,7 +43,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The temporary path lies in a hidden folder beside ``path``. Nothing remains of it after an error; what a
     killed process left is removed by the next write to the same path, or by :func:`remove_unfinished`.
-    Only one process may write to a path at a time, see :func:`locked`.
+    Only one process may write to a path at a time, see :func:`locked`. The block may also write a folder,
+    which takes the place of nothing or of an empty folder.
+
+    Raises:
+        OSError: the disk refuses, whichever way the library that writes tells it.
     """
     folder = path.with_name(f".{path.name}{UNFINISHED}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +58,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         _to_disk(part)
         part.replace(path)
+    except (SafetensorError, RuntimeError) as error:
+        # torch's writer of zip files says "unexpected pos" or "file write failed" where the disk is full.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot write {path}, the disk may be full: {reason}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -44,13 +75,68 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file in one step, see :func:`replacing`; raises OSError where the disk refuses."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Writes a safetensors file in one step, see :func:`replacing`, with a digest of the tensors."""
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if storage in storages else own  # the format shares nothing
+        storages.add(storage)
     with replacing(path) as part:
-        try:
-            save_file(plain, part, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+        save_file(plain, part, {**metadata, DIGEST: digest(plain)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata) of a safetensors file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: another format, or damaged: its tensors are not those that :func:`write_tensors` wrote. Files
+            without a digest, which were written by earlier versions, are taken as they are.
+    """
+    tensors, metadata = {}, read_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (
+        SafetensorError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({_line(error)})") from None
+    if metadata.get(DIGEST, written := digest(tensors)) != written:
+        raise ValueError(f"{path}: damaged: its tensors are not those that were written")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; its tensors are not read. Raises as :func:`read_tensors` does."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a safetensors file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({_line(error)})") from None
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the names, types, shapes and every bit of CPU tensors."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()[:32]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -94,7 +180,8 @@ def _owner(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file's content is on the disk, so that a power cut leaves the old file or the new one."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    """Waits until a file or folder is on the disk, so that a power cut leaves the old one or the new one."""
+    for each in [path, *path.rglob("*")]:
+        if each.is_file():
+            with open(each, "rb") as file:
+                os.fsync(file.fileno())

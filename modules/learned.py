@@ -17,7 +17,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, cast
 
 import torch
@@ -27,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from datamodules.records import Edit, EditCase, Probe
 from modules import checks
-from modules.delta import Delta, EditError, add_deltas
+from modules.delta import Delta, add_deltas
 from modules.editing import WeightEditor
 from modules.evaluation import UNMOVED, EditingModule
 from modules.lm import LanguageModel
@@ -35,19 +34,6 @@ from modules.rows import Rows
 from modules.tail import Tail
 
 log = logging.getLogger(__name__)
-
-
-def read_checkpoint(path: str, key: str, kind: str) -> dict[str, Any]:
-    """A checkpoint of ours, with ``key`` in it; raises EditError for anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise EditError(f"{path}: not a readable checkpoint of a {kind} ({error})") from None
-    if key not in checkpoint:
-        raise EditError(
-            f"{path} is not a checkpoint of a {kind}: give one that its fit has written"
-        )
-    return checkpoint
 
 
 class LearnedEditor(EditingModule, WeightEditor):

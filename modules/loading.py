@@ -7,8 +7,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from modules.files import locked, replacing
 from modules.structure import read_parameter, sizes
 
 log = logging.getLogger(__name__)
@@ -36,10 +35,24 @@ class ModelError(ValueError):
 
 
 def cache_dir() -> Path:
-    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder."""
-    root = os.environ.get("CORRIGENDA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corrigenda"
-    return Path(root) if root else base
+    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder.
+
+    Raises OSError, which says what to set, where it is no folder or there is no home for one.
+    """
+    root = os.environ.get("CORRIGENDA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(root).expanduser() if root else Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "there is no home folder to keep converted models and statistics in: set CORRIGENDA_CACHE to a folder"
+        ) from None
+    if not os.environ.get("CORRIGENDA_CACHE"):
+        folder /= "corrigenda"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"{folder}, for converted models and statistics, is a file: set CORRIGENDA_CACHE to a folder"
+        )
+    return folder
 
 
 def hash_weights(net: nn.Module) -> str:
@@ -163,21 +176,20 @@ def _unpack_embedded(alias: str) -> Path:
     folder = cache_dir() / f"{alias}-{version}"
     if (folder / "config.json").is_file():
         return folder
-    log.info("converting %s once, into %s", alias, folder)
+    with locked(folder.with_name(f".{folder.name}.lock"), f"the model in {folder}", wait=-1):
+        if not (folder / "config.json").is_file():  # another process may have been first
+            log.info("converting %s once, into %s", alias, folder)
+            _convert(source, file, folder)
+    return folder
+
+
+def _convert(source: str, file: str, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer into ``folder``, in one step."""
     net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     # The weights are plain float32 now; without the marks of the packed file they save and train as any.
     del net.config.quantization_config
     net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{alias}-"))
-    try:
+    with replacing(folder) as part:
         net.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.replace(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder

@@ -20,11 +20,19 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from datamodules.records import Edit, Separator, joined
-from modules.delta import EditError, read_tensors, write_tensors
+from modules.delta import EditError, read_origin, read_tensors, write_tensors
 from modules.editing import Editor, TextPatch, set_aside
+from modules.files import write_tensors
 from modules.interrupts import Reversible, uninterrupted
 from modules.lm import LanguageModel
-from modules.retrieval import Encoder, Retriever, as_tensor, find_encoder, from_tensor
+from modules.retrieval import (
+    Encoder,
+    Retriever,
+    as_tensor,
+    find_encoder,
+    from_tensor,
+    require_vectors,
+)
 
 FORMAT = "corrigenda-remembered-1"
 
@@ -239,8 +247,13 @@ class Remembered:
         tensors, header = read_tensors(path, FORMAT, "memory of edits")
         try:
             edits = [Edit(**fields) for fields in from_tensor(tensors.pop("edits"))]
-            return cls(edits, tensors, json.loads(header["memory"]))
-        except (KeyError, TypeError, ValueError) as error:
+            metadata = read_origin(header["memory"])
+            if not edits or not {"editor", "base"} <= metadata.keys():
+                raise ValueError("it does not name its editor, its base model or any edit")
+            if tensors or "encoder" in metadata:
+                require_vectors(tensors, len(edits))
+            return cls(edits, tensors, metadata)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise EditError(f"{path}: a damaged memory file ({error})") from None
 
 

@@ -1,7 +1,9 @@
 """Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
 
 Cached in safetensors files named by weight hash, corpus, token count and dtype, so that no statistics of
-another model, text or precision are ever used. Gathering can be killed and goes on where it was. Where
+another model, text or precision are ever used. A file says the same in its header, with a digest of its numbers:
+one that is damaged or of something else is put aside and gathered again. Gathering can be killed and goes on
+where it was; of several programs that want the same statistics one gathers and the others wait. Where
 torch.distributed is initialised, every process takes every n-th buffer of texts and the sums are added up.
 
 The first token of a text has keys many times longer than any other in some layers (attention sinks: Sun et
@@ -16,20 +18,21 @@ Shapes: n tokens, F key width, L layers.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from modules import files
 from modules.corpus import IMPORTED, Corpus
+from modules.delta import require_finite
 from modules.hooks import Hook, capture, hooked
 from modules.lm import LanguageModel
 from modules.loading import cache_dir
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_LENGTH = 512  # tokens of one text
 BATCH_TOKENS = 4096
 BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
+WAIT_SECONDS = 5.0  # for a program that gathers the same, before looking again
 WRITE_SECONDS = 30.0  # between two writings of the sums, which are gigabytes in wide models
 
 
@@ -54,9 +58,9 @@ class Moments:
 
     def __init__(self, lm: LanguageModel, corpus: Corpus, folder: Path | None = None) -> None:
         self.lm, self.corpus = lm, corpus
-        dtype = str(lm.net.dtype).removeprefix("torch.")
+        self._dtype, self._key = str(lm.net.dtype).removeprefix("torch."), corpus.key
         root = folder or cache_dir() / "moments"
-        self.folder = root / lm.weights_hash / f"{corpus.key}-{dtype}"
+        self.folder = root / lm.weights_hash / f"{self._key}-{self._dtype}"
 
     def moment(self, layer: int) -> Tensor:
         """C_FF of block ``layer``'s output projection, float64."""
@@ -64,22 +68,24 @@ class Moments:
 
     def factor(self, layer: int) -> Tensor:
         """Lower Cholesky factor of C, float64; computed once and kept beside C."""
-        path = self._factor_path(layer)
-        stored = self._read(path)
-        if stored is None:
-            stored = {"factor": cholesky(self.moment(layer))}
-            self._write(path, stored)
+        stored = self._derived(layer, "cholesky", lambda moment_FF: {"factor": cholesky(moment_FF)})
         return stored["factor"].to(self.lm.device)
 
     def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
         """(values_F, vectors_FF) of C, ascending, one vector per column, float64; kept beside C."""
-        path = self.folder / f"layer{layer}.eigen.safetensors"
-        stored = self._read(path)
-        if stored is None:
-            values_F, vectors_FF = torch.linalg.eigh(self.moment(layer))
-            stored = {"values": values_F.clamp(min=0), "vectors": vectors_FF}
-            self._write(path, stored)
+        stored = self._derived(layer, "eigen", _eigen)
         return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
+
+    def _derived(
+        self, layer: int, name: str, make: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``make`` finds of C; the file that keeps it belongs to that very C, by its digest."""
+        path, of = self.folder / f"layer{layer}.{name}.safetensors", self._digest(layer)
+        stored = None if of is None else self._read(path, of)
+        if stored is None:
+            stored = make(self.moment(layer))
+            self._write(path, stored, self._digest(layer))
+        return stored
 
     def first_token_share(self, layer: int) -> float | None:
         """Part of trace(C) that comes from the first tokens of texts; None for imported statistics."""
@@ -92,12 +98,17 @@ class Moments:
 
         Where torch.distributed is initialised, all processes must call it, with the same layers.
         """
-        stored = {layer: self._read(self._path(layer)) for layer in layers}
-        found = {layer: tensors for layer, tensors in stored.items() if tensors is not None}
-        missing = [layer for layer in sorted(stored) if _largest(int(layer not in found))]
-        if missing:
-            found |= self._gather(missing, progress)
+        found = self._found(layers)
+        if _lacking(layers, found):
+            with self._alone():  # another program may have gathered them meanwhile
+                found = self._found(layers)
+                if missing := _lacking(layers, found):
+                    found |= self._gather(missing, progress)
         return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}
+
+    def _found(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        stored = {layer: self._read(self._path(layer)) for layer in layers}
+        return {layer: tensors for layer, tensors in stored.items() if tensors is not None}
 
     def take_over(self, path: str | Path, layer: int) -> Tensor:
         """C of ``layer`` from a statistics file of the ROME or MEMIT authors, kept as source ``imported``.
@@ -114,7 +125,6 @@ class Moments:
                 f"{width}: these are statistics of another model"
             )
         found = {"moment": moment, "tokens": torch.tensor(tokens)}
-        self._factor_path(layer).unlink(missing_ok=True)
         self._write(self._path(layer), found)
         return moment.to(self.lm.device)
 
@@ -156,6 +166,11 @@ class Moments:
         found = {}
         for layer in layers:
             moment_FF = _total(state[str(layer)]) / tokens
+            if not moment_FF.isfinite().all():
+                raise ValueError(
+                    f"the keys of block {layer} of {self.lm.name!r} on the corpus {self.corpus.source!r} are not "
+                    f"finite in {self._dtype}: choose another --lm.dtype, or check the model"
+                )
             share = _total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
             found[layer] = {"moment": moment_FF, "tokens": tokens, "first_share": share}
             log.info("layer %d: %.1f %% of trace(C) is of first tokens", layer, 100 * share)
@@ -237,28 +252,57 @@ class Moments:
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer{layer}.safetensors"
 
-    def _factor_path(self, layer: int) -> Path:
-        return self.folder / f"layer{layer}.cholesky.safetensors"
-
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """What a file holds; None if there is none. A damaged file is named, put aside and made again."""
-        if not path.is_file():
-            return None
+    def _digest(self, layer: int) -> str | None:
+        """That of C, as its file has it; None where there is no file of this model and text."""
         try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("weights") != self.lm.weights_hash:
-                    raise ValueError("statistics of another model")
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            log.warning("%s is not usable (%s): gathering it again", path, error)
-            path.unlink()
+            header = files.read_metadata(self._path(layer))
+            self._require_own(self._path(layer), header)
+            return header.get(files.DIGEST) or files.digest(
+                files.read_tensors(self._path(layer))[0]
+            )
+        except (ValueError, OSError):
             return None
 
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, self._header())
-        part.replace(path)
+    def _read(self, path: Path, of: str | None = None) -> dict[str, Tensor] | None:
+        """What a file holds; None if there is none. One that is not usable is named and put aside.
+
+        Args:
+            path: the file.
+            of: digest of the C that its content was computed from.
+        """
+        try:
+            number = path.stat().st_ino
+            tensors, header = files.read_tensors(path)
+            self._require_own(path, header)
+            if of is not None and header.get("of") != of:
+                raise ValueError(f"{path}: computed from another second moment")
+            width = self.lm.structure.inner_width
+            if any(size != width for tensor in tensors.values() for size in tensor.shape):
+                raise ValueError(f"{path}: not of keys of width {width}")
+            require_finite(tensors)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.unusable")
+            log.warning("%s; gathering it again, the old file is now %s", error, aside)
+            with self._writing():
+                if path.exists() and path.stat().st_ino == number:  # still the same file
+                    path.replace(aside)
+            return None
+        return tensors
+
+    def _require_own(self, path: Path, header: dict[str, str]) -> None:
+        """Raises ValueError where a file is of another model, text or precision."""
+        own = self._header()
+        # Files of earlier versions do not name the whole corpus; the folder that they lie in does.
+        names = ("weights", "corpus", "dtype") if "corpus" in header else ("weights", "source")
+        for name in names:
+            if header.get(name) != own[name]:
+                raise ValueError(f"{path}: its {name} is {header.get(name)!r}, not {own[name]!r}")
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], of: str | None = None) -> None:
+        with self._writing():
+            files.write_tensors(path, tensors, self._header() | ({"of": of} if of else {}))
 
     def _header(self) -> dict[str, str]:
         return {
@@ -266,7 +310,51 @@ class Moments:
             "model": self.lm.name,
             "source": self.corpus.source,
             "tokens": str(self.corpus.tokens),
+            "corpus": self._key,
+            "dtype": self._dtype,
         }
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One process at a time writes into the folder, for as long as a file takes."""
+        lock = self.folder.with_name(f".{self.folder.name}.write.lock")
+        with files.locked(lock, f"the statistics in {self.folder}", wait=-1):
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits while another program gathers into the folder, and keeps others waiting meanwhile.
+
+        The first of several processes that gather together holds the lock for all of them.
+        """
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        with ExitStack() as stack:
+            for attempt in count():
+                held = 0
+                if _world()[0] == 0:
+                    wait = WAIT_SECONDS if attempt else 0.0
+                    try:
+                        stack.enter_context(files.locked(lock, f"the folder {self.folder}", wait))
+                        held = 1
+                    except BlockingIOError as busy:
+                        if not attempt:
+                            log.warning("waiting for it to gather statistics: %s", busy)
+                if _largest(held):
+                    break
+            if held:
+                with self._writing():
+                    files.remove_unfinished(self.folder)
+            yield
+
+
+def _lacking(layers: Sequence[int], found: dict[int, dict[str, Tensor]]) -> list[int]:
+    """The layers that some process does not have."""
+    return [layer for layer in sorted(set(layers)) if _largest(int(layer not in found))]
+
+
+def _eigen(moment_FF: Tensor) -> dict[str, Tensor]:
+    values_F, vectors_FF = torch.linalg.eigh(moment_FF)
+    return {"values": values_F.clamp(min=0), "vectors": vectors_FF}
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from modules.delta import write_tensors
+from modules.files import write_tensors
 
 if TYPE_CHECKING:
     from modules.rows import Rows
@@ -151,7 +151,7 @@ class Shards:
     def _open(self, path: Path) -> None:
         with suppress(OSError, SafetensorError):
             file = safe_open(path, framework="pt")
-            if file.metadata() == self.header:
+            if self.header.items() <= (file.metadata() or {}).items():
                 self._files[path] = file
                 self._places |= {name.partition(" ")[0]: (path, name) for name in file.keys()}  # noqa: SIM118
 

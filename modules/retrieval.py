@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modules.delta import read_tensors, write_tensors
+from modules.delta import read_tensors, require_finite
 from modules.encoder import TextEncoder
+from modules.files import locked, write_tensors
 from modules.hooks import capture, first
 from modules.lm import LanguageModel
 from modules.loading import cache_dir
@@ -233,21 +234,28 @@ class Retriever:
         return tensors
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written atomically; the encoder is in its header."""
+        """One safetensors file, written in one step; the encoder is in its header."""
         header = {"format": FORMAT, "encoder": self.encoder.name, "hash": self.encoder.hash}
-        write_tensors(path, {**self.tensors(), "texts": as_tensor(self.texts)}, header)
+        write_tensors(Path(path), {**self.tensors(), "texts": as_tensor(self.texts)}, header)
 
     @classmethod
     def load(cls, path: str | Path, encoder: Encoder) -> Retriever:
         """What :meth:`save` wrote; raises ValueError for another encoder's vectors or another file."""
         tensors, header = read_tensors(path, FORMAT, "retriever")
-        if header["hash"] != encoder.hash:
+        if header.get("hash") != encoder.hash:
             raise ValueError(
-                f"{path}: its vectors are of the encoder {header['encoder']!r} with weights "
-                f"{header['hash']}, not of {encoder.name!r} with weights {encoder.hash}"
+                f"{path}: its vectors are of the encoder {header.get('encoder')!r} with weights "
+                f"{header.get('hash')}, not of {encoder.name!r} with weights {encoder.hash}"
             )
+        try:
+            texts = from_tensor(tensors.pop("texts"))
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its texts are not a list of texts")
+            require_vectors(tensors, len(texts))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: a damaged retriever file ({error})") from None
         retriever = cls(encoder)
-        retriever.add(from_tensor(tensors["texts"]), tensors)
+        retriever.add(texts, tensors)
         return retriever
 
     @classmethod
@@ -255,13 +263,17 @@ class Retriever:
         """A retriever of these texts; encoded once and kept in the cache folder."""
         digest = hashlib.sha256(json.dumps([encoder.hash, list(texts)]).encode()).hexdigest()[:16]
         path = cache_dir() / "retrieval" / f"{digest}.safetensors"
-        if path.is_file():
-            return cls.load(path, encoder)
-        log.info("encoding %d texts with %s, into %s", len(texts), encoder.name, path)
-        retriever = cls(encoder)
-        retriever.add(texts)
-        retriever.save(path)
-        return retriever
+        with locked(path.with_suffix(".lock"), f"the vectors in {path}", wait=-1):
+            if path.is_file():
+                try:
+                    return cls.load(path, encoder)
+                except ValueError as error:
+                    log.warning("%s: encoding the texts again", error)
+            log.info("encoding %d texts with %s, into %s", len(texts), encoder.name, path)
+            retriever = cls(encoder)
+            retriever.add(texts)
+            retriever.save(path)
+            return retriever
 
 
 def as_tensor(value: object) -> Tensor:
@@ -271,5 +283,21 @@ def as_tensor(value: object) -> Tensor:
 
 
 def from_tensor(tensor: Tensor) -> Any:  # noqa: ANN401
-    """What :func:`as_tensor` was given."""
+    """What :func:`as_tensor` was given; raises ValueError for other bytes, RecursionError for deep nesting."""
     return json.loads(tensor.numpy().tobytes())
+
+
+def require_vectors(tensors: Mapping[str, Tensor], count: int) -> None:
+    """Raises ValueError unless these are what :meth:`Retriever.tensors` gives for ``count`` entries."""
+    vectors_ND, index = tensors.get("vectors"), {"centres", "ends", "members"}
+    if vectors_ND is None or vectors_ND.dim() != 2 or len(vectors_ND) != count:
+        raise ValueError(f"it does not hold one vector for each of its {count} texts")
+    require_finite(tensors)
+    if tensors.keys() - {"vectors"} not in (set(), index):
+        raise ValueError(f"it holds {', '.join(sorted(tensors))}")
+    if "members" in tensors:
+        member_N, end_C = tensors["members"], tensors["ends"]
+        fits = tensors["centres"].shape == (len(end_C), vectors_ND.shape[1])
+        whole = torch.equal(member_N.sort().values, torch.arange(len(member_N)))
+        if not fits or not whole or len(member_N) > count or end_C.tolist()[-1:] != [len(member_N)]:
+            raise ValueError("its index does not fit its vectors")

@@ -32,6 +32,7 @@ from torchmetrics.classification import BinaryAUROC
 
 from datamodules.records import EditCase
 from modules import checks
+from modules.checkpoints import read_checkpoint
 from modules.delta import EditError
 from modules.encoder import TextEncoder
 from modules.evaluation import require_own_dtype, warn_untrained
@@ -306,15 +307,22 @@ class ScopeClassifier(LightningModule):
     @classmethod
     def load(cls, path: str) -> ScopeClassifier:
         """The trained classifier of a checkpoint, to be used; raises EditError for anything else."""
-        checkpoint = read_checkpoint(path, "scope", cls.__name__)
-        scope = cls(checkpoint["base_model"]["name"], checkpoint["scope"]["form"])
+        checkpoint = read_checkpoint(path, "scope", of=cls.__name__)
+        try:
+            scope = cls(checkpoint["base_model"]["name"], checkpoint["scope"]["form"])
+        except KeyError:
+            raise EditError(f"{path}: a damaged checkpoint: it does not say its form") from None
         if scope.base_model != checkpoint["base_model"]:
             raise EditError(
                 f"{path} was trained from the encoder {checkpoint['base_model']}, and that name now stands for "
                 f"weights {scope.base_model['hash']}: bring the encoder back, or train again"
             )
         frozen = {k: v for k, v in scope.state_dict().items() if ".selector." in k}
-        scope.load_state_dict(frozen | checkpoint["state_dict"])
+        try:
+            scope.load_state_dict(frozen | checkpoint["state_dict"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise EditError(f"{path}: its weights do not fit its form: {reason}") from None
         return scope.requires_grad_(False)
 
 

@@ -383,7 +383,9 @@ def test_a_saved_delta_gives_identical_logits(lm, tiny_lm, tmp_path):
     rows = lm.rows(PROMPTS, TARGETS)
     name = f"{lm.structure.mlp_names(0)[0]}.weight"
     dense = {name: full(lm.net.get_submodule(lm.structure.mlp_names(0)[0]))}
-    delta = Delta(two_layers(lm).updates | dense, {"base": lm.weights_hash, "edits": [["ä", 1]]})
+    delta = Delta(
+        two_layers(lm).updates | dense, {"base": lm.weights_hash, "edits": [["ä {}", "b", "c"]]}
+    )
     delta.save(tmp_path / "new" / "edit.safetensors")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["edit.safetensors"]
     loaded = Delta.load(tmp_path / "new" / "edit.safetensors")

@@ -163,7 +163,7 @@ def test_duplicates_share_and_stay_finite(problem):
 @pytest.fixture
 def alpha(tmp_path, tiny_lm):
     """``alpha(C, **arguments)``: an AlphaEdit that found C in layer 0, and its basis."""
-    lm = tiny_lm("llama")
+    lm = tiny_lm("llama", intermediate_size=WIDTH)
 
     def make(moment, **arguments):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -627,7 +627,7 @@ def test_found_values_are_kept_and_taken_over(gpt2, make, tmp_path, monkeypatch)
 def test_a_damaged_value_is_looked_for_again(gpt2, make, tmp_path, caplog):
     folder = tmp_path / "values"
     first = make(MEMIT, values=str(folder)).propose(gpt2, EDITS[:1])
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
     editor = make(MEMIT, values=str(folder))
     second = editor.propose(gpt2, EDITS[:1])

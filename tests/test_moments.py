@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modules import corpus as corpus_module
+from modules import files
 from modules import moments as moments_module
 from modules.corpus import IMPORTED, Corpus, sampled_texts
 from modules.delta import Delta, LowRank
@@ -157,7 +158,7 @@ def test_a_kill_while_writing_loses_one_buffer(gather, small_buffers, counted, m
     whole = gather(folder="whole").gather([1])
     buffers = list(counted)
     counted.clear()
-    save = moments_module.save_file
+    save = files.save_file
     calls = []
 
     def torn(tensors, path, metadata):
@@ -167,7 +168,7 @@ def test_a_kill_while_writing_loses_one_buffer(gather, small_buffers, counted, m
             raise KeyboardInterrupt
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(moments_module, "save_file", torn)
+    monkeypatch.setattr(files, "save_file", torn)
     with pytest.raises(KeyboardInterrupt):
         gather().moment(1)
     counted.clear()
@@ -191,9 +192,7 @@ def test_what_is_there_is_read(gather, counted):
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\xff" * 5000),
-        lambda path: moments_module.save_file(
-            {"moment": torch.eye(80)}, path, {"weights": "other"}
-        ),
+        lambda path: files.save_file({"moment": torch.eye(80)}, path, {"weights": "other"}),
     ],
     ids=["cut", "empty", "noise", "of another model"],
 )

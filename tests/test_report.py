@@ -463,7 +463,8 @@ def test_the_best_checkpoint_is_marked(training):
     """By the steps it had seen, which need not be a multiple of anything."""
     (training / "checkpoints").mkdir()
     best = training / "checkpoints" / "best.ckpt"
-    torch.save({"global_step": 3, "state_dict": {}}, best)
+    base = {"name": "tiny", "hash": "0"}
+    torch.save({"global_step": 3, "state_dict": {}, "base_model": base}, best)
     star = drawn(learning_picture(read_training(training)))["val · efficacy · exact"][1]
     assert star[1:] == ([2], [10])
     best.write_bytes(b"PK")

@@ -23,6 +23,7 @@ from datamodules.records import Edit
 from modules import checks
 from modules.delta import EditError, read_tensors, write_tensors
 from modules.editors.key_value import KeyRows
+from modules.files import locked, write_tensors
 from modules.hooks import first, hooked, replace_first
 from modules.lm import LanguageModel
 from modules.optimize import IndependentAdam
@@ -234,7 +235,8 @@ class FoundValues:
 
     def write(self, edit: Edit, delta_D: Tensor, note: dict[str, Any]) -> None:
         header = {"format": VALUE_FORMAT, "note": json.dumps(note)}
-        write_tensors(self._path(edit), {"delta": delta_D}, header)
+        with locked(self.folder / ".lock", f"the values in {self.folder}", wait=-1):
+            write_tensors(self._path(edit), {"delta": delta_D}, header)
 
     def _path(self, edit: Edit) -> Path:
         asked = {

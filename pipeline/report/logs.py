@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 Log = Sequence[Mapping[str, float]]
 
@@ -56,9 +55,9 @@ def curve(log: Log, metric: str, over: str = "step") -> dict[float, float]:
 
 def _steps(checkpoint: Path) -> int | None:
     """Steps taken when a checkpoint was written; None if there is none that can be read."""
-    import torch  # takes seconds
+    from modules.checkpoints import read_checkpoint  # takes seconds
 
-    try:  # mapped, so that the tensors are not read
-        return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
-    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError):
+    try:
+        return read_checkpoint(checkpoint, "global_step")["global_step"]
+    except ValueError:
         return None
