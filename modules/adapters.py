@@ -140,7 +140,7 @@ def _known(path: object) -> type[Adapter] | None:
     package = importlib.import_module("modules.editors")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    kinds: list[type[Adapter]] = [Adapter]
+    kinds: list[type[Adapter]] = [Adapter]  # type: ignore[type-abstract]
     for kind in kinds:
         kinds += kind.__subclasses__()
     return next((kind for kind in kinds[1:] if kind.path() == path), None)

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from datamodules.records import Edit, Separator, joined
-from modules.delta import EditError, read_origin, read_tensors, write_tensors
+from modules.delta import EditError, read_origin, read_tensors
 from modules.editing import Editor, TextPatch, set_aside
 from modules.files import write_tensors
 from modules.interrupts import Reversible, uninterrupted

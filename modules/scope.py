@@ -36,7 +36,6 @@ from modules.checkpoints import read_checkpoint
 from modules.delta import EditError
 from modules.encoder import TextEncoder
 from modules.evaluation import require_own_dtype, warn_untrained
-from modules.learned import read_checkpoint
 from modules.pairs import Kin, Pairs, kin_of, unmoved
 from modules.search import nearest
 

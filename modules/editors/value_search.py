@@ -21,7 +21,7 @@ from torch.linalg import vector_norm
 
 from datamodules.records import Edit
 from modules import checks
-from modules.delta import EditError, read_tensors, write_tensors
+from modules.delta import EditError, read_tensors
 from modules.editors.key_value import KeyRows
 from modules.files import locked, write_tensors
 from modules.hooks import first, hooked, replace_first
