@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datamodules.files import Row, open_text, read_rows, require_file
+from datamodules.files import LONGEST_LINE, Row, lines, read_rows, require_file
 
 
 def texts(source: str) -> Iterator[str]:
@@ -27,14 +27,13 @@ def texts(source: str) -> Iterator[str]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    with open_text(path) as file:
-        for line in file:
-            if text := line.strip():
-                yield text
+    for _, line in lines(path):
+        if text := line.strip():
+            yield text
 
 
 def _records(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     for index, (where, fields) in enumerate(rows):
         row = Row(where, index, fields)
         if not row.is_blank("text"):
-            yield row.text("text")
+            yield row.text("text", LONGEST_LINE)  # of a whole book the first tokens are read

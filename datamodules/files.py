@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,10 @@ from typing import Any, TextIO, TypeVar
 from datamodules.records import SLOT, Edit, occurrences
 
 T = TypeVar("T")
+LONGEST_LINE = 1 << 26  # characters
+LONGEST_TEXT = 1_000_000  # characters of one field; no model reads more at once
 RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_ID = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>.+))?", re.ASCII
 )
@@ -37,7 +41,7 @@ def read_rows(path: str, source: str = "") -> Iterator[tuple[str, dict[str, Any]
         require_file(path, source)
         lines = path.removesuffix(".gz").endswith(".jsonl")
         return _rows_of_lines(path) if lines else _rows_of_list(path)
-    if Path(path).expanduser().exists():
+    if _local(path).exists():
         raise DataError(f"{path}: expected a file ending in {', '.join(RECORD_FILES)}")
     if hub_id := HUB_ID.fullmatch(path):
         return _rows_of_hub(path, *hub_id.group("name", "config", "split"))
@@ -46,14 +50,18 @@ def read_rows(path: str, source: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 def require_file(path: str, source: str = "") -> None:
     """Raise unless ``path`` is a file."""
-    if not Path(path).expanduser().is_file():
+    if not _local(path).is_file():
         raise _no_file(path, source)
 
 
+def _local(path: str) -> Path:
+    """The path with ``~`` for the user's folder, where there is one."""
+    return Path(os.path.expanduser(path))
+
+
 def _no_file(path: str, source: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{path}: no such file" + (f"; public source: {source}" if source else "")
-    )
+    found = "is a folder, not a file" if _local(path).is_dir() else "no such file"
+    return FileNotFoundError(f"{path}: {found}" + (f"; public source: {source}" if source else ""))
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def open_text(path: str) -> Iterator[TextIO]:
     """A UTF-8 text file, unpacked if its name ends in .gz; broken bytes are a DataError."""
     opener = gzip.open if path.endswith(".gz") else open
     # Only "\n" ends a line: JSON text may hold the other characters Python takes for line ends.
-    file = opener(Path(path).expanduser(), "rt", encoding="utf-8-sig", newline="\n")
+    file = opener(_local(path), "rt", encoding="utf-8-sig", newline="\n")
     with file:
         try:
             yield file
@@ -71,32 +79,45 @@ def open_text(path: str) -> Iterator[TextIO]:
             raise DataError(f"{path}: not a complete gzip file ({error})") from None
 
 
-def _rows_of_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines(path: str) -> Iterator[tuple[str, str]]:
+    """Every line of a text file with the place it stands at; raises DataError for one that is no line of text."""
     with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{where}: not JSON ({error.msg}, column {error.colno})"
-                    ) from None
-                yield where, _record(where, row)
+        number = 0
+        while line := file.readline(LONGEST_LINE):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) == LONGEST_LINE:
+                raise DataError(f"{where}: longer than {LONGEST_LINE:,} characters")
+            yield where, line
+
+
+def _rows_of_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in lines(path):
+        if line.strip():
+            yield where, _record(where, _parsed(where, line))
 
 
 def _rows_of_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_text(path) as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            place = f"{path}, line {error.lineno}"
-            raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+        rows = _parsed(path, file.read())
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of records, got {_kind(rows)}")
     for number, row in enumerate(rows, start=1):
         where = f"{path}, record {number}"
         yield where, _record(where, row)
+
+
+def _parsed(where: str, text: str) -> Any:  # noqa: ANN401
+    """The JSON value of a text; raises DataError for anything else."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if text.rstrip().count("\n") else ""
+        raise DataError(f"{where}{line}: not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where}: lists or records inside one another too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: not usable JSON ({error})") from None
 
 
 def _rows_of_hub(
@@ -123,6 +144,10 @@ def _record(where: str, row: object) -> dict[str, Any]:
     return row
 
 
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
 def _kind(value: object) -> str:
     names = {
         str: "text",
@@ -131,7 +156,9 @@ def _kind(value: object) -> str:
         bool: "true or false",
         type(None): "null",
     }
-    return names.get(type(value), "a number" if isinstance(value, int | float) else repr(value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,8 @@ class Row:
     prefix: str = ""
 
     def error(self, name: str, problem: str) -> DataError:
-        return DataError(f"{self.where}, field '{self.prefix}{name}': {problem}")
+        line = _shortened(" ".join(problem.split()), 300)
+        return DataError(f"{self.where}, field '{self.prefix}{name}': {line}")
 
     def has(self, name: str) -> bool:
         """Whether the field is there; Hub datasets write null for absent."""
@@ -159,16 +187,25 @@ class Row:
 
     def _get(self, name: str, kind: type[T], wanted: str) -> T:
         if not self.has(name):
-            raise self.error(name, f"missing (the record has {', '.join(self.fields)})")
+            there = _shortened(", ".join(map(str, self.fields)) or "no fields", 200)
+            raise self.error(name, f"missing (the record has {there})")
         value = self.fields[name]
         if not isinstance(value, kind):
             raise self.error(name, f"expected {wanted}, got {_kind(value)}")
         return value
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, limit: int = LONGEST_TEXT) -> str:
+        """Text of at most ``limit`` characters, one of them at least no space."""
         value = self._get(name, str, "text")
         if not value.strip():
             raise self.error(name, "empty")
+        return self._plain(name, value, limit)
+
+    def _plain(self, name: str, value: str, limit: int = LONGEST_TEXT) -> str:
+        if len(value) > limit:
+            raise self.error(name, f"{len(value):,} characters, at most {limit:,} can be read")
+        if not value.isascii() and SURROGATE.search(value):
+            raise self.error(name, "not Unicode text: it holds half a character (a lone surrogate)")
         return value
 
     def is_blank(self, name: str) -> bool:
@@ -183,6 +220,7 @@ class Row:
             if not isinstance(value, str) or not value.strip():
                 found = "an empty one" if isinstance(value, str) else _kind(value)
                 raise self.error(name, f"expected a list of texts, got {found} at {number}")
+            self._plain(name, value)
         return tuple(values)
 
     def record(self, name: str) -> Row:
@@ -217,8 +255,8 @@ class Row:
         if value is None:
             return str(self.index)
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise self.error("case_id", f"expected a number or text, got {_kind(value)}")
-        return str(value)
+            raise self.error("case_id", f"expected a whole number or text, got {_kind(value)}")
+        return self._plain("case_id", str(value))
 
     def edit(self, name: str, target_new: str, **rest: str | None) -> Edit:
         """The edit whose prompt is field ``name``, which holds the subject or, in its place, ``{}``.

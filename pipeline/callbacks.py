@@ -21,6 +21,7 @@ from modules.adapters import ModulePatch
 from modules.delta import Delta
 from modules.editing import EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import CaseResult, EditingModule
+from modules.files import file_name
 from modules.metrics import FactsForgotten
 
 log = logging.getLogger(__name__)
@@ -165,8 +166,7 @@ class EditCallback(Callback):
         # Several processes edit different cases under these two schedules, else all the same.
         own = self.schedule in ("each", "batch")
         if self.save_edits and (own or trainer.is_global_zero):
-            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            edit.save(Path(trainer.default_root_dir) / "edits" / f"{safe}.safetensors")
+            edit.save(Path(trainer.default_root_dir) / "edits" / f"{file_name(name)}.safetensors")
 
     # ------------------------------------------------------------------ validation
 

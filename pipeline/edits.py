@@ -7,21 +7,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from datamodules.records import Edit
 from modules.delta import Delta, LowRank, Update, add_deltas, file_format, svd
 from modules.editing import WeightPatch
+from modules.files import replacing, write_tensors, write_text
 from modules.lm import LanguageModel
 from modules.loading import hash_weights
 from modules.memory import FORMAT as REMEMBERED
@@ -173,6 +171,11 @@ def apply(
         prompt: what is asked; the edits' own prompts if not given.
         tokens: length of an answer.
     """
+    if tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {tokens}")
+    for text in prompt or []:
+        if not text.strip():
+            raise UserError("an empty --prompt cannot be continued: give some text")
     deltas = _read(files)
     asked = list(prompt or [edit.text for delta in deltas for edit in _edits(delta)])
     if not asked:
@@ -204,7 +207,8 @@ def export(
     _refuse_existing(out)
     (delta,) = _read([file])
     lm = _base_model([delta], lm_options)
-    with _complete(out) as folder:
+    with replacing(out) as folder:
+        folder.mkdir()
         (_write_adapter if format == "peft" else _write_model)(lm, delta, folder)
     _print(f"wrote {out}")
 
@@ -243,10 +247,10 @@ def _write_adapter(lm: LanguageModel, delta: Delta, folder: Path) -> None:
     if not ranks:
         raise UserError("this edit changes nothing: there is nothing to export")
     transposed = any(isinstance(lm.net.get_submodule(path), Conv1D) for path in ranks)
-    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = _adapter_config(lm.net.name_or_path, ranks, transposed)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 
 def _adapter_config(base: str, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
@@ -290,19 +294,6 @@ def _adapted(lm: LanguageModel, name: str) -> str:
             "export the edited model with --format hf"
         )
     return path
-
-
-@contextmanager
-def _complete(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place at the end, and leaves nothing behind on failure."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------- small parts
@@ -354,9 +345,11 @@ def _shape(update: Update) -> list[int]:
 
 
 def _refuse_existing(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists, and nothing is overwritten: choose another --out")
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    """A line; what a file of a stranger could send to the terminal besides text is spelt out."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    sys.stdout.write(f"{plain}\n")

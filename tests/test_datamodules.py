@@ -214,8 +214,8 @@ def test_hub_errors(hub):
         ({"loc": None}, "field 'loc': missing"),
         ({"portability": "x"}, "field 'portability': expected a record, got text"),
         ({"portability": {"New Question": "x"}}, "field 'portability.New Answer': missing"),
-        ({"case_id": [1]}, "field 'case_id': expected a number or text, got a list"),
-        ({"case_id": True}, "field 'case_id': expected a number or text, got true or false"),
+        ({"case_id": [1]}, "field 'case_id': expected a whole number or text, got a list"),
+        ({"case_id": True}, "field 'case_id': expected a whole number or text, got true or false"),
         (
             {"subject": "K2"},
             "field 'src': the subject 'K2' does not occur in 'Which range is Mount Ada in?'",
@@ -237,7 +237,7 @@ def test_bad_zsre_rows(tmp_path, change, message):
     [
         (
             {"target_true": {}},
-            "field 'requested_rewrite.target_true.str': missing (the record has )",
+            "field 'requested_rewrite.target_true.str': missing (the record has no fields)",
         ),
         ({"target_new": {"str": ""}}, "field 'requested_rewrite.target_new.str': empty"),
         (

@@ -178,9 +178,15 @@ def test_another_base_is_refused(edits, saved, tiny_folder, verb):
     assert "with its dtype and quantization" in message
 
 
+def shown(answer):
+    """One line, with control characters spelt out."""
+    line = " ".join(answer.split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def test_apply_shows_both_answers(edits, saved):
     lm = base_of(saved())
-    was = " ".join(lm.generate([ONE.text], 6)[0].split())
+    was = shown(lm.generate([ONE.text], 6)[0])
     said = edits("apply", saved(), "--tokens", "6").splitlines()
     assert was and said[:2] == [ONE.text, f"  base    {was}"]
     assert said[2].startswith("  edited  Quill P") and len(said) == 3
@@ -188,7 +194,7 @@ def test_apply_shows_both_answers(edits, saved):
                  "--tokens", "6").splitlines()  # fmt: skip
     for file in (saved(), saved("llama", "low", OTHER)):
         WeightPatch(lm, Delta.load(file))
-    texts = [" ".join(text.split()) for text in lm.generate([ONE.text, "He said"], 6)]
+    texts = [shown(text) for text in lm.generate([ONE.text, "He said"], 6)]
     assert [said[0], said[3]] == [ONE.text, "He said"]
     assert [said[2], said[5]] == [f"  edited  {text}" for text in texts]
 
