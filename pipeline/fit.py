@@ -44,6 +44,7 @@ def fit_or_validate(args: list[str]) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
 
+    from modules.checkpoints import read_checkpoint
     from pipeline.callbacks import EditCallback
     from pipeline.run_writer import LastCheckpoint, RunWriter
 
@@ -86,6 +87,9 @@ def fit_or_validate(args: list[str]) -> None:
             # As given, before _place: a copy of the file can be run into another folder.
             self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
             self.run_dir = _run_dir(config, self.subcommand, self.config_text)
+            last = self.run_dir / "checkpoints" / "last.ckpt"
+            if path := last if config.ckpt_path == "last" else config.ckpt_path:
+                read_checkpoint(path, "pytorch-lightning_version")
             _place(config, self.run_dir)
             _pass_on_seed(config)
 

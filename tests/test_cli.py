@@ -84,7 +84,7 @@ def one_line(capsys):
         (["-c", "typo.yaml"], ["editor", "'layre' is not accepted"]),
         (["-c", "broken.yaml"], ["broken.yaml"]),
         (["--ckpt_path", "nope.ckpt"], ["nope.ckpt"]),
-        (["--ckpt_path", "bad.jsonl"], ["ckpt_path", "not a checkpoint"]),
+        (["--ckpt_path", "bad.jsonl"], ["bad.jsonl: not a readable checkpoint", "another format"]),
         (["--ckpt_path", "last"], ["--ckpt_path needs a file"]),
         (["--run_dir", "finished"], ["finished holds a finished run", "choose another --run_dir"]),
         (

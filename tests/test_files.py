@@ -1,14 +1,25 @@
 """Files are replaced in one step, and one process writes at a time."""
 
+import ast
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from modules.files import locked, remove_unfinished, replacing, write_tensors, write_text
+from modules.files import (
+    file_name,
+    locked,
+    read_tensors,
+    remove_unfinished,
+    replacing,
+    write_tensors,
+    write_text,
+)
 
 HOLD = """
 import sys, time
@@ -67,3 +78,98 @@ def test_a_lock_is_refused_while_its_process_lives_and_free_once_it_is_killed(
         holder.kill()
     with locked(lock, "the folder"):
         pass
+
+
+def test_ids_that_file_systems_confuse_have_names_of_their_own() -> None:
+    ids = ["a/b", "a_b", "A_b", "a\\b", "..", "", ".hidden", "ü", "x" * 300, "x" * 301, "a b"]
+    names = [file_name(case_id) for case_id in ids]
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert names[1] == "a_b" and names[0].startswith("a_b~") and names[7].startswith("ü~")
+    assert all(len(name.encode()) < 200 and "/" not in name for name in names)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    with replacing(tmp_path / "model") as part:
+        part.mkdir()
+        (part / "a").write_text("a")
+        assert not (tmp_path / "model").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "a"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+    ids=["OSError", "safetensors", "torch"],
+)  # fmt: skip
+def test_a_full_disk_is_an_error_of_the_disk_and_keeps_the_old_file(tmp_path, error) -> None:
+    file = tmp_path / "a"
+    write_text(file, "old")
+    with pytest.raises(OSError) as caught, replacing(file) as part:
+        part.write_text("half")
+        raise error
+    assert "\n" not in str(caught.value)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+def test_what_torch_says_of_a_full_disk_is_told_apart(tmp_path: Path) -> None:
+    """The message by which its error is known, from torch itself."""
+    with pytest.raises(OSError, match="the disk may be full"), replacing(tmp_path / "a") as part:
+        part.symlink_to(FULL)
+        torch.save({"a": torch.zeros(100_000)}, part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    one = torch.arange(6.0)
+    write_tensors(tmp_path / "a", {"a": one, "b": one, "c": one[2:]}, {})
+    found, _ = read_tensors(tmp_path / "a")
+    assert torch.equal(found["a"], one) and torch.equal(found["b"], one)
+    assert torch.equal(found["c"], one[2:])
+
+
+def test_other_numbers_under_the_same_header_are_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {"a": torch.ones(3)}, {"format": "x"})
+    header = read_tensors(file)[1]
+    for tensors in ({"a": torch.zeros(3)}, {"b": torch.ones(3)}, {"a": torch.ones(3, 1)}):
+        save_file(tensors, file, header)
+        with pytest.raises(
+            ValueError, match="damaged: its tensors are not those that were written"
+        ):
+            read_tensors(file)
+    save_file(
+        {"a": torch.zeros(3)}, file, {"format": "x"}
+    )  # of an earlier version, without a digest
+    assert not read_tensors(file)[0]["a"].any()
+
+
+def test_torch_reads_files_without_running_them_and_in_one_place() -> None:
+    """No pickle is loaded, whatever a caller asks; safetensors are written through modules.files alone."""
+    root = Path(__file__).parents[1]
+    for file in [
+        f for part in ("modules", "pipeline", "datamodules") for f in (root / part).rglob("*.py")
+    ]:
+        name = file.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called in ("torch.load", "load_from_checkpoint") or called.endswith(
+                ".load_from_checkpoint"
+            ):
+                assert given.get("weights_only") == "True", f"{name}:{node.lineno}"
+                assert name == "modules/checkpoints.py", f"{name}:{node.lineno}"
+            assert "pickle" not in called, f"{name}:{node.lineno}"
+            if called in ("save_file", "torch.save"):
+                assert name == "modules/files.py", f"{name}:{node.lineno}"
+            if called in ("np.load", "numpy.load"):
+                assert given.get("allow_pickle") == "False", f"{name}:{node.lineno}"
