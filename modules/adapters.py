@@ -280,6 +280,7 @@ class ModuleEditor(Editor):
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> ModulePatch:
         self.check(lm)
+        self.check_edits(edits)
         with editing_mode():
             self.prepare(lm)
             memory = self.empty(lm)

@@ -297,6 +297,20 @@ class Editor(ABC):
         for layer in [*(getattr(self, "layers", None) or ()), *([] if own is None else [own])]:
             lm.structure.block_name(layer)
 
+    def check_edits(self, edits: Sequence[Edit]) -> None:
+        """Raises EditError where there are none; warns, once, where two contradict each other."""
+        if not edits:
+            raise EditError(f"{type(self).__name__} was given no edit: give at least one")
+        targets: dict[str, str] = {}
+        against = [
+            (edit.text, other, edit.target_new)
+            for edit in edits
+            if (other := targets.setdefault(edit.text, edit.target_new)) != edit.target_new
+        ]
+        if against:
+            log.warning("%r is to be both %r and %r (%d such prompts): edited together, at most one can hold",
+                        *against[0], len({text for text, *_ in against}))  # fmt: skip
+
     def prepare(self, lm: LanguageModel) -> None:  # noqa: B027  optional
         """Once per model, before the first edit: statistics, prompts. Idempotent."""
 
@@ -334,12 +348,16 @@ class WeightEditor(Editor):
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> WeightPatch:
         self.check(lm)
+        self.check_edits(edits)
         with editing_mode():
             self.prepare(lm)
             return WeightPatch(lm, self.stamp(lm, self.propose(lm, edits), edits))
 
     def stamp(self, lm: LanguageModel, delta: Delta, edits: Sequence[Edit]) -> Delta:
-        """The delta with its origin in the metadata: base weights, editor, edits."""
+        """The delta with its origin in the metadata: base weights, editor, edits; warns where it is not finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in delta.tensors().values()):
+            log.warning("%s: the update for %r is not finite: the edited model's answers will be NaN",
+                        type(self).__name__, "; ".join(edit.text for edit in edits[:3]))  # fmt: skip
         return replace(delta.detach(), metadata=delta.metadata | self.origin(lm, edits))
 
 

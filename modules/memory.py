@@ -293,6 +293,7 @@ class MemoryEditor(Editor):
         self.encoder(lm)
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
+        self.check_edits(edits)
         lm.require_readable([sentence(edit) for edit in edits])
         self.prepare(lm)
         return self.patch(self, lm, edits)

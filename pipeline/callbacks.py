@@ -108,6 +108,8 @@ class EditCallback(Callback):
         if not isinstance(editor, WeightEditor) or module.lm.requantize:
             module.around_case = lambda case: self._in_force(trainer, module, case)
             return
+        for case in batch:
+            editor.check_edits(case.edits)
         with self._timed(len(batch)), editing_mode():
             deltas = editor.propose_each(module.lm, [case.edits for case in batch])
         module.case_deltas = [

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules.counterfact import CounterFact
+from datamodules.records import Edit, EditCase
 from modules.adapters import ModulePatch
 from modules.corpus import Corpus
 from modules.delta import Delta
@@ -140,6 +141,24 @@ def run(lm, data, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- schedules
+
+
+def test_contradictions_within_a_case_are_said_however_it_is_edited(run, data, caplog):
+    cases = data.evaluation_cases()
+    first = cases[0].edits[0]
+    edits = (first, Edit(first.prompt, first.subject, "something else"))
+    cases[:] = [EditCase("both", edits, cases[0].probes)]
+    for schedule in ("each", "batch"):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            run(ft(), schedule, name=schedule)
+        assert sum("is to be both" in message for message in caplog.messages) == 1
+
+
+def test_a_block_beyond_the_model_is_refused_before_any_case_is_read(run, data, monkeypatch):
+    monkeypatch.setattr(data, "evaluation_cases", lambda: pytest.fail("cases were read"))
+    with pytest.raises(ValueError, match="layer 9 does not exist: the model has 2 blocks"):
+        run(FT([9]), "each")
 
 
 @pytest.mark.parametrize(

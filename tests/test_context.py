@@ -220,7 +220,7 @@ def test_a_handle_saves_its_own_edits(lm, tmp_path, name):
     found = Remembered.load(tmp_path / "edits" / "St. Louis.safetensors")
     assert found.edits == [OWL, OSLO]
     assert found.metadata["editor"] == type(editor).__name__ and found.metadata["model"] == lm.name
-    with pytest.raises(EditError, match="no edit to remember"):
+    with pytest.raises(EditError, match="was given no edit"):
         editor.edit(lm, [])
 
 

@@ -114,6 +114,44 @@ def test_editing_raises_the_target_and_touches_what_it_says(lm, editor):
         assert not changed(lm, kept) and not lm.handles
 
 
+def test_no_edit_at_all_is_refused(lm, make):
+    kept = weights(lm)
+    with pytest.raises(EditError, match="was given no edit: give at least one"):
+        make(lm).edit(lm, [])
+    assert not changed(lm, kept) and not lm.handles
+
+
+def test_edits_that_contradict_each_other_are_named_in_one_line(lm, caplog):
+    again = [Edit(e.prompt, e.subject, "something else") for e in EDITS[:2]]
+    with caplog.at_level("WARNING"):
+        FT([1], steps=1).edit(lm, [*EDITS, *EDITS[:1], *again, again[0]]).remove()
+    (message,) = [m for m in caplog.messages if "is to be both" in m]
+    assert message.startswith(
+        "'This is the capital of Ruritania:' is to be both 'Strelsau' and 'some"
+    )
+    assert "(2 such prompts)" in message
+
+
+def test_a_model_that_is_not_finite_is_said_so(lm, make, caplog):
+    """Whatever an editor reads off it: a loss, a gradient, an attribution."""
+    editor = make(lm)
+    editor.prepare(lm)
+    lm.net.get_submodule(lm.structure.out_name(1)).weight.data[0, 0] = torch.nan
+    with caplog.at_level("WARNING"):
+        editor.edit(lm, EDITS[:1]).remove()
+    said = ("nan", "not finite", "ended at an NLL above 1")
+    assert any(word in message for message in caplog.messages for word in said), caplog.messages
+
+
+def test_what_the_model_says_already_and_a_subject_at_the_very_start(lm, editor):
+    """Odd, but possible: nothing raises, and nothing stays behind."""
+    kept, prompt = weights(lm), "{} speak"
+    answer = lm.generate(["Zembla speak"], 2)[0].strip() or "x"
+    for edit in (Edit(prompt, "Zembla", answer), Edit("{}", "Z", "red"), Edit("{} is", "Z", "a")):
+        editor.edit(lm, [edit]).remove()
+    assert not changed(lm, kept) and not lm.handles
+
+
 def test_inside_pristine_the_model_is_the_base(lm, editor):
     kept, base = weights(lm), logits(lm)
     handle = editor.edit(lm, EDITS)

@@ -532,7 +532,7 @@ def test_proposing_leaves_no_trace(lm, make):
 def test_a_conflict_is_said(gpt2, make, caplog):
     """INV-M5."""
     with caplog.at_level(logging.WARNING):
-        make().propose(gpt2, [EDITS[0], Edit(EDITS[0].prompt, EDITS[0].subject, "rain")])
+        make().edit(gpt2, [EDITS[0], Edit(EDITS[0].prompt, EDITS[0].subject, "rain")])
     assert "'The capital of Zorbania is' is to be both 'Quill Port' and 'rain'" in caplog.text
 
 

@@ -6,6 +6,7 @@ import torch
 from datamodules.records import Edit
 from modules.adapters import ModulePatch
 from modules.corpus import Corpus
+from modules.delta import EditError
 from modules.editors.calinet import CaliNET
 from modules.editors.grace import GRACE
 from modules.editors.melo import MELO
@@ -64,6 +65,20 @@ def test_an_edit_is_likelier_and_comes_off_to_the_bit(lm, editor):
     assert not any(buffer.requires_grad for buffer in patch.adapter.buffers())
     assert patch.metadata["edits"] == [[e.prompt, e.subject, e.target_new] for e in EDITS]
     assert len(patch.metadata["notes"]) == 3 and patch.num_parameters > 0
+
+
+def test_no_edit_at_all_is_refused(lm, editor):
+    with pytest.raises(EditError, match="was given no edit: give at least one"):
+        editor.edit(lm, [])
+    assert not lm.handles
+
+
+def test_a_model_that_is_not_finite_is_said_so(llama, editor, caplog):
+    editor.prepare(llama)
+    llama.net.get_submodule(llama.structure.out_name(2)).weight.data[0, 0] = torch.nan
+    with caplog.at_level("WARNING"):
+        editor.edit(llama, EDITS[:1]).remove()
+    assert any("NLL nan" in message for message in caplog.messages)
 
 
 def test_a_memory_without_edits_is_the_identity(lm, editor):

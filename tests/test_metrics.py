@@ -49,7 +49,7 @@ def padded(rows, pad):
 
 
 def cases(*indices):
-    return torch.tensor(indices)
+    return torch.tensor(indices, dtype=torch.long)
 
 
 # --- teacher forced ---
@@ -192,6 +192,55 @@ def test_wrong_shapes_are_named():
         metrics.token_accuracy(ids, ids, torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"got \(2,\) values and \(3,\) indices"):
         metrics.case_means(torch.ones(2), cases(0, 1, 2), 3)
+    one, full = torch.zeros(2, 1), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"ids need one shape, got \(2, 3\) and \(2, 1\)"):
+        metrics.token_accuracy(ids, ids[:, :1], full)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2, 1\)"):
+        metrics.token_accuracy(ids, ids, full, one)
+    for values, mask in ((one, full), (full, one)):
+        with pytest.raises(ValueError, match="log-probabilities and mask need one shape"):
+            metrics.sum_logprob(values, mask)
+    with pytest.raises(ValueError, match="log-probabilities need one shape"):
+        metrics.kl(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), full)
+    with pytest.raises(ValueError, match="got 2 values and 1 kinds"):
+        metrics.two_level_means(torch.ones(2), ["alias"], cases(0, 1), 2)
+    with pytest.raises(ValueError, match=r"got \(2, 2\) and \(2,\)"):
+        metrics.weight_distance(torch.ones(2, 2), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.trailing_mean([1.0], 0),
+        lambda: metrics.bootstrap_interval([1.0], 0, level=1.0),
+        lambda: metrics.bootstrap_interval([1.0], 0, num_resamples=0),
+        lambda: metrics.binomial_half_width(1.5, 3),
+        lambda: metrics.binomial_half_width(0.5, -3),
+        lambda: metrics.ngram_entropy(["a"], 0),
+        lambda: metrics.weight_distance(torch.ones(0, 2), torch.ones(0, 2)),
+        lambda: metrics.harmonic_score(),
+    ],
+)
+def test_arguments_without_sense_are_refused(call):
+    with pytest.raises(ValueError, match="must be|need") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_at_all_is_defined():
+    none = torch.zeros(0, 0)
+    assert metrics.token_accuracy(none, none, none).shape == (0,)
+    assert metrics.case_means(none[0:0, 0:0].flatten(), cases(), 0).shape == (0,)
+    assert metrics.case_means(torch.zeros(0), cases(), 2).isnan().all()
+    assert metrics.two_level_means(torch.zeros(0), [], cases(), 1).isnan().all()
+    assert metrics.bootstrap_interval([], seed=0) == near((NAN, NAN))
+    assert metrics.paired_difference([], [], seed=0) == near((NAN, NAN, NAN))
+    assert metrics.trailing_mean([], 3) == [] and metrics.set_f1([], []) == 0
+    assert math.isnan(metrics.binomial_half_width(NAN, 3))
+    assert math.isnan(metrics.binomial_half_width(0.5, 0))
+    assert metrics.facts_forgotten(torch.zeros(0), torch.zeros(0)) == 0
+    assert metrics.normalised_word_entropy([]) == metrics.generation_entropy([]) == 0
+    assert metrics.wild_exact("", ["Paris"]) == metrics.wild_f1("Paris", []) == 0
 
 
 def test_a_case_without_probes_is_absent():

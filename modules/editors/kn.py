@@ -115,6 +115,9 @@ class KN(WeightEditor):
         self.prepare(lm)
         rows = [self._rows(lm, edit) for edit in edits]
         attributed = [attributions(lm, part, self.points, self.batch_rows) for part in rows]
+        if not all(bool(attr_RLF.isfinite().all()) for attr_RLF in attributed):
+            log.warning("attributions are not finite: the model's own probabilities are not, and the neurons "
+                        "are chosen at random")  # fmt: skip
         if self.action == "erase":
             attributed = [torch.cat(attributed)]
         changes: dict[int, dict[int, Tensor]] = {}

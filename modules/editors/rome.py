@@ -141,7 +141,7 @@ class ROME(WeightEditor):
             factors, notes = self._insert(keys_NQF[n], values_NQD[n], target_D, weight_norm, edit)
             notes |= {"loss": values.loss_N[n].item(), "iterations": int(values.iterations_N[n])}
             deltas.append(Delta({f"{name}.weight": factors}, {"notes": [notes]}))
-            if values.nll_N[n] > 1:
+            if not values.nll_N[n] <= 1:
                 log.warning("%r -> %r: the value search ended at NLL %.2f; the edit will likely fail",
                             edit.text, edit.target_new, values.nll_N[n])  # fmt: skip
         return deltas

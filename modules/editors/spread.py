@@ -150,8 +150,6 @@ class SpreadEditor(WeightEditor):
         single = [edit for group in edits for edit in group]
         group_N = torch.tensor([m for m, group in enumerate(edits) for _ in group])
         own = [(group_N == m).nonzero()[:, 0].to(lm.device) for m in range(len(edits))]
-        for group in edits:
-            _warn_of_conflicts(group)
         deltas = [Delta({}, {"notes": []}) for _ in edits]
         bare = SubjectRows.of(lm, single, [""], torch.ones(1))
         rows = SubjectRows.of(lm, single, self._contexts, self._context_weights())
@@ -237,7 +235,7 @@ class SpreadEditor(WeightEditor):
         failed = [
             f"{edit.text!r} -> {edit.target_new!r}"
             for edit, note in zip(edits, notes, strict=True)
-            if note["nll"] > 1
+            if not note["nll"] <= 1
         ]
         if failed:
             log.warning("%d of %d value searches ended at an NLL above 1, those edits will likely fail: %s",
@@ -275,12 +273,3 @@ def _smaller(left_DN: Tensor, right_NF: Tensor) -> Update:
     if left_DN.numel() + right_NF.numel() < left_DN.shape[0] * right_NF.shape[1]:
         return LowRank(left_DN, right_NF)
     return left_DN @ right_NF
-
-
-def _warn_of_conflicts(edits: Sequence[Edit]) -> None:
-    targets: dict[str, str] = {}
-    for edit in edits:
-        other = targets.setdefault(edit.text, edit.target_new)
-        if other != edit.target_new:
-            log.warning("%r is to be both %r and %r: neither will be written in full",
-                        edit.text, other, edit.target_new)  # fmt: skip

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 
+def _require_same_shape(what: str, one: Tensor, other: Tensor) -> None:
+    """Raises ValueError where tensors differ in shape: broadcast, they would give a wrong number."""
+    if one.shape != other.shape:
+        raise ValueError(f"{what} need one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
+
+
 def masked_mean(values_BM: Tensor, mask_BM: Tensor) -> Tensor:
     """Mean over the real tokens of each probe, [B]; NaN for a probe without tokens."""
-    if values_BM.shape != mask_BM.shape:
-        raise ValueError(
-            f"values and mask need one shape [probes, tokens], got {tuple(values_BM.shape)} "
-            f"and {tuple(mask_BM.shape)}"
-        )
+    _require_same_shape("values and mask", values_BM, mask_BM)
     mask_BM = mask_BM.bool()
     return torch.where(mask_BM, values_BM.float(), 0.0).sum(-1) / mask_BM.sum(-1)
 
@@ -38,8 +40,10 @@ def token_accuracy(
         logprob_BM: the target's log-probabilities. Where they are not finite the position counts
             as wrong: the argmax of NaN logits looks like any other id.
     """
+    _require_same_shape("ids", greedy_BM, target_BM)
     hits_BM = greedy_BM == target_BM
     if logprob_BM is not None:
+        _require_same_shape("ids and log-probabilities", greedy_BM, logprob_BM)
         hits_BM = hits_BM & logprob_BM.isfinite()
     return masked_mean(hits_BM, mask_BM).nan_to_num(0.0)
 
@@ -63,6 +67,7 @@ def agreement(
 
 def sum_logprob(logprob_BM: Tensor, mask_BM: Tensor) -> Tensor:
     """Log-probability of the whole target, [B]; -inf where it is not finite."""
+    _require_same_shape("log-probabilities and mask", logprob_BM, mask_BM)
     mask_BM = mask_BM.bool()
     total_B = torch.where(mask_BM, logprob_BM.float(), 0.0).sum(-1)
     return torch.where(total_B.isfinite() & mask_BM.any(-1), total_B, -torch.inf)
@@ -116,6 +121,7 @@ def kl(before_logprob_BMV: Tensor, after_logprob_BMV: Tensor, mask_BM: Tensor) -
         after_logprob_BMV: the same of the edited model's.
         mask_BM: true at the positions compared.
     """
+    _require_same_shape("log-probabilities", before_logprob_BMV, after_logprob_BMV)
     before_BMV, after_BMV = before_logprob_BMV.float(), after_logprob_BMV.float()
     terms_BMV = before_BMV.exp() * (before_BMV - after_BMV)
     # Some models forbid padding ids of the vocabulary with -inf: 0 log 0 is 0, not NaN.
@@ -184,6 +190,10 @@ def two_level_means(
         case_B: index of the probe's case, from 0 to num_cases - 1.
         num_cases: C.
     """
+    if len(kinds_B) != len(values_B):
+        raise ValueError(
+            f"every probe's value needs its kind, got {len(values_B)} values and {len(kinds_B)} kinds"
+        )
     index_of = {kind: index for index, kind in enumerate(sorted(set(kinds_B)))}
     kind_B = torch.tensor([index_of[kind] for kind in kinds_B], dtype=torch.long)
     pair_B = case_B * max(len(index_of), 1) + kind_B.to(case_B.device)

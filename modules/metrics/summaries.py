@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules import checks
+
 Value = TypeVar("Value", float, Tensor)
 
 
@@ -56,8 +58,7 @@ def facts_forgotten(held_N: Tensor, lost_N: Tensor, of_all: bool = False) -> flo
 
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and up to window - 1 before it; absent ones (NaN) are skipped."""
-    if window < 1:
-        raise ValueError(f"a trailing mean's window must be at least 1, got {window}")
+    checks.whole(1, window=window)
     means = []
     for end in range(1, len(values) + 1):
         present = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
@@ -74,7 +75,15 @@ class WeightDistance(NamedTuple):
 
 
 def weight_distance(weight: Tensor, original: Tensor) -> WeightDistance:
-    """Distance of an edited weight from its original; ``per_entry`` is D of arXiv 2401.07453."""
+    """Distance of an edited weight from its original; ``per_entry`` is D of arXiv 2401.07453.
+
+    Raises ValueError for weights of different shapes or without entries; NaN in either makes all NaN.
+    """
+    if weight.shape != original.shape or not weight.numel():
+        raise ValueError(
+            f"a weight and its original need one shape with entries, got {tuple(weight.shape)} "
+            f"and {tuple(original.shape)}"
+        )
     norm, original_norm = _norm(weight.float() - original.float()), _norm(original.float())
     relative = norm / original_norm if original_norm else math.inf if norm else 0.0
     return WeightDistance(norm, norm / weight.numel(), relative)
@@ -96,6 +105,8 @@ def bootstrap_interval(
         level: share of resampled means that lie inside.
         num_resamples: how many times as many cases are drawn with replacement.
     """
+    checks.number("strictly between 0 and 1", lambda x: 0 < x < 1, level=level)
+    checks.whole(1, num_resamples=num_resamples)
     present = np.asarray(values, dtype=np.float64)
     present = present[~np.isnan(present)]
     if not present.size:
@@ -131,5 +142,12 @@ def paired_difference(
 
 
 def binomial_half_width(share: float, count: int, z: float = 1.96) -> float:
-    """Half the width of a share's normal interval: z sqrt(share (1 - share) / count)."""
+    """Half the width of a share's normal interval: z sqrt(share (1 - share) / count).
+
+    NaN without observations (``count`` 0) or where the share is NaN; ValueError where it is no share.
+    """
+    checks.whole(0, count=count)
+    if math.isnan(share):
+        return math.nan
+    checks.between(0, 1, share=share)
     return z * math.sqrt(share * (1 - share) / count) if count else math.nan

@@ -13,6 +13,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from modules import checks
+
 WORD_PATTERN = r"\w+|[^\w\s]"
 """How `split_words` finds words; entropies under another tokeniser differ by a few points."""
 
@@ -100,6 +102,7 @@ def split_words(text: str) -> list[str]:
 
 def ngram_entropy(words: Sequence[str], n: int) -> float:
     """Entropy in bits of a text's n-grams; 0 for a text with fewer than n words."""
+    checks.whole(1, n=n)
     counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
     total = counts.total()
     return sum(count / total * math.log2(total / count) for count in counts.values())
