@@ -164,7 +164,9 @@ class EditingModule(LightningModule):
         self._told = False
         self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
         self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
-        self.measured: dict[str, dict[str, float]] = {}  # by fingerprint, before an interruption
+        self.measured: dict[
+            str, dict[str, float | None]
+        ] = {}  # by fingerprint, before an interruption
         self.edited: Set[str] = frozenset()  # prompts of the edits in force, which are to move
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._metrics: dict[str, metrics.CaseMetric] = {}
@@ -418,9 +420,10 @@ class EditingModule(LightningModule):
                     if entries is not None:
                         entries[b][measure] = value if math.isfinite(value) else None
 
-    def _count_again(self, means: dict[str, float]) -> None:
-        """Adds a case's means as they were measured before."""
+    def _count_again(self, means: dict[str, float | None]) -> None:
+        """Adds a case's means as they were measured before; None stands for one that was infinite."""
         for name, value in means.items():
+            value = math.inf if value is None else value
             self._running(name).update(torch.tensor([value]), torch.tensor([0]))
 
     def _ask_freely(

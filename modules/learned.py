@@ -205,6 +205,9 @@ class LearnedEditor(EditingModule, WeightEditor):
     ) -> OptimizerLRScheduler:
         """The optimizer with rates that rise over ``warm_up`` steps and fall as a cosine to ``floor``."""
         total = int(self.trainer.estimated_stepping_batches)
+        # To estimate, Lightning has set up the training data, and it would not do so again after the
+        # checkpoint of an interrupted run is read: the place in the epoch, which is in it, would be lost.
+        self.trainer.fit_loop._combined_loader = None
 
         def factor(step: int) -> float:
             if step < warm_up:

@@ -15,7 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -323,6 +323,8 @@ class FineTune(EditingModule):
         self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """The limits are part of the step: a checkpoint that is kept right after it has them applied."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.method.project(self.lm, self.leaves)

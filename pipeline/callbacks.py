@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -51,10 +51,9 @@ class EditCallback(Callback):
         self.num_edits = 0  # in force on the model that is evaluated
         self.made, self.seconds, self.touched = 0, 0.0, 0  # edits made, time they took, size of one
         self.bytes = 0  # of all edits made
-        self.asked = self.asked_seconds = self.plain_seconds = (
-            0.0  # queries, with the edits and without
-        )
+        self._queries = [0.0, 0.0, 0.0]  # queries, their seconds with the edits and without
         self.prepare_seconds = 0.0
+        self._peak_gib = 0.0  # before an interruption
         self.current: list[CaseResult] = []  # of the stream's last step
         self._handles: list[EditHandle] = []
         self._done: dict[str, None] = {}  # case ids edited so far, in order
@@ -89,7 +88,7 @@ class EditCallback(Callback):
             trainer.fit_loop.max_epochs = 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._restore(pl_module)
+        self._restore(trainer, pl_module)
 
     def _prepare(self, pl_module: EditingModule) -> Editor:
         """The editor with its statistics and the like, whose time is not the edits' own."""
@@ -153,9 +152,8 @@ class EditCallback(Callback):
         middle = _now()
         with module.lm.pristine():
             module.lm.score(prompts, targets)
-        self.asked += len(some)
-        self.asked_seconds += middle - start
-        self.plain_seconds += _now() - middle
+        spent = [len(some), middle - start, _now() - middle]
+        self._queries = [a + b for a, b in zip(self._queries, spent, strict=True)]
 
     @contextmanager
     def _timed(self, count: int) -> Iterator[None]:
@@ -227,7 +225,7 @@ class EditCallback(Callback):
             return
         pl_module.log("edit/num_edits", float(self.num_edits))
         pl_module.log("edit/seconds", self.seconds / max(self.made, 1))
-        pl_module.log("edit/peak_gib", peak_gib())
+        pl_module.log("edit/peak_gib", self.peak_gib())
         if self.schedule == "stream":
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
@@ -248,15 +246,42 @@ class EditCallback(Callback):
             for board in boards:
                 board.experiment.define_metric(name, step_metric=axis)
 
-    def totals(self, trainer: Trainer) -> list[float]:
-        """Edits, their seconds and bytes; queries, their seconds with and without edits: of all processes."""
-        made = [self.made, self.seconds, self.bytes]
-        own = [*made, self.asked, self.asked_seconds, self.plain_seconds]
-        if trainer.world_size == 1 or self.schedule not in ("each", "batch"):
-            return own
-        every: list[Any] = [None] * trainer.world_size  # each has made edits of its own
-        torch.distributed.all_gather_object(every, own)
-        return [sum(column) for column in zip(*every, strict=True)]
+    def budget(self) -> dict[str, Any]:
+        """What edits and queries have cost so far, of all processes and of all runs before an interruption.
+
+        Every process calls this: those that share the cases add up what they have spent.
+        """
+        spent = [self.made, self.seconds, self.bytes, *self._queries]
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_shared and self.schedule in ("each", "batch"):
+            every: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, spent)  # each has made edits of its own
+            spent = [sum(column) for column in zip(*every, strict=True)]
+        made, seconds, size, *queries = spent
+        return {
+            "made": made,
+            "seconds": seconds,
+            "touched": self.touched,
+            "bytes": size,
+            "queries": queries,
+            "prepare_seconds": self.prepare_seconds,
+            "peak_gib": self.peak_gib(),
+        }
+
+    def add_budget(self, earlier: Mapping[str, Any], is_global_zero: bool = True) -> None:
+        """Adds what was spent before an interruption, in the first of processes that add up."""
+        self.touched = max(self.touched, earlier["touched"])
+        self._peak_gib = max(self._peak_gib, earlier.get("peak_gib", 0.0))
+        if is_global_zero or self.schedule not in ("each", "batch"):
+            self.made += earlier["made"]
+            self.seconds += earlier["seconds"]
+            self.bytes += earlier["bytes"]
+            self.prepare_seconds += earlier.get("prepare_seconds", 0.0)
+            self._queries = [a + b for a, b in zip(self._queries, earlier["queries"], strict=True)]
+
+    def peak_gib(self) -> float:
+        """Largest memory so far, see :func:`peak_gib`, also before an interruption."""
+        return max(peak_gib(), self._peak_gib)
 
     def _remove(self) -> None:
         while self._handles:
@@ -304,33 +329,29 @@ class EditCallback(Callback):
     # ------------------------------------------------------------------ interruption
 
     def state_dict(self) -> dict[str, Any]:
-        """What a stream needs to go on: the edits in force to the bit, which they are, and what was lost."""
+        """What a run needs to go on: its budget, and of a stream its edits, bit-exact, and what was lost."""
+        state = self.budget()
         if self.schedule != "stream" or not self._handles:
-            return {}
+            return state
         patches = [h.state() for h in self._handles if hasattr(h, "state")]
-        return {
+        return state | {
             "patches": patches,
             "done": list(self._done),
-            "made": self.made,
-            "seconds": self.seconds,
-            "touched": self.touched,
-            "bytes": self.bytes,
-            "queries": [self.asked, self.asked_seconds, self.plain_seconds],
             "forgotten": self._forgotten.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _restore(self, pl_module: EditingModule) -> None:
+    def _restore(self, trainer: Trainer, pl_module: EditingModule) -> None:
         state, self._restored = self._restored, None
-        if state is None or self.schedule != "stream":
+        if state is None:
+            return
+        self.add_budget(state, trainer.is_global_zero)
+        if self.schedule != "stream" or "patches" not in state:
             return
         self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
-        self.made, self.seconds, self.touched = state["made"], state["seconds"], state["touched"]
-        self.bytes = state["bytes"]
-        self.asked, self.asked_seconds, self.plain_seconds = state["queries"]
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
         pl_module.only_cases = set(self._done)

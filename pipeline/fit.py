@@ -10,8 +10,8 @@ import importlib
 import logging
 import os
 import pkgutil
-import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +35,6 @@ NOISE = (
     r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMED_RUN = "CORRIGENDA_RUN_DIR"  # tells further processes what the first one has named the run
 
 
 def fit_or_validate(args: list[str]) -> None:
@@ -46,6 +45,8 @@ def fit_or_validate(args: list[str]) -> None:
 
     from modules.checkpoints import read_checkpoint
     from pipeline.callbacks import EditCallback
+    from pipeline.lightning_parts import WholeCheckpoints
+    from pipeline.run_folder import open_run
     from pipeline.run_writer import LastCheckpoint, RunWriter
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,21 +86,23 @@ def fit_or_validate(args: list[str]) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             # As given, before _place: a copy of the file can be run into another folder.
-            self.config_text = self._parser(self.subcommand).dump(config, skip_unset=False)
-            self.run_dir = _run_dir(config, self.subcommand, self.config_text)
-            last = self.run_dir / "checkpoints" / "last.ckpt"
-            if path := last if config.ckpt_path == "last" else config.ckpt_path:
-                read_checkpoint(path, "pytorch-lightning_version")
-            _place(config, self.run_dir)
+            text = self._parser(self.subcommand).dump(config, skip_unset=False)
+            self.run = until_the_end.enter_context(open_run(config, self.subcommand, text))
+            if config.ckpt_path == "last":
+                config.ckpt_path = self.run.checkpoint and str(self.run.checkpoint)
+            if config.ckpt_path:
+                read_checkpoint(config.ckpt_path, "pytorch-lightning_version")
+            _place(config, self.run.path)
             _pass_on_seed(config)
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
             given = self.config_init[self.subcommand].trainer
             if given.enable_checkpointing is not False:
-                given.callbacks = [*_as_list(given.callbacks), LastCheckpoint(self.run_dir)]
+                given.callbacks = [*_as_list(given.callbacks), LastCheckpoint(self.run.path)]
+            given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
             trainer = super().instantiate_trainer(**kwargs)
             seed = self.config[self.subcommand].seed_everything
-            writer = RunWriter(self.run_dir, self.subcommand, seed)
+            writer = RunWriter(self.run.path, self.subcommand, seed, self.run.depends_on)
             trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             return trainer
 
@@ -110,32 +113,26 @@ def fit_or_validate(args: list[str]) -> None:
             self._keep_config()
 
         def _keep_config(self) -> None:
-            """config.yaml of a new run; a resumed one keeps its first and adds its own."""
-            if not self.trainer.is_global_zero:
-                return
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            path, number = self.run_dir / "config.yaml", 0
-            while path.exists() and (self.run_dir / "checkpoints").exists():
-                number += 1
-                path = self.run_dir / f"config-resumed-{number}.yaml"
-            path.write_text(self.config_text, "utf-8")
+            if self.trainer.is_global_zero:
+                self.run.keep_config()
 
     raises = {"exit_on_error": False}
     defaults = {"default_config_files": [str(CONFIGS / "defaults.yaml")], **raises}
     from lightning.pytorch import LightningDataModule, LightningModule
 
     try:
-        cli = PipelineCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={"fit": defaults, "validate": defaults, **raises},
-            args=_packaged(_files_first(args)),
-        )
+        with ExitStack() as until_the_end:
+            cli = PipelineCLI(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={"fit": defaults, "validate": defaults, **raises},
+                args=_packaged(_files_first(args)),
+            )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     if cli.trainer.interrupted:
@@ -191,70 +188,6 @@ def _require_yaml(path: str) -> None:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _run_dir(config: Namespace, verb: str, text: str) -> Path:
-    """The run's folder; refuses one that already holds a run, unless that is resumed.
-
-    An unfinished ``validate`` is by the same settings (``text``), a ``fit`` when it is told so.
-    """
-    from lightning.pytorch.utilities import rank_zero_only
-
-    folder = Path(config.run_dir) if config.run_dir else _named_by_time(verb)
-    if verb != "fit" and config.ckpt_path == "last":
-        raise UserError(f"{verb} --ckpt_path needs a file, such as runs/NAME/checkpoints/last.ckpt")
-    begun = ("summary.json", "cases.jsonl", "checkpoints", "edits")
-    if not any((folder / name).exists() for name in begun):  # at most a run that failed at once
-        return folder
-    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process writes into it
-        return folder
-    if (folder / "summary.json").exists():
-        raise UserError(
-            f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
-        )
-    if verb == "validate":
-        if not _has_settings(folder, text):
-            raise UserError(
-                f"{folder} holds an unfinished run of other settings: choose another --run_dir"
-            )
-        return folder
-    if config.ckpt_path != "last":
-        raise UserError(
-            f"{folder} holds an unfinished run: resume it with --ckpt_path last, or choose another --run_dir"
-        )
-    if not list(folder.glob("checkpoints/last*.ckpt")):
-        raise UserError(
-            f"{folder} has no checkpoints/last.ckpt to resume from: choose another --run_dir"
-        )
-    return folder
-
-
-def _has_settings(folder: Path, text: str) -> bool:
-    """Whether the run in a folder was begun with these settings, by whatever path the folder is called."""
-    file = folder / "config.yaml"
-    if not file.exists():
-        return False
-    known, given = (
-        [line for line in lines.splitlines() if not line.startswith("run_dir:")]
-        for lines in (file.read_text("utf-8"), text)
-    )
-    return known == given
-
-
-def _named_by_time(verb: str) -> Path:
-    from lightning.pytorch.utilities import rank_zero_only
-
-    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process has named it
-        if NAMED_RUN not in os.environ:
-            raise UserError("processes that are started one by one need the same --run_dir")
-        return Path(os.environ[NAMED_RUN])
-    first = folder = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
-    number = 1
-    while folder.exists():  # another run began in the same second
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    os.environ[NAMED_RUN] = str(folder)
-    return folder
-
-
 def _place(config: Namespace, run_dir: Path) -> None:
     """Everything the run writes goes into its folder: logs, checkpoints, edits."""
     from jsonargparse import Namespace
@@ -263,7 +196,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
     trainer.default_root_dir = str(run_dir)
     if trainer.logger in (None, True):
         csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
-        trainer.logger = [_spec("lightning.pytorch.loggers.CSVLogger", csv)]
+        trainer.logger = [_spec("pipeline.lightning_parts.WholeLog", csv)]
         if config.wandb != "off":
             wandb = {"project": "corrigenda", "name": run_dir.name, "save_dir": str(run_dir)}
             wandb |= {"offline": config.wandb == "offline"}
@@ -282,7 +215,6 @@ def _place(config: Namespace, run_dir: Path) -> None:
     for callback in callbacks:
         if callback.class_path.endswith("ModelCheckpoint") and not callback.init_args.dirpath:
             callback.init_args.dirpath = str(run_dir / "checkpoints")
-    run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _as_list(callbacks: Any) -> list[Any]:  # noqa: ANN401

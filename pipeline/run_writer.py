@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import time
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
-from pipeline.callbacks import EditCallback, peak_gib, wandb_loggers
+from modules.files import write_text
+from pipeline.callbacks import EditCallback, wandb_loggers
+from pipeline.errors import UserError
+from pipeline.lightning_parts import evaluates_now, values_to_log
 from pipeline.report.logs import read_training
+from pipeline.run_folder import last_checkpoint, read_progress, require_same
 
 log = logging.getLogger(__name__)
 
@@ -25,31 +32,48 @@ FORMAT = 1  # of summary.json and cases.jsonl
 KEPT_EVERY = (
     60.0  # seconds, what may be lost of a run that is killed, or one step if that takes longer
 )
+NEEDED_TO_TRAIN = {"loops", "optimizer_states", "lr_schedulers", "callbacks"}  # of a checkpoint
 
 
 class RunWriter(Callback):
     """Writes ``cases.jsonl`` as cases are evaluated and ``summary.json`` when all is done."""
 
-    def __init__(self, run_dir: Path, verb: str, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        verb: str,
+        seed: int | None = None,
+        depends_on: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.verb, self.seed = run_dir, verb, seed
+        # What results depend on; weights and cases are added once they are known.
+        self._depends_on = dict(depends_on or {})
         # Rows of this process's batches, where there are several processes.
         self._waiting: list[list[dict[str, Any]]] = []
         self._started = time.perf_counter()
+        self._seconds_before = 0.0  # of this run's processes before an interruption
+        self._restored: dict[str, Any] = {}
+        self._first_step: int | None = None  # where training begins in this process
+        self._was_finished = False
 
     @property
     def _cases(self) -> Path:
         return self.folder / "cases.jsonl"
 
+    @property
+    def _size(self) -> int:
+        """Bytes of cases.jsonl."""
+        return self._cases.stat().st_size if self._cases.exists() else 0
+
+    @property
+    def _run_seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+        self._was_finished = (self.folder / "summary.json").exists()
         if trainer.is_global_zero and self._cases.exists():
             self._end_last_line()
         trainer.strategy.barrier("cases.jsonl")
-        if trainer.state.fn == TrainerFn.VALIDATING and self._cases.exists():
-            lines = map(json.loads, self._cases.read_text("utf-8").splitlines())
-            pl_module.measured = {line["fingerprint"]: line["metrics"] for line in lines}
-            if trainer.is_global_zero:
-                count = len(pl_module.measured)
-                log.warning("%d cases in %s are taken over, not measured again", count, self._cases)
 
     def _end_last_line(self) -> None:
         """A run that was killed may have left half a line; what follows starts on a new one."""
@@ -60,6 +84,94 @@ class RunWriter(Callback):
             if file.read(1) != b"\n":
                 whole = self._cases.read_bytes()
                 file.truncate(whole.rfind(b"\n") + 1)
+
+    # ------------------------------------------------------------------ going on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a ``fit`` needs to go on: how far cases.jsonl goes, in bytes, and what the run depends on."""
+        return {
+            "cases": self._size,
+            "run_seconds": self._run_seconds,
+            "depends_on": self._depends_on,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        """A run that goes on drops the rows after its checkpoint, whose steps it makes again."""
+        state, self._restored = self._restored, {}
+        given = Path(trainer.ckpt_path or "").resolve()
+        if not state or given != last_checkpoint(self.folder).resolve():
+            return
+        require_same(self.folder, state["depends_on"], self._depends_on, code=False)
+        self._seconds_before = state["run_seconds"]
+        if trainer.is_global_zero:
+            self._cut_cases(state["cases"])
+
+    def _cut_cases(self, size: int) -> None:
+        """Drops the rows that were written after the state that the run goes on from."""
+        if self._size < size:
+            raise UserError(f"{self._cases} lacks rows that were in it when the run was interrupted: "
+                            "restore it, or choose another --run_dir")  # fmt: skip
+        if self._size > size:
+            os.truncate(self._cases, size)
+
+    def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._first_step = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        """A validation that goes on takes over the cases that were measured before."""
+        if trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        cases = trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
+        text = "".join(case.fingerprint for case in cases)
+        self._depends_on |= {
+            "the model's weights": pl_module.lm.weights_hash,
+            "the set of cases": hashlib.sha256(text.encode()).hexdigest()[:16],
+        }
+        if self._size:
+            self._take_over(trainer, pl_module)
+        self._keep_progress(trainer)
+
+    def _take_over(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        progress = read_progress(self.folder)
+        require_same(self.folder, progress.get("depends_on"), self._depends_on)
+        if trainer.is_global_zero:
+            self._cut_cases(progress["cases"])
+        trainer.strategy.barrier("cases.jsonl")
+        pl_module.measured = self._measured()
+        log.warning("%d cases in %s are taken over, not measured again",
+                    len(pl_module.measured), self._cases)  # fmt: skip
+        budget = progress["budget"]
+        self._seconds_before = budget["run_seconds"]
+        edit = _edit_callback(trainer)
+        if trainer.is_global_zero and edit.schedule != "epoch":  # whose edits are made again
+            edit.add_budget(budget)
+
+    def _measured(self) -> dict[str, dict[str, float | None]]:
+        """Case means by fingerprint, as they stand in cases.jsonl; None where one was not finite."""
+        measured = {}
+        for number, line in enumerate(self._cases.read_text("utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                values = {
+                    str(k): None if v is None else float(v) for k, v in row["metrics"].items()
+                }
+                measured[str(row["fingerprint"])] = values
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{self._cases}:{number}: not a row of this version: remove the line, "
+                                "or choose another --run_dir") from None  # fmt: skip
+        return measured
+
+    def _keep_progress(self, trainer: Trainer) -> None:
+        """What an interrupted validation is compared with before it goes on, and what it has cost so far."""
+        budget = _edit_callback(trainer).budget() | {"run_seconds": self._run_seconds}
+        if trainer.is_global_zero:
+            progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._size}
+            write_text(self.folder / "progress.json", _json(progress, indent=1))
+
+    # ------------------------------------------------------------------ cases
 
     def on_validation_batch_end(
         self,
@@ -80,7 +192,7 @@ class RunWriter(Callback):
         rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
         if phase == "val" and trainer.world_size > 1:
             self._waiting.append(rows)
-        else:  # a stream's edits are the same in every process
+        elif rows:  # a stream's edits are the same in every process
             self._append(trainer, rows)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
@@ -93,16 +205,25 @@ class RunWriter(Callback):
             self._waiting = []
 
     def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-        if rows and trainer.is_global_zero:
+        if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._cases, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(_json(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())  # what is kept next counts on these rows
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._keep_progress(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        if self._was_finished and self._first_step in (None, trainer.global_step):
+            raise UserError(
+                f"{self.folder} holds a finished run of {trainer.global_step} steps, and there is nothing left to "
+                "do: give more --trainer.max_steps or --trainer.max_epochs, or choose another --run_dir"
+            )
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
             self._draw_learning_curves(trainer)
@@ -123,20 +244,14 @@ class RunWriter(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
         summary = self._summary(trainer, pl_module)
-        if trainer.is_global_zero:
-            text = json.dumps(summary, indent=1, ensure_ascii=False)
-            part = self.folder / "summary.json.part"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
-            part.replace(self.folder / "summary.json")
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_text(self.folder / "summary.json", _json(summary, indent=1))
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
         edit = _edit_callback(trainer)
-        made, seconds, size, asked, asked_seconds, plain_seconds = edit.totals(trainer)
-        means = {
-            name: value if abs(value) < float("inf") else None
-            for name, value in module.means.items()
-        }
+        spent = edit.budget()
+        made, seconds, size = spent["made"], spent["seconds"], spent["bytes"]
+        asked, asked_seconds, plain_seconds = spent["queries"]
         return {
             "format": FORMAT,
             "run": self.folder.name,
@@ -150,20 +265,21 @@ class RunWriter(Callback):
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
             "protocols": {
-                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}" for name in means
+                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}"
+                for name in module.means
             },
-            "means": means,
+            "means": module.means,
             "budget": {
                 "num_edits": made or None,
                 "seconds_per_edit": seconds / made if made else None,
                 "prepare_seconds": edit.prepare_seconds or None,
-                "peak_gib": peak_gib(),
+                "peak_gib": spent["peak_gib"],
                 "parameters_touched": edit.touched or None,
                 "bytes_per_edit": size / made if made else None,
                 "seconds_per_query": asked_seconds / asked if asked else None,
                 "query_overhead": asked_seconds / plain_seconds if asked else None,
                 "training_seconds": getattr(module, "training_seconds", None),
-                "run_seconds": time.perf_counter() - self._started,
+                "run_seconds": self._run_seconds,
             },
             "numbers": edit.editor.numbers() if edit.editor else {},
         }
@@ -176,38 +292,82 @@ class LastCheckpoint(Checkpoint):
     after that: a run that went on from before would leave the evaluation out. To be called after all other
     callbacks, whose state it keeps. (Lightning's ModelCheckpoint keeps a step before its evaluation, and knows no
     time where optimization is manual, as a stream's is.)
+
+    The last step is kept like any other, within its epoch: a run that was ended by ``max_steps`` and is given
+    more goes on with the next batch.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "checkpoints" / "last.ckpt"
+        self.path = last_checkpoint(run_dir)
         self._kept_at = time.monotonic()
+        self._kept_step = -1
         self._step = 0
         self._whole = False  # no gradients are being accumulated, which a checkpoint would lose
+        self._to_log: tuple[int, dict[str, float]] = (
+            0,
+            {},
+        )  # what is logged of the step after it is kept
 
     def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._kept_at, self._step = time.monotonic(), trainer.global_step
+        step, values = self._to_log
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step)
+        self._to_log = 0, {}
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         self._whole, self._step = trainer.global_step != self._step, trainer.global_step
-        loop = trainer.fit_loop
-        if self._whole and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
-            late = time.monotonic() - self._kept_at >= KEPT_EVERY
-            if trainer.strategy.broadcast(late):  # all processes save together
-                self._keep(trainer)
+        if not self._whole or evaluates_now(trainer):
+            return
+        late = time.monotonic() - self._kept_at >= KEPT_EVERY
+        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if trainer.strategy.broadcast(late or is_last):  # all processes save together
+            self._to_log = values_to_log(trainer)
+            self._keep(trainer)
+            self._to_log = 0, {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self._whole and not trainer.sanity_checking:
             self._keep(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._keep(trainer)
+        if self._kept_step != trainer.global_step:
+            self._keep(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        step, values = self._to_log
+        return {"step": step, "values": values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._to_log = state_dict["step"], state_dict["values"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: EditingModule, checkpoint: dict[str, Any]
+    ) -> None:
+        lacking = sorted(NEEDED_TO_TRAIN - checkpoint.keys())
+        if trainer.state.fn == TrainerFn.FITTING and lacking:
+            raise ValueError(f"the checkpoint {trainer.ckpt_path} cannot be trained on, it has no "
+                             f"{', '.join(lacking)}: give one of this project's fit")  # fmt: skip
 
     def _keep(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)
-            self._kept_at = time.monotonic()
+            self._kept_at, self._kept_step = time.monotonic(), trainer.global_step
 
 
 def _edit_callback(trainer: Trainer) -> EditCallback:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(c for c in callbacks if isinstance(c, EditCallback))
+
+
+def _json(value: Any, indent: int | None = None) -> str:  # noqa: ANN401
+    """Strict JSON, in which numbers that are not finite are null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
