@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,9 +320,14 @@ class Editor(ABC):
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
         """Puts the edits in force."""
 
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """What the method counts of itself; a run that goes on adds what was counted before."""
+        return Counter()
+
     def numbers(self) -> dict[str, float]:
         """What the method has counted of itself, for the run's summary."""
-        return {}
+        return dict(self.counts)
 
     def origin(self, lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, Any]:
         """Where an edit comes from, for its metadata: base weights, editor, edits."""

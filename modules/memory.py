@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -214,17 +213,28 @@ class MemoryPatch(TextPatch):
             self.lm.handles.pop()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs: the editor remembers the same edits again."""
-        return {"edits": [asdict(edit) for edit in self.edits]}
+        """What a checkpoint needs, for :meth:`MemoryEditor.recall`.
+
+        The vectors belong to it: encoded again, in another batch, they would differ in the last bits.
+        """
+        state: dict[str, Any] = {"edits": [asdict(edit) for edit in self.edits]}
+        retriever = self.memory.retriever
+        if retriever is not None and len(retriever) >= self.end:
+            known = retriever.tensors(self.end - len(self.edits), self.end)
+            state["known"] = {name: tensor.clone() for name, tensor in known.items()}
+        return state
 
     def save(self, path: Path) -> None:
         """Writes the edits of this handle, with the vectors they are found by where those are there."""
-        retriever, header = self.memory.retriever, self.editor.origin(self.lm, ())
-        tensors = {"edits": as_tensor(self.state()["edits"])}
-        if retriever is not None and len(retriever) >= self.end:
-            tensors |= retriever.tensors(self.end - len(self.edits), self.end)
-            header |= {"encoder": retriever.encoder.hash}
-        write_tensors(path, tensors, {"format": FORMAT, "memory": json.dumps(header)})
+        state, header = self.state(), self.editor.origin(self.lm, ())
+        known = state.get("known", {})
+        if known:
+            header |= {"encoder": self.memory.encode().encoder.hash}
+        write_tensors(
+            path,
+            {"edits": as_tensor(state["edits"]), **known},
+            {"format": FORMAT, "memory": json.dumps(header)},
+        )
 
 
 @dataclass(frozen=True)
@@ -271,7 +281,6 @@ class MemoryEditor(Editor):
         self._encoder = encoder
         self._encoders: WeakKeyDictionary[LanguageModel, Encoder] = WeakKeyDictionary()
         self._memories: WeakKeyDictionary[LanguageModel, EditMemory] = WeakKeyDictionary()
-        self.counts: Counter[str] = Counter()
 
     @abstractmethod
     def key(self, edit: Edit) -> str:
@@ -305,12 +314,18 @@ class MemoryEditor(Editor):
         fits = saved.metadata.get("encoder") == self.encoder(lm).hash
         return self.patch(self, lm, saved.edits, saved.known if fits else None)
 
+    def recall(self, lm: LanguageModel, state: Mapping[str, Any]) -> MemoryPatch:
+        """Puts in force what :meth:`MemoryPatch.state` gave to a checkpoint."""
+        self.prepare(lm)
+        edits = [Edit(**fields) for fields in state["edits"]]
+        return self.patch(self, lm, edits, state.get("known"))
+
     def numbers(self) -> dict[str, float]:
         """What was counted, the memory's size at most and the mean time of a look-up, encoding included."""
         memories = list(self._memories.values())
         seconds = [m.retriever.seconds for m in memories if m.retriever is not None]
         return {
-            **self.counts,
+            **super().numbers(),
             "memory_entries": max((memory.most_entries for memory in memories), default=0),
             "memory_bytes": max((memory.most_bytes for memory in memories), default=0),
             "lookup_milliseconds": 1000 * max(seconds, default=0.0),

@@ -22,6 +22,7 @@ from modules.delta import Delta
 from modules.editing import EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
 from modules.evaluation import CaseResult, EditingModule
 from modules.files import file_name
+from modules.memory import MemoryEditor
 from modules.metrics import FactsForgotten
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class EditCallback(Callback):
             trainer.fit_loop.max_epochs = 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._restore(trainer, pl_module)
+        self._restore(pl_module, trainer.is_global_zero)
 
     def _prepare(self, pl_module: EditingModule) -> Editor:
         """The editor with its statistics and the like, whose time is not the edits' own."""
@@ -266,6 +267,7 @@ class EditCallback(Callback):
             "queries": queries,
             "prepare_seconds": self.prepare_seconds,
             "peak_gib": self.peak_gib(),
+            "counts": dict(self.editor.counts) if self.editor else {},
         }
 
     def add_budget(self, earlier: Mapping[str, Any], is_global_zero: bool = True) -> None:
@@ -278,6 +280,8 @@ class EditCallback(Callback):
             self.bytes += earlier["bytes"]
             self.prepare_seconds += earlier.get("prepare_seconds", 0.0)
             self._queries = [a + b for a, b in zip(self._queries, earlier["queries"], strict=True)]
+            if self.editor:
+                self.editor.counts.update(earlier.get("counts", {}))
 
     def peak_gib(self) -> float:
         """Largest memory so far, see :func:`peak_gib`, also before an interruption."""
@@ -343,11 +347,11 @@ class EditCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _restore(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def _restore(self, pl_module: EditingModule, is_global_zero: bool = True) -> None:
         state, self._restored = self._restored, None
         if state is None:
             return
-        self.add_budget(state, trainer.is_global_zero)
+        self.add_budget(state, is_global_zero)
         if self.schedule != "stream" or "patches" not in state:
             return
         self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
@@ -364,8 +368,7 @@ class EditCallback(Callback):
             return WeightPatch.restore(pl_module.lm, state)
         if "adapter" in state:
             return ModulePatch.restore(pl_module.lm, state)
-        edits = [Edit(**fields) for fields in state["edits"]]
-        return self._prepare(pl_module).edit(pl_module.lm, edits)
+        return cast(MemoryEditor, self._prepare(pl_module)).recall(pl_module.lm, state)
 
     def on_exception(
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException

@@ -38,7 +38,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
         """The checkpoint, on the CPU; raises EditError where it is none of this project's."""
-        return read_checkpoint(str(path), "base_model", "run")
+        return read_checkpoint(path)
 
 
 class WholeLog(CSVLogger):

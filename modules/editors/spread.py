@@ -99,7 +99,6 @@ class SpreadEditor(WeightEditor):
         self.corpus, self.seed, self.parallel = corpus, seed, parallel
         self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
         self.values = values
-        self.num_taken_over = 0
         self._prepared: str | None = None
         self._statistics: dict[int, Tensor] = {}
 
@@ -214,7 +213,7 @@ class SpreadEditor(WeightEditor):
                 delta_ND[n], notes[n] = stored[0].to(delta_ND), stored[1]
             else:
                 missing.append(n)
-        self.num_taken_over += len(edits) - len(missing)
+        self.counts["values_taken_over"] += len(edits) - len(missing)
         with Progress(disable=len(missing) <= self.parallel, transient=True) as bar:
             task = bar.add_task("values", total=len(missing))
             for places in searched_together(lm, [edits[n] for n in missing], self.parallel):
@@ -254,10 +253,6 @@ class SpreadEditor(WeightEditor):
             **asdict(self.settings),
         }
         return FoundValues(self.values, base)
-
-    def numbers(self) -> dict[str, float]:
-        """``values_taken_over``: how many were not looked for anew."""
-        return {"values_taken_over": float(self.num_taken_over)} if self.values else {}
 
     def _earlier(self, lm: LanguageModel, name: str) -> Tensor:
         """Keys of the edits in force that are to keep their answers, [F, P]; none unless this method does so."""
