@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
+from datamodules.records import Edit, prompt_end
 from modules import checks
 from modules.adapters import ModuleEditor
 from modules.corpus import Corpus
 from modules.lm import LanguageModel
 from modules.neurons import SideNeurons
 from modules.optimize import IndependentAdam
+from modules.rows import Rows
 from modules.states import distances, read_states
 from modules.tuning import Piece
 
@@ -104,7 +105,9 @@ class TPatcher(ModuleEditor):
             if count >= self.corpus.tokens:
                 break
         with lm.pristine():
-            self._ordinary_MD = _inputs(lm, texts, self.empty(lm).sites[0])[: self.corpus.tokens]
+            ids = [row[: lm.max_length] for row in lm.encode([prompt_end(text) for text in texts])]
+            rows = lm.pad(ids, [len(row) for row in ids])
+            self._ordinary_MD = _inputs(lm, rows, self.empty(lm).sites[0])[: self.corpus.tokens]
         self._prepared = lm.weights_hash
 
     def empty(self, lm: LanguageModel) -> Patches:
@@ -117,7 +120,8 @@ class TPatcher(ModuleEditor):
         notes = []
         for edit in edits:
             notes.append(self._learn(lm, memory, edit))
-            seen_MD = _inputs(lm, [lm.join(edit.text, edit.target_new)], memory.sites[0])
+            rows = lm.rows([lm.join(edit.text, edit.target_new)])
+            seen_MD = _inputs(lm, rows, memory.sites[0])
             memory.seen_MD = torch.cat([memory.seen_MD, seen_MD])
         return notes
 
@@ -168,8 +172,7 @@ def scope_loss(others_MP: Tensor) -> Tensor:
     return below_edit + (worst_n + BELOW_ZERO).exp().mean()
 
 
-def _inputs(lm: LanguageModel, texts: Sequence[str], site: str) -> Tensor:
+def _inputs(lm: LanguageModel, rows: Rows, site: str) -> Tensor:
     """states_MD: the input of module ``site`` at every token of some texts."""
-    rows = lm.rows(texts)
     parts = [s[rows.select(row_R).prompt_BT] for row_R, s in read_states(lm, rows, site)]
     return torch.cat(parts)
