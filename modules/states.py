@@ -47,12 +47,18 @@ def last_states(
     return torch.cat(found)[torch.cat(order).argsort()]
 
 
-def unrelated_prompts(source: str, count: int) -> list[str]:
-    """The first different texts of a corpus, each without its last word, as prompts end."""
+def unrelated_prompts(source: str, count: int, lm: LanguageModel | None = None) -> list[str]:
+    """The first different texts of a corpus, each without its last word, as prompts end.
+
+    Texts that ``lm`` cannot read whole are left out.
+    """
+    limit = lm.max_length if lm is not None else None
     prompts: dict[str, None] = {}
     for text in islice(texts(source), 10 * count):
         words = text.split()[:MAX_WORDS]
-        prompts[" ".join(words[:-1] or words)] = None
+        prompt = " ".join(words[:-1] or words)
+        if lm is None or limit is None or len(lm.encode([prompt])[0]) <= limit:
+            prompts[prompt] = None
         if len(prompts) == count:
             break
     if len(prompts) < 2:

@@ -1,5 +1,6 @@
 """Where a prompt and its target meet, how a subject is found, and texts that are too long."""
 
+import json
 import time
 
 import pytest
@@ -246,3 +247,32 @@ def test_ten_megabytes_are_refused_at_once(short, data_files, name):
         with pytest.raises(ValueError, match=r"has 10,000,0\d\d characters|has 10,000,000"):
             ask()
     assert time.perf_counter() - start < 1 and not short.handles
+
+
+def test_the_command_line_says_so_in_one_line(
+    corrigenda, tiny_folder, data_files, tmp_path, capsys
+):
+    record = {
+        "subject": "Onna",
+        "src": f"{LONG} Who is Onna?",
+        "rephrase": "Onna is who?",
+        "alt": "red",
+    }
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    run = [
+        "validate", "--model", "EditingModule", "--edit.editor", "FT", "--edit.editor.layers", "[1]",
+        "--data", "ZsRE",
+        "--model.lm.name", tiny_folder("gpt2", max_position_embeddings=40), "--wandb", "off",
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--edit.editor.steps", "1",
+    ]  # fmt: skip
+    assert corrigenda(*run, "--data.path", "long.jsonl", "--run_dir", "long") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "reads at once" in error
+    assert not (tmp_path / "long" / "summary.json").exists()
+    means = []
+    for separator in ("auto", " ", ""):
+        given = ["--model.lm.separator", separator, "--run_dir", f"run{len(means)}"]
+        assert corrigenda(*run, "--data.path", data_files.zsre, *given) == 0
+        text = (tmp_path / f"run{len(means)}" / "summary.json").read_text()
+        means.append(json.loads(text)["means"])
+    assert means[0] == means[1] != means[2]

@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from modules import loading
+from modules.corpus import Corpus
 from modules.delta import Delta
 from modules.editing import WeightPatch
 from modules.encoder import TextEncoder
+from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
 from modules.loading import ModelError
 
@@ -164,3 +166,11 @@ def test_without_a_network_an_unknown_model_fails_at_once(load, monkeypatch):
     with pytest.raises(ModelError, match="cannot load .* 'nobody-here/no-such-model'"):
         load("nobody-here/no-such-model")
     assert calls == [5.0] and time.perf_counter() - start < 5
+
+
+def test_no_perplexity_is_compared_with_that_of_a_broken_model(tiny_lm, data_files):
+    lm = tiny_lm("gpt2")
+    lm.net.get_input_embeddings().weight.data.fill_(torch.nan)
+    corpus = Corpus(data_files.text, 50)
+    with pytest.raises(ModelError, match="not finite for ordinary text"):
+        EditingModule(lm, perplexity=corpus)._read_text(corpus)

@@ -206,7 +206,7 @@ class GRACE(ModuleEditor):
             return
         site = self.site(lm)
         if self.given is None:
-            prompts = unrelated_prompts(self.source, self.num_prompts)
+            prompts = unrelated_prompts(self.source, self.num_prompts, lm)
             self.epsilon = self.scale * neighbour_distance(lm, prompts, site)
             log.info("the radius of a new key is %.4g", self.epsilon)
         self._prepared = lm.weights_hash

@@ -264,7 +264,7 @@ class MELO(ModuleEditor):
             return
         site = self._sites(lm)[0]
         if self.given is None:
-            prompts = unrelated_prompts(self.source, self.num_prompts)
+            prompts = unrelated_prompts(self.source, self.num_prompts, lm)
             distance = neighbour_distance(lm, prompts, site, output=True)
             self.epsilon = self.epsilon_scale * distance
             log.info("the radius of a new cluster is %.4g", self.epsilon)

@@ -192,7 +192,7 @@ class WISE(ModuleEditor):
             return
         site = self.site(lm)
         self._contexts = sample_contexts(lm, self.contexts, self.seed)
-        prompts = unrelated_prompts(self.source, self.num_prompts)
+        prompts = unrelated_prompts(self.source, self.num_prompts, lm)
         with lm.pristine():
             self._out = _inputs(lm, prompts, site)
             rows = lm.rows(prompts)
