@@ -27,15 +27,14 @@ from tests.bad_inputs.rows import fill
 from tests.conftest import ANSWERS, SUBJECTS, random_net, tiny_tokenizer
 from tests.processes import Process
 
-RUNS = {  # folders of finished runs, by the command that makes them; {facts} and so on as in rows
+RUNS = {  # folders of finished runs, by the command that makes them
     "rome": "validate {rome} --data.limit 2",
     "ft": "validate {ft} --data.limit 2",
-    "grace": "validate {base} --edit.editor GRACE --edit.editor.layer 1 --edit.editor.epsilon 0.5 "
-    "--edit.editor.steps 2 --edit.schedule epoch --data.limit 2",
-    "memprompt": "validate {base} --edit.editor MemPrompt --edit.editor.encoder {inputs}/bert "
-    "--edit.editor.threshold 0.5 --edit.schedule epoch --data.limit 2",
+    "grace": "validate {grace} --edit.schedule epoch --data.limit 2",
+    "memprompt": "validate {memprompt} --edit.schedule epoch --data.limit 2",
     "mend": "fit {mend}",
     "lora": "fit {lora_fit} --data.limit 2",
+    "stream": "fit {stream}",
 }
 
 
@@ -238,7 +237,7 @@ def chains(path: Path, given: Mapping[str, Any]) -> None:
 
 def long_fact(path: Path, given: Mapping[str, Any]) -> None:
     """CounterFact records; in the second one a field holds a long text."""
-    record = _changed(fact(1), {"set": {given["field"]: given["text"] * given["times"]}})
+    record = _changed(fact(1), {"set": {given["field"]: given.get("start", "") + given["text"] * given["times"]}})
     jsonl(path, [fact(0), record])
 
 
@@ -298,9 +297,18 @@ def saved(path: Path, value: Any) -> None:
 
 
 def checkpoint(path: Path, given: Mapping[str, Any]) -> None:
-    """A good checkpoint with keys set or dropped; ``fill`` sets all numbers of its weights."""
+    """A good checkpoint with keys set or dropped; ``fill`` sets all numbers of its weights.
+
+    ``at`` is a list of keys and indices, and ``value`` what is set there.
+    """
     content = torch.load(given["of"], "cpu", weights_only=True)
     content |= given.get("set", {})
+    if "at" in given:
+        *outer, last = given["at"]
+        inner: Any = content
+        for key in outer:
+            inner = inner[key]
+        inner[last] = given["value"]
     for name in given.get("drop", []):
         content.pop(name)
     if "fill" in given:
@@ -346,6 +354,24 @@ def npz(path: Path, given: Mapping[str, Any]) -> None:
 def npz_code(path: Path, canary: str) -> None:
     """A file of second moments that holds a pickle."""
     np.savez(path, **{"mom2.mom2": np.array([_Writes(canary)], dtype=object), "mom2.count": 5})
+
+
+# ---------------------------------------------------------------------------- run folders
+
+
+def unfinished(path: Path, source: str) -> None:
+    """A run folder that was interrupted: that of a good run without its summary."""
+    shutil.copytree(source, path)
+    (path / "summary.json").unlink(missing_ok=True)
+
+
+def finished(path: Path, given: Mapping[str, Any]) -> None:
+    """A finished run folder with values of its summary and of its first row set or dropped."""
+    shutil.copytree(given["of"], path)
+    summary = json_.loads((path / "summary.json").read_text())
+    json(path / "summary.json", _changed(summary, given.get("summary", {})))
+    rows = [json_.loads(line) for line in (path / "cases.jsonl").read_text().splitlines()]
+    jsonl(path / "cases.jsonl", [_changed(rows[0], given.get("row", {})), *rows[1:]])
 
 
 # ---------------------------------------------------------------------------- models

@@ -41,6 +41,10 @@ MACROS = {
     "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.check_val_every_n_epoch null",
     "lora_fit": "--model FineTune --model.lm.name {lm} --model.method LoRA --model.method.layers [1] "
     "--model.method.targets mlp --edit.schedule epoch {facts} {quiet} --trainer.max_epochs 1",
+    "grace": "{base} --edit.editor GRACE --edit.editor.layer 1 --edit.editor.epsilon 0.5 --edit.editor.steps 2",
+    "memprompt": "{base} --edit.editor MemPrompt --edit.editor.encoder {inputs}/bert "
+    "--edit.editor.threshold 0.5",
+    "stream": "{grace} --edit.schedule stream --data.batch_size 1 --data.limit 2",
     "moments": "--lm.name {lm} --corpus.source {inputs}/text.txt --corpus.tokens 1500 --layers 0",
 }
 _PLACE = re.compile(r"\{(\w+)\}")
