@@ -1,4 +1,10 @@
-"""``python -m pipeline`` is ``corrigenda``."""
+"""``python -m pipeline`` is ``corrigenda``, and imports nothing else from the current folder either."""
+
+import sys
+from pathlib import Path
+
+if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).parents[1]:
+    del sys.path[0]  # python -m puts the current folder there
 
 from pipeline.cli import main
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentError
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.fit import fit_or_validate
+from pipeline.signals import Terminated, interruptible, status_of
+from pipeline.trust import MAX_CHARACTERS, ONLY_KNOWN, at_home, restrict_parsing, take_plugins
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 USAGE = """\
 usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains one)
@@ -24,6 +31,9 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
 
 Configuration files are combined in order, and options win over them:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
+Classes of your own can be named once their module is: --plugin MODULE (fit, validate and compare).
+
+exit status: 0 done, 1 an edit that was verified does not hold, 2 a mistake, 130 Ctrl-C, 143 SIGTERM
 """
 
 
@@ -33,6 +43,11 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
+    with interruptible():
+        _main(args[0], args[1:])
+
+
+def _main(command: str, words: list[str]) -> None:
     commands = {
         "compare": _compare,
         "report": _report,
@@ -40,26 +55,42 @@ def main(args: list[str] | None = None) -> None:
         "edits": _edits,
         "doctor": _doctor,
     }
-    command = args[0]
     try:
+        words = [
+            _read(word, before) for before, word in zip([command, *words], words, strict=False)
+        ]
         if command in ("fit", "validate"):
-            fit_or_validate(args)
+            fit_or_validate([command, *words])
         elif command in commands:
-            commands[command](args[1:])
+            commands[command](words)
         else:
             known = ", ".join(["fit", "validate", *commands])
             raise UserError(f"there is no command {command!r}: choose one of {known}")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning ends an interrupted run with SystemExit(1).
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        cause = stop.__context__ if isinstance(stop, SystemExit) else stop
+        if not isinstance(cause, KeyboardInterrupt):
             raise
-        _say("interrupted; what was written is kept")
-        raise SystemExit(130) from None
+        what = "terminated" if isinstance(cause, Terminated) else "interrupted"
+        _say(f"{what}; what was written is kept")
+        raise SystemExit(status_of(cause)) from None
     except (UserError, ArgumentError, ValueError, OSError, ImportError, UnpicklingError) as error:
         if os.environ.get("CORRIGENDA_TRACEBACK"):
             raise
         _say(f"error: {_one_line(error, command)}")
         raise SystemExit(2) from None
+
+
+def _read(word: str, before: str) -> str:
+    """A word of the command line, with ``~/`` expanded, as shells do except after an equals sign."""
+    name, equals, value = word.partition("=") if word.startswith("-") else (before, "", word)
+    if len(word) > MAX_CHARACTERS:
+        raise UserError(
+            f"an argument of {len(word):,} characters ({word[:40]!r}...): at most {MAX_CHARACTERS:,} are read"
+        )
+    if name in ("--run_dir", "--out") and not value and (equals or not word):
+        raise UserError(f"{name} is empty: give a folder, or leave the option out")
+    return f"{name}={at_home(value)}" if equals else str(at_home(word))
 
 
 def _say(text: str) -> None:
@@ -79,35 +110,41 @@ def _one_line(error: Exception, command: str) -> str:
     )
     lines = [line.strip(" -") for line in str(error).splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith(around))
+    text = re.sub(r"Importing ('.+?') is not allowed, .+? to allow it\.", rf"\1 {ONLY_KNOWN}", text)
     if isinstance(error, ArgumentError):
         text += f" (options: corrigenda {command} --help)"
     return text
 
 
-def _compare(args: list[str]) -> None:
+def _parser(command: str, description: str | None) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
+    restrict_parsing()
+    prog = f"corrigenda {command}"
+    return ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
+def _compare(args: list[str]) -> None:
     from pipeline.compare import compare
 
-    parser = ArgumentParser(
-        prog="corrigenda compare", description=compare.__doc__, exit_on_error=False
-    )
+    parser = _parser("compare", compare.__doc__)
     parser.add_argument("file", type=Path, help="the study file (YAML)")
     parser.add_argument("--only", nargs="+", type=str, help="run only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="make every run once with each")
-    parser.add_function_arguments(compare, skip={"file", "only", "seeds"}, as_group=False)
-    given = parser.parse_args(args)
-    compare(given.file, given.out, given.only, given.seeds)
+    parser.add_function_arguments(
+        compare, skip={"file", "only", "seeds", "plugins"}, as_group=False
+    )
+    plugins, words = take_plugins(args)
+    given = parser.parse_args(words)
+    compare(given.file, given.out, given.only, given.seeds, plugins)
 
 
 def _report(args: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
     from pipeline.report import report
 
-    parser = ArgumentParser(
-        prog="corrigenda report", description=report.__doc__, exit_on_error=False
-    )
+    parser = _parser("report", report.__doc__)
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_function_arguments(report, skip={"dirs", "training"}, as_group=False)
     given = parser.parse_args(args)
@@ -115,17 +152,11 @@ def _report(args: list[str]) -> None:
 
 
 def _moments(args: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
     from modules.corpus import IMPORTED, Corpus
     from modules.lm import LanguageModel
     from modules.moments import Moments
 
-    parser = ArgumentParser(
-        prog="corrigenda moments",
-        description="Gathers second moments of MLP keys; resumes if killed.",
-        exit_on_error=False,
-    )
+    parser = _parser("moments", "Gathers second moments of MLP keys; resumes if killed.")
     parser.add_class_arguments(LanguageModel, "lm")
     parser.add_class_arguments(Corpus, "corpus")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
@@ -157,17 +188,15 @@ def _moments(args: list[str]) -> None:
 
 def _edits(args: list[str]) -> None:
     """Ends with status 1 where an edit that is verified does not hold."""
-    from jsonargparse import ArgumentParser
-
     from modules.lm import LanguageModel
     from pipeline import edits
 
-    parser = ArgumentParser(prog="corrigenda edits", description=edits.__doc__, exit_on_error=False)
+    parser = _parser("edits", edits.__doc__)
     verbs = parser.add_subcommands()
     for verb in ("show", "verify", "apply", "merge", "export"):
         function = getattr(edits, verb)
         what = function.__doc__.partition("\n\n")[0]
-        part = ArgumentParser(description=what, exit_on_error=False)
+        part = _parser(f"edits {verb}", what)
         if verb in ("verify", "export"):
             part.add_argument("file", type=Path, help="edits (.safetensors)")
         else:
@@ -192,15 +221,12 @@ def _edits(args: list[str]) -> None:
 
 def _doctor(args: list[str]) -> None:
     import transformers
-    from jsonargparse import ArgumentParser
 
     from modules.lm import LanguageModel
     from pipeline.doctor import doctor
 
     transformers.logging.disable_progress_bar()
-    parser = ArgumentParser(
-        prog="corrigenda doctor", description=doctor.__doc__, exit_on_error=False
-    )
+    parser = _parser("doctor", doctor.__doc__)
     parser.add_argument("model", type=str, help="a hub id, a folder, or smollm2")
     parser.add_class_arguments(LanguageModel, "lm", skip={"name"})
     parser.add_function_arguments(doctor, skip={"lm"}, as_group=False)

@@ -19,25 +19,29 @@ then what ``{out}`` stands for; the one report in ``out`` is over all of them.
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from rich.console import Console
 from rich.text import Text
 
+from modules.files import locked
 from pipeline.errors import UserError
 from pipeline.report import is_finished, report, write_atomically
+from pipeline.signals import run_child, status_of
+from pipeline.trust import read_yaml, take_plugins
 
 STUDY_KEYS = ("out", "baseline", "common", "runs")
 RUN_KEYS = ("name", "args", "report")
 SECONDS_TO_CLOSE = 30.0
-INTERRUPTED = 130
+LOCK = "study.lock"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def compare(
     out: Path | None = None,
     only: list[str] | None = None,
     seeds: list[int] | None = None,
+    plugins: Sequence[str] = (),
 ) -> None:
     """Run a study file's runs one after another and report on them; run it again to go on.
 
@@ -76,27 +81,31 @@ def compare(
         out: folder for the runs and the report; by default as the study file says.
         only: names of the runs to do now; the report takes those and the ones finished before.
         seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
+        plugins: modules whose classes the runs may name, which a study file cannot add to.
     """
     study = read_study(file, out)
     studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
     chosen = [(part, run) for part in studies for run in _choose(part, only)]
-    known = {part.out: _read_record(part.out) for part in studies}
-    for part, run in chosen:
-        _require_unchanged(part, run, known[part.out])
     try:
-        study.out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
+        for part in (study, *studies):
+            part.out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
         raise UserError(
-            f"the output folder {study.out} is a file; name another with --out"
+            f"the output folder {part.out} is a file; name another with --out"
         ) from None
-    try:
-        for index, (part, run) in enumerate(chosen, start=1):
-            part.out.mkdir(exist_ok=True)
-            path = (part.out / run.name).relative_to(study.out)
-            _do(part, run, f"[{index}/{len(chosen)}] {path}")
-        _report(study, studies)
-    except KeyboardInterrupt:
-        _stop("stopped; the same command goes on from here", INTERRUPTED)
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(part.out for part in (study, *studies)):
+            locks.enter_context(locked(folder / LOCK, f"the study's folder {folder}"))
+        known = {part.out: _read_record(part.out) for part in studies}
+        for part, run in chosen:
+            _require_unchanged(part, run, known[part.out])
+        try:
+            for index, (part, run) in enumerate(chosen, start=1):
+                path = (part.out / run.name).relative_to(study.out)
+                _do(part, run, f"[{index}/{len(chosen)}] {path}", plugins)
+            _report(study, studies)
+        except KeyboardInterrupt as stop:
+            _stop("stopped; the same command goes on from here", status_of(stop))
 
 
 # The study file
@@ -104,12 +113,7 @@ def compare(
 
 def read_study(file: Path, out: Path | None = None) -> Study:
     """The study in ``file``; every mistake in it is one line that names the file and the run."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the study file {file}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file)
     _require_keys(content, STUDY_KEYS, f"{file}")
     common = _words(content.get("common", ()), f"{file}: common")
     entries = content.get("runs")
@@ -148,6 +152,10 @@ def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # n
         raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
     verb, *own = _words(entry["args"], f"{where}: args")
     args = (verb, *common, *own)
+    if take_plugins(args)[0]:
+        raise UserError(
+            f"{where}: a study file cannot name a plugin; give --plugin to compare itself"
+        )
     if any(word.split("=")[0] == "--run_dir" for word in args):
         raise UserError(f"{where}: leave --run_dir out; a run's folder is out/name")
     is_reported = entry.get("report", True)
@@ -237,7 +245,7 @@ def run_command(args: Sequence[str], run_dir: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline", *args, "--run_dir", str(run_dir)]
 
 
-def _do(study: Study, run: StudyRun, title: str) -> None:
+def _do(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None:
     """Bring one run to its end, whatever state it is in; exits if that fails."""
     console = Console(highlight=False)
     folder = study.out / run.name
@@ -254,8 +262,10 @@ def _do(study: Study, run: StudyRun, title: str) -> None:
     elif folder.exists():
         aside = _put_aside(folder)
         console.print(f"interrupted before, kept as {aside} and started over", markup=False)
+    args += [f"--plugin={name}" for name in plugins]
     _write_record(study, run, run.args)
-    _finish(run, folder, _wait(run_command(args, folder)))
+    sys.stdout.flush()
+    _finish(run, folder, run_child(run_command(args, folder), _environment(), SECONDS_TO_CLOSE))
 
 
 def _can_resume(folder: Path, run: StudyRun, before: Sequence[str] | None) -> bool:
@@ -277,20 +287,13 @@ def _put_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def _wait(command: Sequence[str]) -> int:
-    """Exit status of the command, which shares this terminal; on Ctrl-C it may close its files."""
-    sys.stdout.flush()
-    process = subprocess.Popen(command)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The terminal sent the signal to the run as well, which may be writing a checkpoint.
-        try:
-            process.wait(SECONDS_TO_CLOSE)
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            process.terminate()
-            process.wait()
-        raise
+def _environment() -> dict[str, str]:
+    """Ours, in which a run finds this project, but no module that happens to lie in the current folder."""
+    root = str(Path(__file__).parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root not in (*paths, sysconfig.get_path("purelib")):
+        paths.append(root)
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _finish(run: StudyRun, folder: Path, status: int) -> None:

@@ -12,10 +12,13 @@ import os
 import pkgutil
 import warnings
 from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.signals import listen
+from pipeline.trust import import_plugins, known_classes, read_yaml, restrict_parsing, take_plugins
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -40,7 +43,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def fit_or_validate(args: list[str]) -> None:
     """Runs one of the two; raises what :func:`pipeline.cli.main` makes one line of."""
     import transformers
+    from jsonargparse import SUPPRESS
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback
     from lightning.pytorch.cli import LightningCLI
 
     from modules.checkpoints import read_checkpoint
@@ -56,7 +61,11 @@ def fit_or_validate(args: list[str]) -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()
+    plugins, args = take_plugins(args)
+    args = [args[0], *_files_first(args[1:])]
     _import_methods()
+    import_plugins(plugins)
+    restrict_parsing(known_classes(), plugins)
 
     class PipelineCLI(LightningCLI):
         """LightningCLI with one more group of options, ``edit``, and a folder for every run."""
@@ -66,7 +75,7 @@ def fit_or_validate(args: list[str]) -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             every = LightningCLI.subcommands()
-            return {name: every[name] for name in ("fit", "validate")}
+            return {name: every[name] | {"weights_only"} for name in ("fit", "validate")}
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(EditCallback, "edit")
@@ -83,8 +92,18 @@ def fit_or_validate(args: list[str]) -> None:
                 help="Weights & Biases: into the run folder, to your account, or not at all",
             )
 
+            # Configuration files of earlier versions say it, too.
+            parser.add_argument("--weights_only", type=bool, default=True, help=SUPPRESS)
+
+        def _parse_ckpt_path(self) -> None:
+            """A checkpoint's hyperparameters do not overrule the configuration."""
+
+        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+            return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            _require_local_tensors(config, self.subcommand)
             # As given, before _place: a copy of the file can be run into another folder.
             text = self._parser(self.subcommand).dump(config, skip_unset=False)
             self.run = until_the_end.enter_context(open_run(config, self.subcommand, text))
@@ -97,8 +116,9 @@ def fit_or_validate(args: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
             given = self.config_init[self.subcommand].trainer
+            given.callbacks = [Listening(), *_as_list(given.callbacks)]
             if given.enable_checkpointing is not False:
-                given.callbacks = [*_as_list(given.callbacks), LastCheckpoint(self.run.path)]
+                given.callbacks = [*given.callbacks, LastCheckpoint(self.run.path)]
             given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
             trainer = super().instantiate_trainer(**kwargs)
             seed = self.config[self.subcommand].seed_everything
@@ -116,7 +136,19 @@ def fit_or_validate(args: list[str]) -> None:
             if self.trainer.is_global_zero:
                 self.run.keep_config()
 
-    raises = {"exit_on_error": False}
+    class Listening(Callback):
+        """Lightning replaces our signal handlers when it begins to run, and when it is interrupted."""
+
+        def on_train_start(self, *_: object) -> None:
+            listen()
+
+        def on_validation_start(self, *_: object) -> None:
+            listen()
+
+        def on_exception(self, *_: object) -> None:
+            listen()
+
+    raises = {"exit_on_error": False, "allow_abbrev": False}
     defaults = {"default_config_files": [str(CONFIGS / "defaults.yaml")], **raises}
     from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -131,7 +163,7 @@ def fit_or_validate(args: list[str]) -> None:
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_kwargs={"fit": defaults, "validate": defaults, **raises},
-                args=_packaged(_files_first(args)),
+                args=args,
             )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -148,44 +180,52 @@ def _import_methods() -> None:
     importlib.import_module("modules.tuning")
 
 
-def _files_first(args: list[str]) -> list[str]:
-    """The verb, configuration files in their order, then the options, which win over all of them.
+def _files_first(words: Sequence[str]) -> list[str]:
+    """Configuration files in their order, however they are given, then the options, which win over all of them.
 
     An option such as ``--data.limit`` can only be read once a file before it has named the class.
     """
-    verb, *words = args
-    given = [i for i, word in enumerate(words) if word in ("-c", "--config")]
-    files = sorted({*given, *(i + 1 for i in given if i + 1 < len(words))})
-    options = [word for i, word in enumerate(words) if i not in files]
-    return [verb, *(words[i] for i in files), *options]
+    files, options, rest = [], [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("-c", "--config"):
+            files.append(value if equals else next(rest, ""))
+        elif word.startswith("-c"):
+            files.append(word.removeprefix("-c"))
+        else:
+            options.append(word)
+    return [*(f"--config={_found(file)}" for file in files), *options]
 
 
-def _packaged(args: list[str]) -> list[str]:
-    """Arguments in which a configs/... file that is not here stands for the one that comes with us."""
-    found = list(args)
-    for i, arg in enumerate(args[:-1]):
-        path = Path(args[i + 1])
-        if arg in ("-c", "--config") and not path.exists():
-            inside = (
-                CONFIGS / Path(*path.parts[1:]) if path.parts[0] == "configs" else CONFIGS / path
-            )
-            if not inside.is_file():
-                raise UserError(
-                    f"no configuration file {path}; those that come with us are in {CONFIGS}"
-                )
-            found[i + 1] = str(inside)
-        if arg in ("-c", "--config"):
-            _require_yaml(found[i + 1])
-    return found
+def _found(file: str) -> Path:
+    """A configuration file; a configs/... that is not here stands for the one that comes with us."""
+    path = Path(file).expanduser()
+    if file and not path.exists():
+        inside = path.relative_to("configs") if path.parts[0] == "configs" else path
+        path = CONFIGS / inside
+    if not file or not path.exists():
+        raise UserError(f"no configuration file {file!r}; those that come with us are in {CONFIGS}")
+    if not isinstance(read_yaml(path), dict):
+        raise UserError(
+            f"{path}: expected a mapping of options, such as model, data, edit, trainer"
+        )
+    return path
 
 
-def _require_yaml(path: str) -> None:
-    import yaml
-
-    try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+def _require_local_tensors(config: Namespace, verb: str) -> None:
+    """A checkpoint is a file of this machine, read as tensors and plain values."""
+    if not config.weights_only:
+        raise UserError(
+            "weights_only cannot be false: checkpoints are read as tensors and plain values"
+        )
+    path = config.ckpt_path
+    if path is None or (path == "last" and verb == "fit"):
+        return
+    if not path or not Path(path).is_file():
+        raise UserError(
+            f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a file of this machine, such as "
+            "runs/NAME/checkpoints/last.ckpt" + (", or last" if verb == "fit" else "")
+        )
 
 
 def _place(config: Namespace, run_dir: Path) -> None:
