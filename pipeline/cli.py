@@ -36,6 +36,20 @@ Classes of your own can be named once their module is: --plugin MODULE (fit, val
 exit status: 0 done, 1 an edit that was verified does not hold, 2 a mistake, 130 Ctrl-C, 143 SIGTERM
 """
 
+MAX_MESSAGE = 800  # characters
+# How lines begin that tell of types and not of the mistake.
+AROUND = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value",
+    "Not a valid subclass of",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
+)
+
 
 def main(args: list[str] | None = None) -> None:
     """Runs one command; a user's mistake ends in one line and exit status 2."""
@@ -94,23 +108,20 @@ def _read(word: str, before: str) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"corrigenda: {text}\n")
+    """One line, whatever a text from a file holds."""
+    shown = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+    sys.stderr.write(f"corrigenda: {shown}\n")
 
 
 def _one_line(error: Exception, command: str) -> str:
     """What went wrong, without what jsonargparse says about types around it."""
     if isinstance(error, UnpicklingError):
-        return "the file given as ckpt_path is not a checkpoint, or not one that only holds tensors"
-    around = (
-        "Does not validate against",
-        "Subtypes:",
-        "Errors:",
-        "Expected a <class 'NoneType'>",
-        "Given value",
-    )
-    lines = [line.strip(" -") for line in str(error).splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(around))
+        return "a file that was to be read is not a checkpoint, or not one that only holds tensors"
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(AROUND))
     text = re.sub(r"Importing ('.+?') is not allowed, .+? to allow it\.", rf"\1 {ONLY_KNOWN}", text)
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE - 100]} ... {text[-100:]}"
     if isinstance(error, ArgumentError):
         text += f" (options: corrigenda {command} --help)"
     return text

@@ -204,7 +204,9 @@ def _found(file: str) -> Path:
         inside = path.relative_to("configs") if path.parts[0] == "configs" else path
         path = CONFIGS / inside
     if not file or not path.exists():
-        raise UserError(f"no configuration file {file!r}; those that come with us are in {CONFIGS}")
+        raise UserError(
+            f"no configuration file {file or '(an empty name)'}; those that come with us are in {CONFIGS}"
+        )
     if not isinstance(read_yaml(path), dict):
         raise UserError(
             f"{path}: expected a mapping of options, such as model, data, edit, trainer"
@@ -226,6 +228,23 @@ def _require_local_tensors(config: Namespace, verb: str) -> None:
             f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a file of this machine, such as "
             "runs/NAME/checkpoints/last.ckpt" + (", or last" if verb == "fit" else "")
         )
+    require_checkpoint(Path(path))
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raises UserError where a file is no checkpoint of a run; tensors are not read."""
+    import torch
+
+    wanted = {"state_dict", "pytorch-lightning_version", "loops"}
+    try:
+        found = torch.load(path, "cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for files of other formats
+        raise UserError(
+            f"the file given as ckpt_path, {path}, is not a checkpoint, is damaged, or holds more than tensors and "
+            "plain values"
+        ) from error
+    if not isinstance(found, dict) or not wanted <= found.keys():
+        raise UserError(f"the file given as ckpt_path, {path}, is not a checkpoint of a run")
 
 
 def _place(config: Namespace, run_dir: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TextIO
 
 from pipeline.report.comparison import HEADLINE, Comparison, Estimate
@@ -221,8 +222,9 @@ def as_csv(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     headline, *others = all_tables(comparison)
-    parts = ["# Report", counts(comparison), *comparison.notes, _markdown_table(headline)]
-    parts.append("\n".join(f"- {line}" for line in legend(comparison)))
+    notes = map(_as_plain_text, comparison.notes)
+    parts = ["# Report", counts(comparison), *notes, _markdown_table(headline)]
+    parts.append("\n".join(f"- {_as_plain_text(line)}" for line in legend(comparison)))
     parts += [_markdown_table(table) for table in others]
     return "\n\n".join(parts) + "\n"
 
@@ -234,11 +236,20 @@ def counts(comparison: Comparison) -> str:
 
 def _markdown_table(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(map(_as_plain_text, cells))} |"
 
     rule = line(["---", *["---:"] * (len(table.header) - 1)])
     lines = "\n".join([line(table.header), rule, *map(line, table.rows)])
-    return "\n\n".join(part for part in (f"## {table.title}", table.note, lines) if part)
+    title = f"## {_as_plain_text(table.title)}"
+    return "\n\n".join(part for part in (title, table.note, lines) if part)
+
+
+def _as_plain_text(text: str) -> str:
+    """Markdown that shows the text as it is: no HTML, no code, no link or image, no further cell or line."""
+    text = " ".join(escape(text, quote=False).split())
+    for characters in ("|", "`", "\\", "]("):
+        text = text.replace(characters, "".join(f"&#{ord(c)};" for c in characters))
+    return text
 
 
 def print_headline(comparison: Comparison, stream: TextIO, width: int | None = None) -> None:
