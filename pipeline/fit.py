@@ -235,13 +235,13 @@ def require_checkpoint(path: Path) -> None:
     """Raises UserError where a file is no checkpoint of a run; tensors are not read."""
     import torch
 
-    wanted = {"state_dict", "pytorch-lightning_version", "loops"}
+    wanted = {"state_dict", "pytorch-lightning_version"}
     try:
         found = torch.load(path, "cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for files of other formats
         raise UserError(
-            f"the file given as ckpt_path, {path}, is not a checkpoint, is damaged, or holds more than tensors and "
-            "plain values"
+            f"the file given as ckpt_path, {path}, is not a checkpoint, or is damaged, or holds more than tensors "
+            "and plain values"
         ) from error
     if not isinstance(found, dict) or not wanted <= found.keys():
         raise UserError(f"the file given as ckpt_path, {path}, is not a checkpoint of a run")
