@@ -216,6 +216,8 @@ def _found(file: str) -> Path:
 
 def _require_local_tensors(config: Namespace, verb: str) -> None:
     """A checkpoint is a file of this machine, read as tensors and plain values."""
+    from modules.checkpoints import read_checkpoint
+
     if not config.weights_only:
         raise UserError(
             "weights_only cannot be false: checkpoints are read as tensors and plain values"
@@ -228,23 +230,7 @@ def _require_local_tensors(config: Namespace, verb: str) -> None:
             f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a file of this machine, such as "
             "runs/NAME/checkpoints/last.ckpt" + (", or last" if verb == "fit" else "")
         )
-    require_checkpoint(Path(path))
-
-
-def require_checkpoint(path: Path) -> None:
-    """Raises UserError where a file is no checkpoint of a run; tensors are not read."""
-    import torch
-
-    wanted = {"state_dict", "pytorch-lightning_version"}
-    try:
-        found = torch.load(path, "cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for files of other formats
-        raise UserError(
-            f"the file given as ckpt_path, {path}, is not a checkpoint, or is damaged, or holds more than tensors "
-            "and plain values"
-        ) from error
-    if not isinstance(found, dict) or not wanted <= found.keys():
-        raise UserError(f"the file given as ckpt_path, {path}, is not a checkpoint of a run")
+    read_checkpoint(path)
 
 
 def _place(config: Namespace, run_dir: Path) -> None:
