@@ -11,8 +11,8 @@ import logging
 import os
 import pkgutil
 import warnings
-from contextlib import ExitStack
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 

@@ -84,7 +84,7 @@ def check_yaml(text: str) -> None:
     """Reads through YAML without building anything; raises UserError beyond the limits, see above."""
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     begun: list[tuple[str | None, int]] = []
     count = 0
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -1,4 +1,4 @@
-"""Commands as processes of their own: forked from one that has imported everything, so that each starts at once."""
+"""Commands as processes of their own, forked from one that has imported everything, so that each starts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNCAUGHT = 70  # exit status of a command that ends with a traceback
-MEMORY = 16 * 2**30  # bytes of address space; a command that wants more fails rather than fills the machine
+MEMORY = (
+    16 * 2**30
+)  # bytes of address space; a command that wants more fails rather than fills the machine
 
 
 def import_everything() -> None:
@@ -25,7 +27,6 @@ def import_everything() -> None:
     from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import modules.moments
     import pipeline.cli
     import pipeline.compare
     import pipeline.doctor

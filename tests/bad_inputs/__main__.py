@@ -65,7 +65,9 @@ def run(row: Row, inputs: Path, folder: Path) -> Result:
         for name in after
         if name not in before and not any(fnmatch(name, pattern) for pattern in row.leaves)
     ]
-    left += [name for name in contents(folder) if name.startswith("cache/") and ".unfinished" in name]
+    left += [
+        name for name in contents(folder) if name.startswith("cache/") and ".unfinished" in name
+    ]
     verdict, why = judge(row, ended, changed, left, canary.exists())
     shutil.rmtree(folder)
     return Result(row.name, verdict, why, ended.seconds)
@@ -98,7 +100,9 @@ def judge(
         wrong.append(f"a message of {len(message)} characters")
     said = message + ended.out if row.exit == 0 else message
     wrong += [f"does not say {part!r}" for part in row.says if not re.search(part, said, re.S)]
-    wrong += [f"{name} was changed" for name in changed[:3]] + [f"{name} is left" for name in left[:3]]
+    wrong += [f"{name} was changed" for name in changed[:3]] + [
+        f"{name} is left" for name in left[:3]
+    ]
     return ("unclear", f"{'; '.join(wrong)}: {shown}") if wrong else ("clear", "")
 
 

@@ -65,7 +65,9 @@ def question(number: int) -> dict[str, Any]:
 
 def chain(number: int) -> dict[str, Any]:
     """A good MQuAKE record."""
-    rewrite = fact(number)["requested_rewrite"] | {"question": f"Where was {SUBJECTS[number]} made?"}
+    rewrite = fact(number)["requested_rewrite"] | {
+        "question": f"Where was {SUBJECTS[number]} made?"
+    }
     hop = {"question": rewrite["question"], "cloze": f"{SUBJECTS[number]} was made in",
            "answer": rewrite["target_true"]["str"], "answer_alias": []}  # fmt: skip
     new = hop | {"answer": rewrite["target_new"]["str"]}
@@ -237,7 +239,9 @@ def chains(path: Path, given: Mapping[str, Any]) -> None:
 
 def long_fact(path: Path, given: Mapping[str, Any]) -> None:
     """CounterFact records; in the second one a field holds a long text."""
-    record = _changed(fact(1), {"set": {given["field"]: given.get("start", "") + given["text"] * given["times"]}})
+    record = _changed(
+        fact(1), {"set": {given["field"]: given.get("start", "") + given["text"] * given["times"]}}
+    )
     jsonl(path, [fact(0), record])
 
 
@@ -287,7 +291,9 @@ def repacked(path: Path, given: Mapping[str, Any]) -> None:
     if "suffix" in given:  # only those tensors
         tensors = {n: t for n, t in tensors.items() if n.endswith(given["suffix"])}
     if "cast" in given:
-        tensors = {name: tensor.to(getattr(torch, given["cast"])) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor.to(getattr(torch, given["cast"])) for name, tensor in tensors.items()
+        }
     save_file(tensors, path, metadata)
 
 
@@ -342,7 +348,9 @@ def saved_code(path: Path, canary: str) -> None:
 
 def npz(path: Path, given: Mapping[str, Any]) -> None:
     """A file of second moments: so many ``rows`` and ``columns`` of ``value`` from ``count`` tokens."""
-    total = np.full((given.get("rows", 128), given.get("columns", 128)), float(given.get("value", 1)))
+    total = np.full(
+        (given.get("rows", 128), given.get("columns", 128)), float(given.get("value", 1))
+    )
     if given.get("value") is None:
         np.fill_diagonal(total, 200.0)
     if given.get("skew"):
@@ -400,7 +408,14 @@ def model(path: Path, given: Mapping[str, Any]) -> None:
 
 def t5(path: Path, _: object) -> None:
     """A tiny encoder-decoder."""
-    sizes = {"vocab_size": 404, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    sizes = {
+        "vocab_size": 404,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 4,
+    }
     transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(path)
     tiny_tokenizer(False).save_pretrained(path)
 
