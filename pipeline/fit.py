@@ -216,8 +216,6 @@ def _found(file: str) -> Path:
 
 def _require_local_tensors(config: Namespace, verb: str) -> None:
     """A checkpoint is a file of this machine, read as tensors and plain values."""
-    from modules.checkpoints import read_checkpoint
-
     if not config.weights_only:
         raise UserError(
             "weights_only cannot be false: checkpoints are read as tensors and plain values"
@@ -230,7 +228,6 @@ def _require_local_tensors(config: Namespace, verb: str) -> None:
             f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a file of this machine, such as "
             "runs/NAME/checkpoints/last.ckpt" + (", or last" if verb == "fit" else "")
         )
-    read_checkpoint(path)
 
 
 def _place(config: Namespace, run_dir: Path) -> None:
