@@ -577,3 +577,137 @@ def test_a_singular_moment_gets_the_least_help(caplog):
     for hopeless in (-torch.eye(3), torch.full((3, 3), torch.nan)):
         with pytest.raises(ValueError, match="cannot be factored"):
             cholesky(hopeless)
+
+
+# --- files of others ---
+
+
+def rewritten(path, change):
+    """The file with its own header and other tensors."""
+    tensors, header = files.read_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    path.unlink()
+    files.save_file(change(tensors), path, header)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t | {"moment": 2 * t["moment"]}, "not those that were written"),
+        (lambda t: t | {"moment": t["moment"][:9, :9].clone()}, "not those that were written"),
+    ],
+    ids=["other numbers", "other shape"],
+)
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_other_numbers_in_a_cached_file_are_not_used(gather, caplog, change, reason, with_digest):
+    moment = gather().moment(0).clone()
+    path = gather()._path(0)
+    if with_digest:
+        rewritten(path, change)
+    else:  # of other content altogether, written by our own code
+        reason = "not of keys of width 80"
+        gather()._write(path, {"moment": torch.eye(9), "tokens": torch.tensor(9)})
+    assert torch.equal(gather().moment(0), moment)
+    assert reason in caplog.text and "gathering it again" in caplog.text
+    assert path.with_name(f"{path.name}.unusable").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "moment", "reason"),
+    [
+        ({"corpus": "another"}, 1.0, "its corpus is 'another'"),
+        ({"dtype": "bfloat16"}, 1.0, "its dtype is 'bfloat16'"),
+        ({"weights": "0"}, 1.0, "its weights is '0'"),
+        ({}, torch.nan, "not finite"),
+        ({}, torch.inf, "not finite"),
+    ],
+    ids=["corpus", "dtype", "weights", "nan", "infinity"],
+)
+def test_statistics_of_something_else_are_not_used(gather, caplog, header, moment, reason):
+    wanted = gather(folder="whole").moment(0)
+    moments = gather()
+    content = {"moment": moment * torch.eye(80), "tokens": torch.tensor(TOKENS)}
+    files.write_tensors(moments._path(0), content, moments._header() | header)
+    assert torch.equal(gather().moment(0), wanted) and reason in caplog.text
+
+
+def test_a_file_of_an_earlier_version_is_read(gather, counted):
+    moments = gather()
+    header = moments._header()
+    old = {name: header[name] for name in ("weights", "model", "source", "tokens")}
+    moments.folder.mkdir(parents=True)
+    files.save_file({"moment": torch.eye(80).double()}, moments._path(0), old)
+    assert torch.equal(gather().moment(0), torch.eye(80).double()) and not counted
+    assert torch.equal(gather().factor(0), torch.eye(80).double())
+
+
+def test_a_factor_belongs_to_its_moment(gather):
+    """Also where the moment is another one since, however that came about."""
+    moments = gather()
+    moments.factor(0), moments.eigen(0)
+    other = 2 * moments.moment(0).clone()
+    moments._write(moments._path(0), {"moment": other, "tokens": torch.tensor(TOKENS)})
+    again = gather()
+    near(again.factor(0) @ again.factor(0).T, other)
+    values, vectors = again.eigen(0)
+    near(vectors @ values.diag() @ vectors.T, other)
+
+
+def test_a_corpus_is_told_by_its_content(source, tmp_path):
+    first = Corpus(str(source)).key
+    os.utime(source, (1, 1))
+    other = tmp_path / "elsewhere" / "renamed.txt"
+    other.parent.mkdir()
+    other.write_bytes(source.read_bytes())
+    assert Corpus(str(source)).key == Corpus(str(other)).key == first
+    content, times = source.read_text("utf-8"), source.stat()
+    source.write_text(content.replace("rain", "snow"), encoding="utf-8")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # as large, and as old
+    assert Corpus(str(source)).key != first
+
+
+GATHERING = """
+import sys
+import time
+from pathlib import Path
+from modules import moments
+from modules.corpus import Corpus
+from modules.lm import LanguageModel
+moments.WAIT_SECONDS = 0.1
+add = moments.Moments._add
+def slow(self, ids, *rest):
+    print("gathers", flush=True)
+    time.sleep(1)
+    add(self, ids, *rest)
+moments.Moments._add = slow
+lm = LanguageModel(sys.argv[1])
+moments.Moments(lm, Corpus(sys.argv[2], TOKENS), Path(sys.argv[3])).gather([0, 1], progress=False)
+print("done", flush=True)
+"""
+
+
+def test_two_programs_gather_once(
+    gather, tiny_folder, source, tmp_path, counted, caplog, monkeypatch
+):
+    """The second waits for the first, and reads what it has made."""
+    monkeypatch.setattr(moments_module, "WAIT_SECONDS", 0.1)
+    root = Path(__file__).parents[1]
+    first = subprocess.Popen(
+        [sys.executable, "-c", GATHERING.replace("TOKENS", str(TOKENS)), tiny_folder("llama"), source,
+         tmp_path / "cache"],
+        env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert first.stdout.readline() == "gathers\n"
+    found = gather().gather([0, 1])
+    assert not counted and "waiting for it to gather" in caplog.text
+    assert first.communicate(timeout=60)[0].endswith("done\n")
+    near(found[1], by_hand(gather().lm, 1))
+
+
+def test_keys_that_are_not_finite_are_not_kept(tiny_lm, source, tmp_path):
+    lm = tiny_lm("llama")
+    lm.net.get_submodule(lm.structure.mlp_names(0)[0]).weight.data[0, 0] = torch.nan
+    moments = Moments(lm, Corpus(str(source), TOKENS), tmp_path / "cache")
+    with pytest.raises(ValueError, match="keys of block 0 of .* are not finite in float32"):
+        moments.moment(0)
+    assert not list(moments.folder.glob("*.safetensors"))
