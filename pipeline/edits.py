@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from datamodules.records import Edit
+from modules.checks import at_least
 from modules.delta import Delta, LowRank, Update, add_deltas, file_format, svd
 from modules.editing import WeightPatch
 from modules.files import replacing, write_tensors, write_text
@@ -171,8 +172,7 @@ def apply(
         prompt: what is asked; the edits' own prompts if not given.
         tokens: length of an answer.
     """
-    if tokens < 1:
-        raise UserError(f"--tokens must be at least 1, got {tokens}")
+    at_least(1, tokens=tokens)
     for text in prompt or []:
         if not text.strip():
             raise UserError("an empty --prompt cannot be continued: give some text")

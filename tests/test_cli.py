@@ -392,3 +392,16 @@ def test_wandb_writes_into_the_run_folder(corrigenda, tiny, tmp_path, monkeypatc
     assert corrigenda("validate", *tiny, "--run_dir", "a", "--wandb", "offline") == 0
     assert list((tmp_path / "a" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert not (tmp_path / "wandb").exists()
+
+
+def test_every_case_has_an_edit_file_of_its_own(tiny, corrigenda, data_files, tmp_path):
+    """Also where ids differ in what a file name cannot hold, and nothing is written elsewhere."""
+    rows = [json.loads(line) for line in Path(data_files.zsre).read_text().splitlines()]
+    ids = ["a/b", "a_b", "A_B", "../../up", "x" * 300]
+    lines = [json.dumps(row | {"case_id": name}) for row, name in zip(rows, ids, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert corrigenda("validate", *tiny, "--data.path", "rows.jsonl", "--run_dir", "deep/run") == 0
+    files = list((tmp_path / "deep" / "run" / "edits").iterdir())
+    assert len(files) == 5 and len({file.name.casefold() for file in files}) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "deep"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run"]

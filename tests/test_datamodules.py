@@ -881,3 +881,67 @@ def test_resuming_twice(fit, tmp_path):
         # The crash comes before the module's own hook has noted the batch.
         seen += whole[steps - 1 : steps]
     assert seen + fit(Recorder(), ckpt_path=tmp_path / "hook.ckpt").seen == whole
+
+
+# Files of strangers
+
+ROW = json.dumps(ZSRE_ROW)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "[" * 100_000, "line 1: lists or records inside one another too deeply"),
+        ("a.json", '[{"a": ' * 100_000, "a.json: lists or records inside one another too deeply"),
+        ("a.jsonl", ROW + '\n{"a": ' + "9" * 5000 + "}", "line 2: not usable JSON (Exceeds the limit"),
+        ("a.jsonl", ROW.encode("utf-16"), "not UTF-8 text"),
+        ("a.jsonl", b"\x00" * 50, "line 1: not JSON"),
+        ("a.jsonl", ROW.replace("Andes", "An\0des"), "line 1: not JSON (Invalid control character"),
+        ("a.jsonl", ROW.replace("Ada", "\\ud800"), "field 'src': not Unicode"),
+        ("a.jsonl", ROW.replace(" the Alps", "x" * 1_000_001), "'alt': 1,000,001 characters, at most 1,000,000"),
+        ("a.jsonl", ROW.replace("Darwin", "x" * 10_000_000), "field 'loc_ans': 10,000,001 characters, at most"),
+        ("a.jsonl", "", "no usable record among 0"),
+        ("a.json", "", "not JSON"),
+        ("a.json", "[]", "no usable record among 0"),
+        ("a.json", '{"a": 1}', "expected a JSON list of records, got a record"),
+        ("a.jsonl", "3\n", "line 1: expected a record with named fields, got a number"),
+        ("a.jsonl", ROW.replace('"src"', '"case_id": 1.5, "src"'), "a whole number or text, got a number"),
+        ("a.jsonl", json.dumps({"k" * 10**6: 1}), "field 'answers'"),
+        ("a.csv", "a,b", "expected a file ending in .json"),
+    ],
+    ids=lambda value: None if len(value) > 60 else str(value)[:40],
+)  # fmt: skip
+def test_files_of_strangers_are_one_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        ZsRE(str(file)).cases("test")
+    if message == "field 'answers'":  # no field that is needed is there
+        message = "missing (the record has kkk"
+    assert str(file) in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_line_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 2000)
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{ROW}\n{' ' * 3000}{ROW}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 2,000 characters"):
+        ZsRE(str(file)).cases("test")
+
+
+def test_a_folder_and_an_unknown_users_file_are_named(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    for path, message in (
+        (str(tmp_path / "a.jsonl"), "is a folder, not a file"),
+        ("~nobody-at-all/a.jsonl", "~nobody-at-all/a.jsonl: no such file"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            ZsRE(path).cases("test")
+
+
+def test_a_whole_book_is_a_text_of_a_corpus(tmp_path):
+    """The limit of a field is that of prompts."""
+    file = tmp_path / "books.jsonl"
+    file.write_text(json.dumps({"text": "a " * 600_000}))
+    assert [len(text) for text in corpus.texts(str(file))] == [1_200_000]

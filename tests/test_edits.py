@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from datamodules.records import Edit
 from modules.delta import Delta, LowRank, add_deltas, svd
@@ -455,3 +456,135 @@ def test_a_mistake_is_one_line(edits, tmp_path, args, words):
     message = edits(*args, status=2)
     assert message.startswith("corrigenda: error: ") and message.count("\n") == 1
     assert all(word in message for word in words), message
+
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+def header(delta=None, **more):
+    return {
+        "format": "corrigenda-delta-1",
+        "delta": json.dumps({} if delta is None else delta),
+        **more,
+    }
+
+
+def with_header(meta, tensors=None):
+    tensors = {f"{NAME}.dense": torch.ones(32, 80)} if tensors is None else tensors
+    return lambda path: save_file(tensors, path, meta)
+
+
+def with_tensors(**tensors):
+    named = {f"{NAME}.{part}": tensor for part, tensor in tensors.items()}
+    return with_header(header(), named)
+
+
+ODD = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not safetensors at all"),
+    "folder": lambda path: path.mkdir(),
+    "long header": lambda path: path.write_bytes(b"\xff" * 7 + b"\x00{}"),
+    "longer header than file": lambda path: path.write_bytes((2**20).to_bytes(8, "little") + b"{}"),
+    "header is no JSON": lambda path: path.write_bytes((4).to_bytes(8, "little") + b"{{{{"),
+    "no metadata": with_header(None),
+    "no delta": with_header({"format": "corrigenda-delta-1"}),
+    "delta is no JSON": with_header({"format": "corrigenda-delta-1", "delta": "{"}),
+    "delta is deep": with_header({"format": "corrigenda-delta-1", "delta": "[" * 10**5}),
+    "delta is a list": with_header(header([1])),
+    "edits are text": with_header(header({"edits": "x"})),
+    "edits are records": with_header(header({"edits": [{"prompt": "x"}]})),
+    "edits are numbers": with_header(header({"edits": [[1, 2, 3]]})),
+    "an edit without subject": with_header(header({"edits": [["{} is", "", "x"]]})),
+    "model is a number": with_header(header({"model": 3})),
+    "base is a list": with_header(header({"base": []})),
+    "losses are text": with_header(header({"requantized": [{"a": "b"}]})),
+    "NaN": with_tensors(dense=torch.full((2, 2), torch.nan)),
+    "infinity": with_tensors(left=torch.full((2, 1), torch.inf), right=torch.ones(1, 2)),
+    "ranks": with_tensors(left=torch.ones(2, 1), right=torch.ones(3, 2)),
+    "a factor alone": with_tensors(left=torch.ones(2, 1)),
+    "the other factor alone": with_tensors(right=torch.ones(2, 1)),
+    "a factor of three dimensions": with_tensors(left=torch.ones(1, 1, 1), right=torch.ones(1, 1)),
+    "a number": with_tensors(dense=torch.ones(())),
+    "whole numbers": with_tensors(dense=torch.ones(2, 2, dtype=torch.long)),
+    "both kinds": with_tensors(dense=torch.ones(2, 2), left=torch.ones(2, 1), right=torch.ones(1, 2)),
+    "another part": with_tensors(more=torch.ones(2, 2)),
+    "no parts": with_header(header(), {"x": torch.ones(2, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_are_one_line_whatever_is_done_with_them(edits, tmp_path, kind):
+    ODD[kind](tmp_path / "odd.safetensors")
+    for verb in (
+        ["show"], ["verify"], ["apply"], ["merge", "odd.safetensors", "--out", "new"],
+        ["export", "--format", "peft", "--out", "new"],
+    ):  # fmt: skip
+        message = edits(verb[0], "odd.safetensors", *verb[1:], status=2)
+        assert (
+            message.startswith("corrigenda: error: odd.safetensors") and message.count("\n") == 1
+        ), verb
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+
+
+def test_parameters_that_do_not_fit_the_model(edits, saved, tmp_path):
+    meta = Delta.load(saved()).metadata
+    for name, shape, words in (
+        ("model.layers.9.mlp.down_proj.weight", (32, 80), "has no parameter model.layers.9"),
+        ("model.layers.x..", (32, 80), "has no parameter"),
+        ("weight", (32, 80), "has no parameter"),
+        ("", (32, 80), "has no parameter"),
+        (NAME, (80, 32), "has shape"),
+        (NAME, (32,), "has shape"),
+    ):
+        Delta({name: torch.ones(shape)}, meta).save(tmp_path / "odd")
+        for verb in (["verify"], ["apply"], ["export", "--format", "hf", "--out", "new"]):
+            message = edits(verb[0], "odd", *verb[1:], status=2)
+            assert words in message and message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--prompt", ""], "an empty --prompt"),
+        (["--prompt", "He", " \n"], "an empty --prompt"),
+        (["--tokens", "0"], "tokens must be at least 1, got 0"),
+        (["--tokens", "-1"], "tokens must be at least 1, got -1"),
+    ],
+)
+def test_nothing_to_continue_is_refused(edits, saved, args, words):
+    message = edits("apply", saved(), *args, status=2)
+    assert words in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_what_cannot_be_written_leaves_nothing(edits, saved, tmp_path, monkeypatch, verb):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    args = {
+        "merge": ["merge", saved(), saved("llama", "dense", OTHER)],
+        "export": ["export", saved(), "--format", "peft"],
+    }[verb]
+    for out in ("file", "file/new", "link", "/proc/new"):
+        message = edits(*args, "--out", out, status=2)
+        assert (
+            message.splitlines()[-1].startswith("corrigenda: error: ")
+            and out.split("/")[0] in message
+        )
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("modules.files.save_file", full)
+    message = edits(*args, "--out", "new", status=2)
+    assert "the disk may be full: I/O error: No space left on device" in message
+    assert message.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_control_characters_do_not_reach_the_terminal(edits, tmp_path):
+    meta = {"edits": [["{} is", "\x1b[2Jx", "\udcff"]], "editor": "\x07"}
+    Delta({"a.weight": torch.ones(2, 2)}, meta).save(tmp_path / "odd")
+    said = edits("show", "odd")
+    assert "editor  \\x07" in said and "{\\x1b[2Jx} is -> \\udcff" in said

@@ -10,6 +10,7 @@ from datamodules.records import Edit
 from modules.adapters import Adapter, ModuleEditor, ModulePatch
 from modules.delta import Delta, EditError, LowRank
 from modules.editing import WeightPatch
+from modules.files import read_tensors
 from modules.lm import LanguageModel
 
 PROMPTS = ["The capital of Ruritania is", "He said", "In the year of Old Humbria the town was not"]
@@ -304,3 +305,56 @@ def test_what_does_not_fit_the_model_is_refused(llama, tmp_path):
     with pytest.raises(EditError, match=r"\['added_ND'\] do not fit"):
         ModulePatch.restore(llama, state | {"tensors": {}})
     assert len(llama.handles) == 1
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"class": "torn.Memory", "settings": {}}, "no adapter torn.Memory"),
+        ({"class": "modules.editors.grace.GRACE", "settings": {}}, "no adapter modules.editors.grace.GRACE"),
+        ({"class": ["x"], "settings": {}}, "no adapter"),
+        ({"class": "modules.adapters.Adapter", "settings": {}}, "no adapter modules.adapters.Adapter"),
+        ({"class": "{codebook}", "settings": {}}, "damaged"),
+        ({"class": "{codebook}", "settings": {"sites": "x"}}, "sites are not a list"),
+        ({"class": "{codebook}", "settings": {"sites": [], "inputs": -1}}, "damaged"),
+        ([], "damaged"),
+        (None, "damaged"),
+    ],
+)  # fmt: skip
+def test_a_memory_file_imports_nothing_that_it_names(
+    llama, tmp_path, monkeypatch, description, message
+):
+    """A module of that name lies in the path, and leaves a mark if it is imported."""
+    (tmp_path / "torn.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = json.dumps(description).replace("{codebook}", "modules.editors.grace.Codebook")
+    file = tmp_path / "x.safetensors"
+    save_file(
+        {"a": torch.zeros(1)},
+        file,
+        {"format": "corrigenda-memory-1", "adapter": text, "metadata": "{}"},
+    )
+    with pytest.raises(EditError, match=message) as caught:
+        ModulePatch.load(llama, file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value) and not llama.handles
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"added_ND": torch.full_like(t["added_ND"], torch.nan)}, "not finite"),
+        (lambda t: t | {"added_ND": t["added_ND"][:, :5].clone()}, "added_ND has the shape"),
+        (lambda t: t | {"added_ND": t["added_ND"][0].clone()}, "added_ND has the shape"),
+        (lambda t: {"other": t["added_ND"]}, "do not fit this version"),
+    ],
+)
+def test_tensors_of_a_memory_are_checked(llama, tmp_path, change, message):
+    patch = Marker().edit(llama, EDITS)
+    patch.save(tmp_path / "good")
+    patch.remove()
+    tensors, metadata = read_tensors(tmp_path / "good")
+    del metadata["digest"]
+    save_file(change(tensors), tmp_path / "bad", metadata)
+    with pytest.raises(EditError, match=message):
+        ModulePatch.load(llama, tmp_path / "bad")
+    assert not llama.handles

@@ -11,8 +11,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from modules import encoder, search
 from modules.delta import Delta
 from modules.editing import WeightPatch
+from modules.files import read_tensors, write_tensors
 from modules.loading import ModelError
-from modules.retrieval import Encoder, LanguageModelStates, Retriever, SentenceEncoder, find_encoder
+from modules.retrieval import (
+    Encoder,
+    LanguageModelStates,
+    Retriever,
+    SentenceEncoder,
+    as_tensor,
+    find_encoder,
+)
 
 WORDS = ["ada", "zembla", "lake", "onna", "capital", "river", "port", "larch"]
 
@@ -129,6 +137,39 @@ def test_what_was_encoded_before_is_read_from_the_cache(monkeypatch, tmp_path):
     Retriever.cached(["ada", "lake"], other)
     Retriever.cached(["ada", "port"], second)
     assert other.calls == [["ada", "lake"]] and second.calls == [["ada", "port"]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-7]),
+        lambda path: path.write_bytes(b""),
+        lambda path: other_content(path, vectors=torch.full((2, 8), torch.nan)),
+        lambda path: other_content(path, vectors=torch.zeros(3, 8)),
+        lambda path: other_content(path, texts=as_tensor(["ada", 3])),
+        lambda path: other_content(path, texts=torch.zeros(9)),
+        lambda path: other_content(path, members=torch.tensor([0, 7]), ends=torch.tensor([2]),
+                                   centres=torch.zeros(1, 8)),
+        lambda path: other_content(path, more=torch.zeros(1)),
+    ],
+    ids=["cut", "empty", "nan", "too many", "no texts", "no JSON", "index", "more"],
+)  # fmt: skip
+def test_a_damaged_file_in_the_cache_is_made_again(monkeypatch, tmp_path, caplog, damage):
+    monkeypatch.setenv("CORRIGENDA_CACHE", str(tmp_path))
+    Retriever.cached(["ada", "lake"], Bag())
+    (path,) = tmp_path.rglob("*.safetensors")
+    damage(path)
+    bag = Bag()
+    assert Retriever.cached(["ada", "lake"], bag).texts == ["ada", "lake"]
+    assert bag.calls == [["ada", "lake"]] and f"{path}: " in caplog.text
+    assert Retriever.cached(["ada", "lake"], bag) and len(bag.calls) == 1
+
+
+def other_content(path, **tensors):
+    """The file with other tensors, and a digest that fits them."""
+    old, header = read_tensors(path)
+    path.unlink()
+    write_tensors(path, {**{n: t.clone() for n, t in old.items()}, **tensors}, header)
 
 
 # ---------------------------------------------------------------------------- encoders
