@@ -220,7 +220,7 @@ def test_hub_errors(hub):
             {"subject": "K2"},
             "field 'src': the subject 'K2' does not occur in 'Which range is Mount Ada in?'",
         ),
-        ({"src": "Is {} Mount Ada?"}, "field 'src': the prompt 'Is {} Mount Ada?' holds {}"),
+        ({"src": "Is {} {}?"}, "field 'src': an edit's prompt needs exactly one {}"),
         ({"case_id": "0"}, "field 'case_id': '0' was used at "),
     ],
 )
