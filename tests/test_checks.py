@@ -95,6 +95,7 @@ ZERO_MEANS = {
     "keep": "RECT keeps nothing: the end of its scale",
     "threshold": "a cosine, a probability or a share of 0",
     "share": "one prompt is enough for a neuron",
+    "largest_change": "always the bare prompt's key",
     "erase_scale": "the old answer stays",
     "write_scale": "the new answer is not written",
     "num_demonstrations": "facts alone in front of a question",

@@ -4,13 +4,16 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
 
 from modules import metrics
 from modules.metrics import (
     Agreement,
+    CaseMean,
     Drawdown,
     ExactMatch,
     FactsForgotten,
@@ -213,6 +216,7 @@ def test_wrong_shapes_are_named():
     [
         lambda: metrics.trailing_mean([1.0], 0),
         lambda: metrics.bootstrap_interval([1.0], 0, level=1.0),
+        lambda: metrics.bootstrap_interval([1.0], 0, level=0.0),
         lambda: metrics.bootstrap_interval([1.0], 0, num_resamples=0),
         lambda: metrics.binomial_half_width(1.5, 3),
         lambda: metrics.binomial_half_width(0.5, -3),
@@ -227,6 +231,7 @@ def test_arguments_without_sense_are_refused(call):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("error")
 def test_nothing_at_all_is_defined():
     none = torch.zeros(0, 0)
     assert metrics.token_accuracy(none, none, none).shape == (0,)
@@ -241,6 +246,22 @@ def test_nothing_at_all_is_defined():
     assert metrics.facts_forgotten(torch.zeros(0), torch.zeros(0)) == 0
     assert metrics.normalised_word_entropy([]) == metrics.generation_entropy([]) == 0
     assert metrics.wild_exact("", ["Paris"]) == metrics.wild_f1("Paris", []) == 0
+
+
+def test_each_probe_is_counted_for_itself():
+    """Its own tokens, whatever the others in the batch have."""
+    logprob = torch.full((3, 2), -LN2)
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
+    assert metrics.sum_logprob(logprob, mask).tolist() == near([-2 * LN2, -LN2, -INF])
+    assert metrics.perplexity(logprob[:2], mask[:2]).tolist() == near([2, 2])
+    longer = metrics.perplexity(logprob[:2], mask[:2], count_first=True)
+    assert longer.tolist() == near([2 ** (2 / 3), 2**0.5])
+
+
+def test_kl_of_a_token_ruled_out_is_infinite():
+    before = torch.tensor([[[0.5, 0.5]]]).log()
+    after = torch.tensor([[[1.0, 0.0]]]).log()
+    assert metrics.kl(before, after, torch.ones(1, 1)).tolist() == [INF]
 
 
 def test_a_case_without_probes_is_absent():
@@ -289,6 +310,15 @@ def test_t29_where_an_answer_ends(text, answer, strict, paper, contains):
         metric.update([text], [[answer]], cases(0))
         assert metric.compute() == expected
         assert metric.protocol == ("wild_paper" if metric.cut is metrics.paper_answer else "wild")
+
+
+def test_an_answer_ends_with_its_first_line():
+    assert metrics.wild_answer("Paris\nRome\nOslo") == "Paris"
+
+
+@pytest.mark.parametrize("text", ["(St. Louis) is the place", '"J. Smith" it was', "X. Smith"])
+def test_abbreviations_in_brackets_and_quotes(text):
+    assert metrics.wild_answer(text) == text
 
 
 def test_t29_the_cut_itself():
@@ -365,6 +395,7 @@ def test_t11_ngram_entropy(text, h2, h3, fluency):
     [
         (["Italy Italy italy.", "italy Rome is a city."], 0.86135),
         (["italy " * 4, "italy " * 4], 0.0),
+        (["Rome or"], 1.0),
         ([""], 0.0),
     ],
 )
@@ -425,6 +456,20 @@ def test_t30_facts_stay_forgotten():
     assert ok_at_10.mean() == near(0.9)
 
 
+def test_an_edit_that_did_not_hold_at_first_is_never_forgotten():
+    metric = FactsForgotten()
+    metric.update(["a"], torch.zeros(1), "current")
+    metric.update(["a"], torch.ones(1), "retention")
+    metric.update(["a"], torch.zeros(1), "retention")
+    assert metric.compute() == 0
+    again = FactsForgotten()
+    again.update(["a"], torch.zeros(1), "current")  # and made once more, with success
+    again.update(["a"], torch.ones(1), "current")
+    assert again.compute() == 0
+    again.update([], torch.zeros(0), "retention")
+    assert again.compute() == 0 and dim_zero_cat(again.lost).dtype == torch.long
+
+
 def test_t30_as_a_function():
     held, lost = torch.tensor([1, 1, 0, 1, 1]), torch.tensor([1, 0, 1, 1, 0])
     assert metrics.facts_forgotten(held, lost) == near(0.5)
@@ -458,7 +503,12 @@ def test_t32_weight_distance():
     assert moved.relative == INF
 
 
+def test_a_weight_of_zeros_that_has_not_moved():
+    assert metrics.weight_distance(torch.zeros(2, 2), torch.zeros(2, 2)).relative == 0
+
+
 def test_t35_trailing_mean():
+    assert metrics.trailing_mean([1, NAN, 0], 1) == near([1, NAN, 0])
     assert metrics.trailing_mean([1, 0, 0, 1, 1], 3) == near([1, 0.5, 0.3333, 0.3333, 0.6667])
     assert metrics.trailing_mean([NAN, 1, NAN, 0], 2) == near([NAN, 1, 1, 0])
 
@@ -470,6 +520,28 @@ def test_t38_bootstrap():
     assert metrics.bootstrap_interval([*values, NAN], seed=0) == (low, high)
     assert metrics.bootstrap_interval([NAN], seed=0) == near((NAN, NAN))
     assert metrics.bootstrap_interval([INF, INF], seed=0) == (INF, INF)
+
+
+def test_t38_intervals_are_those_of_the_resampled_means():
+    """By hand; without ``level`` and ``num_resamples`` 2000 resamples and 95 % of their means."""
+    values = np.random.default_rng(1).normal(size=30)
+    for level, count, given in [
+        (0.95, 2000, {}),
+        (0.6, 1, {"level": 0.6, "num_resamples": 1}),
+        (0.8, 99, {"level": 0.8, "num_resamples": 99}),
+    ]:
+        rng = np.random.default_rng(3)
+        means = [rng.choice(values, size=30).mean() for _ in range(count)]
+        cut = [(1 - level) / 2, 1 - (1 - level) / 2]
+        wanted = tuple(np.quantile(means, cut, method="inverted_cdf").tolist())
+        assert metrics.bootstrap_interval(values, 3, **given) == wanted
+        zeros = np.zeros(30)
+        assert metrics.paired_difference(values, zeros, 3, **given) == (values.mean(), *wanted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_cases_infinite_on_both_sides_are_left_out_without_a_warning():
+    assert metrics.paired_difference([INF, 1.0], [INF, 0.0], seed=0) == (1.0, 1.0, 1.0)
 
 
 def test_t38_paired_difference_sees_what_two_intervals_hide():
@@ -526,6 +598,50 @@ def test_a_perfect_first_batch_does_not_tie_metrics_together():
     for greedy in (target, torch.tensor([[1, 3]])):
         collection.update(greedy, target, mask, cases(0))
     assert collection.compute() == {"accuracy": near(0.75), "exact": near(0.5)}
+
+
+def test_metrics_of_one_protocol_are_not_tied_together_either():
+    one, other = CaseMean("tf_tok"), Portability()
+    assert one.metric_state.keys() != other.metric_state.keys()
+
+
+@pytest.mark.parametrize("cls", EVERY_METRIC)
+def test_what_torchmetrics_takes_is_passed_on(cls):
+    assert cls(compute_on_cpu=True).compute_on_cpu
+
+
+def test_every_protocol_has_its_name():
+    assert Preference(normalise=False).protocol == "cf_prob_sum"
+    assert WildExact(stop="paper").protocol == "wild_paper"
+    for cls in (HarmonicScore, FactsForgotten, CaseMean):
+        assert cls(protocol="mine").protocol == "mine"
+
+
+def test_sums_are_kept_in_double_precision():
+    assert all(cls().total.dtype == torch.float64 for cls in CASE_METRICS)
+
+
+@pytest.mark.parametrize("cls", [TokenAccuracy, ExactMatch, Agreement])
+def test_tokens_whose_probability_is_not_finite_are_wrong(cls):
+    metric, ids = cls(), torch.ones(2, 1, dtype=torch.long)
+    metric.update(ids, ids, ids, cases(0, 1), torch.tensor([[-1.0], [NAN]]))
+    assert metric.compute() == near(0.5)
+
+
+def test_preference_of_sums_is_that_of_whole_targets():
+    """One token of -1 against three of -0.5: less likely a token, more likely as a whole."""
+    target, rival = column(1.0), (torch.full((1, 3), -0.5), torch.ones(1, 3))
+    means, sums = Preference(), Preference(normalise=False)
+    for metric in (means, sums):
+        metric.update(*target, *rival, cases(0))
+    assert (means.compute(), sums.compute()) == (0, 1)
+
+
+def test_texts_and_answers_come_in_pairs():
+    with pytest.raises(ValueError, match="shorter"):
+        WildExact().update(["a", "b"], [["a"]], cases(0, 1))
+    with pytest.raises(ValueError, match="shorter"):
+        WildSame().update(["a", "b"], ["a"], cases(0, 1))
 
 
 def test_forward_gives_the_batch_and_compute_the_whole():

@@ -88,7 +88,7 @@ class ROME(WeightEditor):
         checks.contexts(contexts=contexts)
         checks.with_slot(essence=essence)
         if largest_change != math.inf:  # which is no limit
-            checks.positive(largest_change=largest_change)
+            checks.at_least(0, largest_change=largest_change)
         checks.seeds(seed=seed)
         checks.whole(1, parallel=parallel)
         self.layer, self.lengths, self.corpus, self.seed = layer, contexts, corpus, seed
