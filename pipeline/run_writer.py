@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
 from modules.files import write_text
+from modules.interrupts import uninterrupted
 from pipeline.callbacks import EditCallback, wandb_loggers
 from pipeline.errors import UserError
 from pipeline.lightning_parts import evaluates_now, values_to_log
@@ -295,6 +297,9 @@ class LastCheckpoint(Checkpoint):
 
     The last step is kept like any other, within its epoch: a run that was ended by ``max_steps`` and is given
     more goes on with the next batch.
+
+    Ctrl-C and SIGTERM wait for the end of a training step, which is then kept: within a step there is no state to
+    go on from. A second signal, or one during an evaluation, ends the run at once.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -303,6 +308,7 @@ class LastCheckpoint(Checkpoint):
         self._kept_step = -1
         self._step = 0
         self._whole = False  # no gradients are being accumulated, which a checkpoint would lose
+        self._signals = _UntilStepEnds()
         self._to_log: tuple[int, dict[str, float]] = (
             0,
             {},
@@ -314,25 +320,45 @@ class LastCheckpoint(Checkpoint):
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step)
         self._to_log = 0, {}
+        self._hold_signals(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         self._whole, self._step = trainer.global_step != self._step, trainer.global_step
-        if not self._whole or evaluates_now(trainer):
-            return
-        late = time.monotonic() - self._kept_at >= KEPT_EVERY
-        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if trainer.strategy.broadcast(late or is_last):  # all processes save together
-            self._to_log = values_to_log(trainer)
-            self._keep(trainer)
-            self._to_log = 0, {}
+        if self._whole and not evaluates_now(trainer):
+            late = time.monotonic() - self._kept_at >= KEPT_EVERY
+            is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
+            due = late or is_last or self._signals.is_held
+            if trainer.strategy.broadcast(due):  # all processes save together
+                self._to_log = values_to_log(trainer)
+                self._keep(trainer)
+                self._to_log = 0, {}
+        if self._signals.is_held:
+            self._deliver_signals()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+        self._deliver_signals()
 
     def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self._whole and not trainer.sanity_checking:
             self._keep(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._hold_signals(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self._kept_step != trainer.global_step:
             self._keep(trainer)
+        self._deliver_signals()
+
+    def on_exception(self, *_: object) -> None:
+        self._signals.drop()
+
+    def _hold_signals(self, trainer: Trainer) -> None:
+        if trainer.world_size == 1:  # of several processes only some may have got the signal
+            self._signals = _UntilStepEnds()
+            self._signals.__enter__()
+
+    def _deliver_signals(self) -> None:
+        self._signals.__exit__(None)
 
     def state_dict(self) -> dict[str, Any]:
         step, values = self._to_log
@@ -353,6 +379,25 @@ class LastCheckpoint(Checkpoint):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)
             self._kept_at, self._kept_step = time.monotonic(), trainer.global_step
+
+
+class _UntilStepEnds(uninterrupted):
+    """Holds the first signal back; a second one is delivered at once."""
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self._held)
+
+    def drop(self) -> None:
+        """Ends without delivering anything, because the run ends anyway."""
+        self._held.clear()
+        self._end()
+
+    def _holds(self, frame: FrameType | None) -> bool:
+        if self._held:
+            return False
+        os.write(2, b"corrigenda: stopping after this step; once more stops at once\n")
+        return True
 
 
 def _edit_callback(trainer: Trainer) -> EditCallback:
