@@ -82,7 +82,8 @@ def _main(command: str, words: list[str]) -> None:
             raise UserError(f"there is no command {command!r}: choose one of {known}")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning ends an interrupted run with SystemExit(1).
-        cause = stop.__context__ if isinstance(stop, SystemExit) else stop
+        by_lightning = isinstance(stop, SystemExit) and command in ("fit", "validate")
+        cause = stop.__context__ if by_lightning else stop
         if not isinstance(cause, KeyboardInterrupt):
             raise
         what = "terminated" if isinstance(cause, Terminated) else "interrupted"

@@ -110,7 +110,9 @@ def fit_or_validate(args: list[str]) -> None:
             if config.ckpt_path == "last":
                 config.ckpt_path = self.run.checkpoint and str(self.run.checkpoint)
             if config.ckpt_path:
-                read_checkpoint(config.ckpt_path, "pytorch-lightning_version")
+                read_checkpoint(
+                    config.ckpt_path, "pytorch-lightning_version", "epoch", "global_step", "loops"
+                )
             _place(config, self.run.path)
             _pass_on_seed(config)
 

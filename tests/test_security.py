@@ -1,6 +1,7 @@
 """What SECURITY.md promises: files and configurations of strangers run nothing and exhaust nothing."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -142,7 +143,10 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path):
     (tmp_path / "yaml.py").write_text("raise SystemExit('code was run')")
     (tmp_path / "s.yaml").write_text("runs: [{name: a, args: frobnicate}]")
     command = [sys.executable, "-m", "pipeline", "compare", "s.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2 and "no command 'frobnicate'" in done.stderr, done.stderr
 
 
@@ -184,12 +188,20 @@ def test_files_that_say_weights_only_still_load(corrigenda, tiny, tmp_path):
     assert corrigenda(*tiny, "-c", "c.yaml", "--print_config") == 0
 
 
-def test_a_checkpoint_does_not_change_the_configuration(corrigenda, tiny, tmp_path):
+def test_a_checkpoint_does_not_change_the_configuration(corrigenda, tiny, tmp_path, capsys):
     """Lightning takes a model's arguments from the checkpoint."""
-    content = {"hyper_parameters": {"_class_path": "evil_module.Evil"}, "state_dict": {}}
-    torch.save({**content, "base_model": {"name": "x", "hash": "y"}}, tmp_path / "c.ckpt")
-    assert corrigenda(*tiny, "--ckpt_path", "c.ckpt", "--print_config") == 0
+    content = {
+        "hyper_parameters": {"_class_path": "evil_module.Evil"},
+        "state_dict": {},
+        "loops": {},
+    }
+    content |= {"base_model": {"name": "x", "hash": "y"}, "epoch": 0, "global_step": 0}
+    torch.save({**content, "pytorch-lightning_version": "2.5"}, tmp_path / "c.ckpt")
     assert corrigenda(*tiny, "--ckpt_path", "c.ckpt") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "evil" not in error and "with weights y, not for" in error, (
+        error
+    )
 
 
 # ---------------------------------------------------------------------------- YAML
