@@ -1,4 +1,4 @@
-"""Commands as processes of their own, forked from one that has imported everything, so that each starts at once."""
+"""Commands as processes of their own, forked from one that has imported everything: each starts at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def import_everything() -> None:
     from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import pipeline.cli
+    import modules.moments  # noqa: F401
+    import pipeline.cli  # noqa: F401
     import pipeline.compare
     import pipeline.doctor
     import pipeline.edits

@@ -12,39 +12,25 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import socket
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 from tests import conftest  # noqa: F401  first: it sets the variables that libraries read
 from tests.bad_inputs import makers
 from tests.bad_inputs.rows import FOLDER, Row, expand, fill, read_rows
-from tests.processes import UNCAUGHT, Ended, Process, contents, import_everything
+from tests.bad_inputs.verdicts import Result, judge, summary
+from tests.processes import Process, contents, import_everything
 
 SECONDS = 20.0  # after which a row counts as hanging
-LONGEST = 1000  # characters of a message
-COLUMNS = ("clear", "unclear", "traceback", "hang", "accepted", "code executed")
-PLURAL = {"traceback": "tracebacks", "hang": "hangs", "accepted": "wrongly accepted"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a row: one of COLUMNS, and why it is not clear."""
-
-    name: str
-    verdict: str
-    why: str
-    seconds: float
 
 
 def run(row: Row, inputs: Path, folder: Path) -> Result:
@@ -68,53 +54,26 @@ def run(row: Row, inputs: Path, folder: Path) -> Result:
     left += [
         name for name in contents(folder) if name.startswith("cache/") and ".unfinished" in name
     ]
-    verdict, why = judge(row, ended, changed, left, canary.exists())
+    result = judge(row, ended, changed, left, canary.exists())
     shutil.rmtree(folder)
-    return Result(row.name, verdict, why, ended.seconds)
+    return result
 
 
 def _run(given: tuple[Row, Path, Path]) -> Result:
     return run(*given)
 
 
-def judge(
-    row: Row, ended: Ended, changed: Sequence[str], left: Sequence[str], executed: bool
-) -> tuple[str, str]:
-    """The verdict and the reason."""
-    message = ended.err.strip()
-    shown = message if len(message) <= LONGEST else f"{message[:300]} ... {message[-600:]}"
-    if executed:
-        return "code executed", f"code of a foreign file ran; {shown}"
-    if ended.status is None:
-        return "hang", f"not ended after {SECONDS:g} seconds; {shown}"
-    if ended.status == UNCAUGHT or "Traceback (most recent call last)" in ended.err + ended.out:
-        return "traceback", shown or ended.out[-600:]
-    if ended.status == 0 and row.exit:
-        return "accepted", f"exit status 0; {shown}"
-    wrong = []
-    if ended.status != row.exit:
-        wrong.append(f"exit status {ended.status}, not {row.exit}")
-    if row.exit == 2 and not re.search(r"(?:^|\n)corrigenda: error: [^\n]+$", message):
-        wrong.append("not one line that begins with 'corrigenda: error:'")
-    if len(message) > LONGEST:
-        wrong.append(f"a message of {len(message)} characters")
-    said = message + ended.out if row.exit == 0 else message
-    wrong += [f"does not say {part!r}" for part in row.says if not re.search(part, said, re.S)]
-    wrong += [f"{name} was changed" for name in changed[:3]] + [
-        f"{name} is left" for name in left[:3]
-    ]
-    return ("unclear", f"{'; '.join(wrong)}: {shown}") if wrong else ("clear", "")
-
-
 def _stranger() -> None:
-    """In the row's process: modules are found in its folder, and there is no network."""
+    """In the row's process: modules are found in its folder, and there is no network beyond this machine."""
     sys.path.insert(0, os.getcwd())
+    connect = socket.socket.connect
 
-    def refuse(self: socket.socket, address: object) -> NoReturn:
-        raise ConnectionRefusedError(f"no network in this test (to {address})")
+    def refuse(self: socket.socket, address: Any) -> None:  # noqa: ANN401
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise ConnectionRefusedError(f"no network in this test (to {address})")
+        connect(self, address)
 
     socket.socket.connect = refuse  # type: ignore[method-assign,assignment]
-    socket.socket.connect_ex = refuse  # type: ignore[method-assign,assignment]
 
 
 def run_all(rows: Sequence[Row], jobs: int) -> list[Result]:
@@ -147,13 +106,6 @@ def _words(commands: Mapping[str, str], inputs: Path) -> dict[str, list[str]]:
         name: [fill(word, {"inputs": inputs}) for word in expand(command).split()]
         for name, command in commands.items()
     }
-
-
-def summary(results: Sequence[Result]) -> str:
-    """One line: what was tried and what came of it."""
-    counts = Counter(result.verdict for result in results)
-    parts = [f"{len(results)} tried"]
-    return ", ".join(parts + [f"{counts[name]} {PLURAL.get(name, name)}" for name in COLUMNS])
 
 
 def main() -> None:
