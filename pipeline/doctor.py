@@ -20,6 +20,7 @@ from datamodules.records import Edit
 from modules.corpus import Corpus
 from modules.editors.mend import MEND
 from modules.editors.rome import ROME
+from modules.files import replacing, write_text
 from modules.lm import LanguageModel
 from modules.moments import Moments, first_token_shares
 from modules.structure import is_linear, is_quantised, sizes
@@ -285,8 +286,8 @@ def _heat_map(trace: CausalTrace, path: Path) -> str:
         ax.set_title(f"{_SITE_NAMES[site]} restored", loc="left", fontsize="medium")
         figure.colorbar(image, ax=ax, label="gain in P(answer)")
     axes[-1].set_xlabel("block")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
     return f"heat map in {path}"
 
 
@@ -321,8 +322,7 @@ def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) 
         },
     }
     text = yaml.safe_dump(config, sort_keys=False)
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     first, last = proposal.layers[0], proposal.layers[-1]
     together = lm.structure.residual_scale is not None
     memit = (
