@@ -6,7 +6,7 @@ import logging
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
@@ -245,7 +245,8 @@ class EditCallback(Callback):
             counted = self.schedule == "stream" and name.startswith(("val/", "current/"))
             axis = "edit/num_edits" if counted else "trainer/global_step"
             for board in boards:
-                board.experiment.define_metric(name, step_metric=axis)
+                with suppress(Exception):  # the logger tells by itself that it has failed
+                    board.experiment.define_metric(name, step_metric=axis)
 
     def budget(self) -> dict[str, Any]:
         """What edits and queries have cost so far, of all processes and of all runs before an interruption.

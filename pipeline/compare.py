@@ -32,9 +32,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from modules.files import locked
 from pipeline.errors import UserError
-from pipeline.report import is_finished, report, write_atomically
+from pipeline.report import is_finished, report
 from pipeline.signals import run_child, status_of
 from pipeline.trust import read_yaml, take_plugins
 
@@ -83,6 +82,8 @@ def compare(
         seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
         plugins: modules whose classes the runs may name, which a study file cannot add to.
     """
+    from modules.files import locked  # imports torch
+
     study = read_study(file, out)
     studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
     chosen = [(part, run) for part in studies for run in _choose(part, only)]
@@ -216,13 +217,15 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> None:
     """Note a run's arguments; None where it was run by hand and nobody knows them."""
+    from modules.files import write_text
+
     runs = _read_record(study.out)
     runs[run.name] = {"args": args and list(args), "report": run.is_reported}
     in_order = [known.name for known in study.runs if known.name in runs]
     in_order += [name for name in runs if name not in in_order]
     content = {"format": 1, "runs": {name: runs[name] for name in in_order}}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(study.out / "study.json", text)
+    write_text(study.out / "study.json", text)
 
 
 def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) -> None:

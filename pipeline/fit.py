@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ NOISE = (
     r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
+MIN_COLUMNS = 40
 
 
 def fit_or_validate(args: list[str]) -> None:
@@ -49,6 +51,7 @@ def fit_or_validate(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
 
     from modules.checkpoints import read_checkpoint
+    from pipeline import board  # noqa: F401  may be named then
     from pipeline.callbacks import EditCallback
     from pipeline.lightning_parts import WholeCheckpoints
     from pipeline.run_folder import open_run
@@ -56,6 +59,11 @@ def fit_or_validate(args: list[str]) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
+    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        # Not started by srun: one process, not one of several.
+        os.environ["SLURM_JOB_NAME"] = "interactive"
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:  # Lightning's table would divide by zero
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
@@ -242,11 +250,19 @@ def _place(config: Namespace, run_dir: Path) -> None:
         csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
         trainer.logger = [_spec("pipeline.lightning_parts.WholeLog", csv)]
         if config.wandb != "off":
-            wandb = {"project": "corrigenda", "name": run_dir.name, "save_dir": str(run_dir)}
+            wandb = {
+                "project": "corrigenda",
+                "name": run_dir.name,
+            }
+            wandb |= {
+                "save_dir": str(run_dir.resolve())
+            }  # W&B's own process has a folder of its own
             wandb |= {"offline": config.wandb == "offline"}
             trainer.logger.append(_spec("lightning.pytorch.loggers.WandbLogger", wandb))
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
+        if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
+            logger.class_path = "pipeline.board.Board"  # which never ends a run
         if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get(
             "save_dir"
         ):

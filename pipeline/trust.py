@@ -89,9 +89,10 @@ def check_yaml(text: str) -> None:
     count = 0
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor in [anchor for anchor, _ in begun]:
-                raise UserError(f"*{event.anchor} refers to a value from inside it")
-            count += sizes.get(event.anchor, 1)  # an unknown one is told by the loader
+            name = str(event.anchor)
+            if name in [anchor for anchor, _ in begun]:
+                raise UserError(f"*{name} refers to a value from inside it")
+            count += sizes.get(name, 1)  # an unknown one is told by the loader
         elif isinstance(event, yaml.NodeEvent):
             count += 1
             if isinstance(event, yaml.CollectionStartEvent):

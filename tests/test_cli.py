@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 
 from modules.evaluation import EditingModule
 from modules.lm import LanguageModel
 from pipeline.callbacks import EditCallback
+from pipeline.compare import read_study
 from pipeline.fit import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -239,7 +241,94 @@ def test_options_win_over_files_wherever_they_stand(parsed, tmp_path):
         assert found["data"]["init_args"]["limit"] == 3 and found["edit"]["schedule"] == "batch"
 
 
+@pytest.mark.parametrize(
+    "one", [["-c", "{}"], ["-c{}"], ["-c={}"], ["--config", "{}"], ["--config={}"]]
+)
+def test_every_spelling_of_a_file_is_the_same(parsed, tmp_path, one):
+    """Files in their order, options win, ours are found, wherever they stand."""
+    (tmp_path / "own.yaml").write_text("{edit: {schedule: epoch}, data: {init_args: {limit: 9}}}")
+
+    def given(file):
+        return [word.format(file) for word in one]
+
+    files = [*given("base/smollm2.yaml"), *given("configs/data/facts.yaml"), *given("own.yaml")]
+    found = parsed("validate", "--data.limit", "3", *files, "--data.seed=5")
+    assert found["data"]["init_args"]["limit"] == 3 and found["data"]["init_args"]["seed"] == 5
+    assert found["edit"]["schedule"] == "epoch"
+    assert found == parsed("validate", *files, "--data.seed", "5", "--data.limit", "3")
+
+
+@pytest.mark.parametrize(
+    "args", [["--run_dir=~/x"], ["--run_dir", "~/x"], ["-c=~/c.yaml"], ["-c~/c.yaml"]]
+)
+def test_the_home_folder_is_found_everywhere(parsed, tmp_path, monkeypatch, args):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "c.yaml").write_text("{run_dir: ~/x, data: {init_args: {path: ~/d.json}}}")
+    base = ["-c", "base/smollm2.yaml", "-c", "data/zsre.yaml", "--data.path=~/d.json"]
+    found = parsed("validate", *base, *args)
+    assert found["run_dir"] == str(tmp_path / "home" / "x")
+    assert found["data"]["init_args"]["path"] == str(tmp_path / "home" / "d.json")
+
+
+def test_paths_of_other_commands_are_expanded(tmp_path, monkeypatch, corrigenda, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "s.yaml").write_text("{out: ~/out, runs: [{name: a, args: validate}]}")
+    assert read_study(tmp_path / "s.yaml").out == tmp_path / "home" / "out"
+    for args in (["report", "~/a", "--out", "b"], ["compare", "~/a"], ["edits", "show", "~/a"]):
+        assert corrigenda(*args) == 2
+        assert str(tmp_path / "home" / "a") in one_line(capsys)
+
+
+@pytest.mark.parametrize("args", [["--run_dir", ""], ["--run_dir="]])
+def test_a_folder_without_a_name_is_refused(corrigenda, tiny, capsys, args):
+    assert corrigenda("validate", *tiny, *args) == 2
+    assert "--run_dir is empty" in one_line(capsys)
+    assert corrigenda("report", "a", *[arg.replace("run_dir", "out") for arg in args]) == 2
+    assert "--out is empty" in one_line(capsys)
+
+
 # ---------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """W&B as users have it: not told to stay offline."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    yield
+    monkeypatch.undo()
+    wandb.finish()
+
+
+def test_a_run_needs_no_connection_to_wandb(
+    corrigenda, tiny, tmp_path, caplog, monkeypatch, online
+):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    args = ["--run_dir", "a", "--wandb", "online", "--data.limit", "1"]
+    assert corrigenda("validate", *tiny, *args) == 0
+    assert (tmp_path / "a" / "summary.json").is_file()
+    assert caplog.text.count("nothing more is logged to Weights & Biases, the run goes on") == 1
+
+
+def test_a_run_outlives_wandb(corrigenda, tiny, tmp_path, caplog, monkeypatch, online):
+    def fail(*_, **__):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", fail)
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.define_metric", fail)
+    args = ["--run_dir", "a", "--wandb", "offline", "--data.limit", "2", "--data.batch_size", "1"]
+    assert corrigenda("fit", *tiny, *args, "--edit.schedule", "stream") == 0
+    assert (tmp_path / "a" / "summary.json").is_file()
+    assert caplog.text.count("the run goes on: the service is gone") == 1
+
+
+def test_surroundings_do_not_matter(corrigenda, tiny, tmp_path, monkeypatch):
+    """A terminal of one column; a job of SLURM whose command was not started by srun."""
+    monkeypatch.setenv("COLUMNS", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert corrigenda("validate", *tiny, "--run_dir", "a", "--data.limit", "1") == 0
+    assert (tmp_path / "a" / "summary.json").is_file()
 
 
 def test_a_run_folder(corrigenda, tiny, tmp_path):

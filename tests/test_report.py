@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.report import report, write_atomically
+from pipeline.report import report
 from pipeline.report.comparison import Comparison, join
 from pipeline.report.curves import learning_figure, learning_picture, retention_figure, size_figure
 from pipeline.report.logs import curve, read_training
@@ -630,15 +630,6 @@ def test_out_must_not_be_a_file(two_runs, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file"):
         report(two_runs, tmp_path / "out")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "report.md"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_it_starts_without_the_heavy_libraries():

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.report.logs import read_training
 from pipeline.report.runs import is_finished, read_runs
 
-__all__ = ["is_finished", "report", "write_atomically"]
+__all__ = ["is_finished", "report"]
 
 
 def report(
@@ -33,6 +32,7 @@ def report(
     """
     runs, unreported, notes = read_runs(dirs)
     # Torch and matplotlib take seconds: after the mistakes that need neither.
+    from modules.files import write_text
     from pipeline.report.comparison import join
     from pipeline.report.page import as_html
     from pipeline.report.tables import as_csv, as_markdown, print_headline
@@ -50,16 +50,6 @@ def report(
     except FileExistsError:
         raise UserError(f"--out {out} is a file; name a folder for the report") from None
     for name, text in texts.items():
-        write_atomically(out / name, text)
+        write_text(out / name, text)
     print_headline(comparison, sys.stdout)
     sys.stdout.write(f"\nreport: {out / 'report.html'} (and report.md, report.csv beside it)\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Leave either the old file or the whole new one, whatever happens in between."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
