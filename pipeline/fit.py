@@ -40,6 +40,12 @@ NOISE = (
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
 MIN_COLUMNS = 40
+ABOVE_ZERO = (
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+)
 
 
 def fit_or_validate(args: list[str]) -> None:
@@ -111,6 +117,7 @@ def fit_or_validate(args: list[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            _require_possible(config)
             _require_local_tensors(config, self.subcommand)
             # As given, before _place: a copy of the file can be run into another folder.
             text = self._parser(self.subcommand).dump(config, skip_unset=False)
@@ -224,6 +231,16 @@ def _found(file: str) -> Path:
     return path
 
 
+def _require_possible(config: Namespace) -> None:
+    """Refuses settings that jsonargparse and Lightning take, and then fail with."""
+    if config.edit is None:
+        raise UserError("edit is null: leave it out, or say editor: null, to edit nothing")
+    for name in ABOVE_ZERO:
+        value = config.trainer[name]
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"trainer.{name} must be above 0, got {value}")
+
+
 def _require_local_tensors(config: Namespace, verb: str) -> None:
     """A checkpoint is a file of this machine, read as tensors and plain values."""
     if not config.weights_only:
@@ -250,13 +267,12 @@ def _place(config: Namespace, run_dir: Path) -> None:
         csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
         trainer.logger = [_spec("pipeline.lightning_parts.WholeLog", csv)]
         if config.wandb != "off":
+            # Absolute, as W&B's service has a current folder of its own.
             wandb = {
                 "project": "corrigenda",
                 "name": run_dir.name,
+                "save_dir": str(run_dir.resolve()),
             }
-            wandb |= {
-                "save_dir": str(run_dir.resolve())
-            }  # W&B's own process has a folder of its own
             wandb |= {"offline": config.wandb == "offline"}
             trainer.logger.append(_spec("lightning.pytorch.loggers.WandbLogger", wandb))
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
