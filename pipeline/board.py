@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -71,7 +71,7 @@ class Board(WandbLogger):
     def _drop(self, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200]
         log.warning("nothing more is logged to Weights & Biases, the run goes on: %s", reason)
-        self._experiment = _Nothing()
+        self._experiment = cast(Any, _Nothing())
 
 
 def _require_connection(url: str) -> None:

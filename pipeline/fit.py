@@ -39,13 +39,12 @@ NOISE = (
     r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
+VERBS = {
+    "fit": "Train an editor or a fine-tuning baseline, or apply a stream of edits.",
+    "validate": "Edit the model and measure efficacy, generality and locality.",
+}
 MIN_COLUMNS = 40
-ABOVE_ZERO = (
-    "val_check_interval",
-    "check_val_every_n_epoch",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-)
+ABOVE_ZERO = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")
 
 
 def fit_or_validate(args: list[str]) -> None:
@@ -89,7 +88,8 @@ def fit_or_validate(args: list[str]) -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             every = LightningCLI.subcommands()
-            return {name: every[name] | {"weights_only"} for name in ("fit", "validate")}
+            ours = {"ckpt_path", "weights_only"}
+            return {name: every[name] | ours for name in ("fit", "validate")}
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(EditCallback, "edit")
@@ -100,12 +100,18 @@ def fit_or_validate(args: list[str]) -> None:
                 help="folder of this run (default: runs/<time>)",
             )
             parser.add_argument(
+                "--ckpt_path",
+                type=str | None,
+                default=None,
+                help="a checkpoint of this machine: what fit has trained, for validate; the run to go on "
+                "with, for fit, where last is that of --run_dir",
+            )
+            parser.add_argument(
                 "--wandb",
                 type=Literal["offline", "online", "off"],
                 default="offline",
                 help="Weights & Biases: into the run folder, to your account, or not at all",
             )
-
             # Configuration files of earlier versions say it, too.
             parser.add_argument("--weights_only", type=bool, default=True, help=SUPPRESS)
 
@@ -113,7 +119,9 @@ def fit_or_validate(args: list[str]) -> None:
             """A checkpoint's hyperparameters do not overrule the configuration."""
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-            return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+            path = self.config_init[subcommand].ckpt_path
+            given = super()._prepare_subcommand_kwargs(subcommand)
+            return {**given, "ckpt_path": path, "weights_only": True}
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
@@ -179,7 +187,11 @@ def fit_or_validate(args: list[str]) -> None:
                 auto_configure_optimizers=False,
                 save_config_callback=None,
                 seed_everything_default=0,
-                parser_kwargs={"fit": defaults, "validate": defaults, **raises},
+                parser_kwargs={
+                    **{verb: {**defaults, "description": text} for verb, text in VERBS.items()},
+                    "prog": "corrigenda",
+                    **raises,
+                },
                 args=args,
             )
     except MisconfigurationException as error:
@@ -239,6 +251,10 @@ def _require_possible(config: Namespace) -> None:
         value = config.trainer[name]
         if isinstance(value, int | float) and value <= 0:
             raise UserError(f"trainer.{name} must be above 0, got {value}")
+    if (config.trainer.gradient_clip_val or 0) < 0:
+        raise UserError(
+            f"trainer.gradient_clip_val is negative: {config.trainer.gradient_clip_val}"
+        )
 
 
 def _require_local_tensors(config: Namespace, verb: str) -> None:

@@ -98,6 +98,11 @@ def one_line(capsys):
             ],
         ),
         (["--trainer.devices", "0"], ["devices"]),
+        (["--trainer.gradient_clip_val", "-1"], ["gradient_clip_val is negative: -1"]),
+        (["--trainer.val_check_interval", "0"], ["val_check_interval must be above 0, got 0"]),
+        (["--trainer.check_val_every_n_epoch", "0"], ["must be above 0, got 0"]),
+        (["--trainer.accumulate_grad_batches", "0"], ["must be above 0, got 0"]),
+        (["--conf", "typo.yaml"], ["unrecognized arguments: --conf"]),
     ],
     ids=lambda value: " ".join(value[-2:]) if value[0].startswith("-") else "",
 )
@@ -168,18 +173,30 @@ def test_help_names_the_commands(corrigenda, capsys, args):
     )
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "compare", "report", "moments", "doctor"])
-def test_every_command_explains_itself(corrigenda, capsys, command):
-    assert corrigenda(command, "--help") == 0
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fit", ["Train an editor", "--edit.schedule", "where last is that of --run_dir"]),
+        ("validate", ["Edit the model and measure", "--edit.schedule", "--data.help"]),
+        ("compare", ["--only", "--seeds", "--out"]),
+        ("report", ["--baseline", "--out"]),
+        ("moments", ["--layers", "--lm.name"]),
+        ("doctor", ["--facts", "--lm.dtype"]),
+        ("edits", ["show", "verify", "apply", "merge", "export"]),
+        ("edits show", ["files"]),
+        ("edits verify", ["file", "--lm.name"]),
+        ("edits apply", ["--prompt"]),
+        ("edits merge", ["--out"]),
+        ("edits export", ["--out", "--lm.name"]),
+    ],
+)
+def test_every_command_explains_itself(corrigenda, capsys, command, words):
+    assert corrigenda(*command.split(), "--help") == 0
     text = capsys.readouterr().out
-    options = {
-        "compare": "--only",
-        "report": "--baseline",
-        "moments": "--layers",
-        "doctor": "--facts",
-    }
-    option = options.get(command, "--edit.schedule")
-    assert option in text and "usage" in text.lower()
+    assert text.startswith("usage: corrigenda ") and command.split()[-1] in text.splitlines()[0]
+    plain = " ".join(text.split())
+    assert all(word in plain for word in words)
+    assert "weights_only" not in text and "hpc" not in text
 
 
 def test_short_names_stand_for_classes(parsed):
@@ -205,6 +222,13 @@ def test_printed_configuration_is_the_configuration(parsed, tmp_path):
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(once))
     assert parsed("validate", "-c", "all.yaml") == once
     assert once["edit"]["schedule"] == "batch" and once["data"]["init_args"]["path"] == "x.jsonl"
+
+
+def test_no_options_of_edits_are_refused(corrigenda, tmp_path, capsys):
+    (tmp_path / "null.yaml").write_text("edit: null")
+    args = ["-c", "base/smollm2.yaml", "-c", "data/facts.yaml", "-c", "null.yaml"]
+    assert corrigenda("validate", *args) == 2
+    assert "edit is null: leave it out" in one_line(capsys)
 
 
 def test_files_combine_and_come_from_anywhere(parsed, tmp_path):

@@ -1,8 +1,11 @@
 """Studies whose runs are a small script that is told what to do."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,13 @@ from pipeline.compare import compare, read_study, run_command
 from pipeline.errors import UserError
 from pipeline.report import report
 
+ROOT = Path(__file__).parents[1]
+
 # Usage: fake.py <verb> [anything] <what to do> [anything] --run_dir DIR [--ckpt_path last]
 FAKE = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
-what = next(word for word in sys.argv if word in ("ok", "fail", "die", "interrupt", "silent"))
+what = next(word for word in sys.argv if word in ("ok", "fail", "die", "interrupt", "silent", "wait"))
 folder.mkdir(parents=True, exist_ok=True)
 with (folder.parent / "calls.txt").open("a") as calls:
     calls.write(" ".join([folder.name, *sys.argv[1:]]) + "\\n")
@@ -29,6 +34,14 @@ if what == "interrupt":
     time.sleep(0.2)
     (folder / "closed").touch()
     sys.exit(1)
+if what == "wait" and not (folder.parent / "closed").exists():
+    from pipeline.signals import interruptible, status_of
+    with interruptible():
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt as stop:
+            (folder.parent / "closed").touch()
+            sys.exit(status_of(stop))
 last = sys.argv[::-1].index("--seed_everything") if "--seed_everything" in sys.argv else 0
 seed = int(sys.argv[len(sys.argv) - last]) if last else 1
 row = {"case_id": "1", "fingerprint": "f", "phase": "val", "num_edits": 1,
@@ -182,6 +195,48 @@ def test_ctrl_c_lets_the_run_close_and_says_how_to_go_on(study, tmp_path, capfd)
     assert called(tmp_path) == ["a"]
     assert (tmp_path / "out" / "a" / "closed").exists()
     assert "the same command goes on" in capfd.readouterr().err
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from pipeline import compare as runner
+_, script, study = sys.argv
+runner.run_command = lambda args, folder: [sys.executable, script, *args, "--run_dir", str(folder)]
+runner.compare(Path(study))
+"""
+
+
+def test_a_run_ends_when_only_its_comparison_is_killed(study, tmp_path):
+    """The same command then goes on, and the report is that of a study that was not interrupted."""
+    file = study(("a", "validate ok"), ("b", "validate wait"))
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "fake.py"), str(file)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until(lambda: called(tmp_path) == ["a", "b"])
+    with pytest.raises(BlockingIOError, match="study's folder .*out is being written by another"):
+        compare(file)
+    process.kill()
+    process.wait()
+    until((tmp_path / "out" / "closed").exists)
+    compare(file)
+    assert called(tmp_path) == ["a", "b", "b"]
+    compare(study(("a", "validate ok"), ("b", "validate ok")), out=tmp_path / "whole")
+    for name in ("report.csv", "report.md", "report.html"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_plugins_of_the_command_line_are_passed_on(study, tmp_path):
+    compare(study(("a", "validate ok")), plugins=["my_editors"])
+    assert calls(tmp_path)[0].startswith("a validate ok --plugin=my_editors --run_dir")
+    compare(study(("a", "validate ok")))  # no change of the run's own arguments
+    assert called(tmp_path) == ["a"]
 
 
 def test_changed_arguments_are_refused_before_anything_runs(study, tmp_path):
