@@ -54,8 +54,10 @@ KINDS = {
 TIMES = re.compile(
     r"seconds|current_score|peak_gib|training_time|quer(y|ies)|_last_lr_time|bytes_kept"
 )
-# Of a run that was interrupted alone: what says so.
-OWN = re.compile(r"config-resumed-\d+\.yaml$|interrupted-\d+/|\.lock$|progress\.json$|logs/")
+# What says that a run was interrupted, metrics.csv, which is compared by its values, and what may be forgotten.
+OWN = re.compile(
+    r"config-resumed-\d+\.yaml$|interrupted-\d+/|\.lock$|progress\.json$|logs/|cache/prefixes"
+)
 
 
 class Bench:

@@ -87,7 +87,7 @@ def mounted(tmp_path):
 def test_a_disk_that_is_full(bench, mounted, kind):
     """A real one, of a few pages; with room again the command goes on."""
     whole, _ = bench.whole(kind)
-    disk = mounted("size=64k")
+    disk = mounted("size=16k")
     ended = bench.start(kind, disk).end()
     assert ended.status == 2, ended.err
     line = ended.err.strip().rpartition("\n")[2]
@@ -156,7 +156,8 @@ def test_two_gatherings_of_one_cache(bench, tmp_path):
     gate.unlink()
     ended = [process.end() for process in (first, second)]
     assert [end.status for end in ended] == [0, 0], ended
-    assert ended[0].out.splitlines()[:-1] == ended[1].out.splitlines()[:-1]
+    layers = [[line for line in end.out.splitlines() if line.startswith("layer")] for end in ended]
+    assert layers[0] == layers[1] != []
     assert not differences(whole, folder)
 
 

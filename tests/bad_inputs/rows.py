@@ -35,7 +35,7 @@ MACROS = {
     "base": "{model} {facts} {quiet}",
     "ft": "{base} --edit.editor FT --edit.editor.layers [1] --edit.editor.steps 2",
     "text": "--edit.editor.corpus.source {inputs}/text.txt --edit.editor.corpus.tokens 1500",
-    "rome": "{base} --edit.editor ROME --edit.editor.layer 1 --edit.editor.steps 2 {text} "
+    "rome": "{base} --edit.editor ROME --edit.editor.layer 0 --edit.editor.steps 2 {text} "
     "--edit.editor.contexts []",
     "mend": "--model MEND --model.lm.name {lm} --model.layers [1] --model.rank 4 {zsre} {quiet} "
     "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.check_val_every_n_epoch null",
