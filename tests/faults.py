@@ -48,7 +48,7 @@ KINDS = {
     "moments": "moments {moments}",
     "merge": "edits merge {inputs}/runs/rome/edits/0.safetensors {inputs}/runs/rome/edits/1.safetensors "
     "--out run/merged.safetensors",
-    "export": "edits export {inputs}/runs/rome/edits/0.safetensors --format peft --out run/adapter",
+    "export": "edits export {inputs}/runs/rome/edits/0.safetensors --format hf --out run/model",
     "report": "report {inputs}/runs/ft {inputs}/runs/rome --out run",
 }
 TIMES = re.compile(

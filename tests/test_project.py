@@ -51,6 +51,14 @@ def test_tested_versions_are_within_the_ranges() -> None:
 
 def test_every_make_target_has_a_help_text() -> None:
     targets = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split()
-    assert {"setup", "demo", "test", "lint", "format", "bench", "clean"} <= {*targets}
+    assert {"setup", "demo", "test", "faults", "lint", "format", "bench", "clean"} <= {*targets}
     for target in targets:
         assert re.search(rf"^{target}:.*## \w", MAKEFILE, re.M), f"make {target}: no '## text'"
+
+
+def test_what_is_promised_is_written_down_and_linked() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert "docs/reliability.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make faults" in text and "python -m tests.bad_inputs" in text
+    tried, clear, *rest = map(int, re.search(r"^((?:\| *\d+ *)+)\|$", text, re.M)[1].split("|")[1:])
+    assert tried == clear >= 300 and not any(rest), "bad inputs that do not end in one clear line"
