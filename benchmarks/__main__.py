@@ -17,8 +17,8 @@ import torch
 from benchmarks import evaluation, generation, learned, memit, moments, neurons, retrieval, values
 from benchmarks.shapes import SHAPES, RandomModel
 from benchmarks.side_by_side import HEADER
-from datamodules.facts import Facts
-from modules.lm import LanguageModel
+from corrigenda.datamodules.facts import Facts
+from corrigenda.modules.model.lm import LanguageModel
 
 SCRIPTS = {
     "values": values,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.side_by_side import corpus, ratio, require_close
-from datamodules.records import EditCase
-from modules.editing import editing_mode
-from modules.editors.rome import ROME
-from modules.evaluation import EditingModule
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.lm import LanguageModel
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from benchmarks.side_by_side import ratio, require_close
-from datamodules.records import EditCase
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.model.lm import LanguageModel
 
 SHOWN, ASKED = 12, 32
 

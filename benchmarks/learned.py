@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.side_by_side import ratio, require_close
-from datamodules.records import EditCase
-from modules.editors.mend import MEND
-from modules.hooks import capture
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.tail import Tail
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.tail import Tail
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
 
     def plain() -> tuple[list[float], Tensor]:
         lm.reuse_prefix = False
-        with patch("modules.editors.mend.gradient_factors", backward_through_all):
+        with patch("corrigenda.modules.editors.mend.gradient_factors", backward_through_all):
             return step()
 
     def ours(new: bool) -> tuple[list[float], Tensor]:
@@ -73,7 +73,7 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
 def backward_through_all(
     lm: LanguageModel, _tail: Tail, rows: Rows, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What :func:`modules.gradients.gradient_factors` gives, as a by-product of ``loss.backward()``."""
+    """What :func:`corrigenda.modules.training.gradients.gradient_factors` gives, as a by-product of ``loss.backward()``."""
     row_N, position_N = rows.answer_positions()
     target_N = rows.ids_BT[row_N, position_N + 1]
     weight_N = 1 / (rows.length_B - rows.start_B)[row_N]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import corpus, difference, ratio, require_close
-from datamodules.records import Edit, EditCase
-from modules.delta import Delta
-from modules.editing import editing_mode
-from modules.editors.memit import MEMIT
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.memit import MEMIT
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
 
 
 class GivenValues(MEMIT):

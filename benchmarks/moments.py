@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import ratio
-from datamodules.records import EditCase
-from modules.corpus import Corpus
-from modules.lm import LanguageModel
-from modules.moments import Moments
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.side_by_side import ratio, require_close
-from datamodules.records import EditCase
-from modules.editors.kn import attributions
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.editors.kn import attributions
+from corrigenda.modules.model.lm import LanguageModel
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:

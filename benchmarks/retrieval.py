@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.side_by_side import ratio
-from datamodules.records import EditCase
-from modules.lm import LanguageModel
-from modules.retrieval import Encoder, Retriever, SentenceEncoder
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.retrieval.retriever import Encoder, Retriever, SentenceEncoder
 
 FEW, MANY, TIMED = 100, 100_000, 200
 

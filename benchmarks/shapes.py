@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
 
-from modules.lm import LanguageModel
+from corrigenda.modules.model.lm import LanguageModel
 
 # The tokenizer is SmolLM2's, with 49,152 words: Llama's own vocabulary of 32,000 would be too small.
 SHAPES: dict[str, type[PretrainedConfig]] = {"gpt-j": GPTJConfig, "llama-7b": LlamaConfig}

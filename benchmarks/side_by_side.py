@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from modules.corpus import Corpus
-from modules.delta import Delta
-from modules.lm import LanguageModel
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.statistics.corpus import Corpus
 
 HEADER = "| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
 

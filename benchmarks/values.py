@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.side_by_side import corpus, difference, ratio, require_close
-from datamodules.records import EditCase
-from modules.delta import Delta
-from modules.editing import editing_mode
-from modules.editors.rome import ROME
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:

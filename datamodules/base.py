@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.files import DataError, Row, read_rows
-from datamodules.loader import CaseLoader, Share
-from datamodules.records import Edit, EditCase
-from modules import checks
+from corrigenda.datamodules.files import DataError, Row, read_rows
+from corrigenda.datamodules.loader import CaseLoader, Share
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules import checks
 
 log = logging.getLogger(__name__)
 

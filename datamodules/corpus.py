@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datamodules.files import LONGEST_LINE, Row, lines, read_rows, require_file
+from corrigenda.datamodules.files import LONGEST_LINE, Row, lines, read_rows, require_file
 
 
 def texts(source: str) -> Iterator[str]:
@@ -17,7 +17,7 @@ def texts(source: str) -> Iterator[str]:
             a Hub dataset (``owner/name:split`` or ``owner/name/config:split``).
     """
     if source == "facts":
-        from datamodules.facts import statements
+        from corrigenda.datamodules.facts import statements
 
         return iter(statements())
     if source.endswith((".txt", ".txt.gz")):

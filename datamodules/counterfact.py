@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datamodules.base import EditDataModule
-from datamodules.files import Row
-from datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.base import EditDataModule
+from corrigenda.datamodules.files import Row
+from corrigenda.datamodules.records import Edit, EditCase, Probe
 
 
 class CounterFact(EditDataModule):

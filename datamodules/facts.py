@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from datamodules.base import EditDataModule
-from datamodules.records import SLOT, Edit, EditCase, Probe
+from corrigenda.datamodules.base import EditDataModule
+from corrigenda.datamodules.records import SLOT, Edit, EditCase, Probe
 
 FOLDER = Path(__file__).parent / "assets" / "facts"
 NUM_SEEN = 3  # paraphrase templates of training cases; the others are kept for val and test

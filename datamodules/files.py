@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from datamodules.records import SLOT, Edit, occurrences
+from corrigenda.datamodules.records import SLOT, Edit, occurrences
 
 T = TypeVar("T")
 LONGEST_LINE = 1 << 26  # characters

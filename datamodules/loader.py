@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from datamodules.files import DataError
-from datamodules.records import EditCase
+from corrigenda.datamodules.files import DataError
+from corrigenda.datamodules.records import EditCase
 
 T = TypeVar("T")
 Share = Literal["even", "each_once", "same"]

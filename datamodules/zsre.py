@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from datamodules.base import EditDataModule
-from datamodules.files import Row
-from datamodules.records import EditCase, Probe
+from corrigenda.datamodules.base import EditDataModule
+from corrigenda.datamodules.files import Row
+from corrigenda.datamodules.records import EditCase, Probe
 
 
 class ZsRE(EditDataModule):

@@ -16,14 +16,20 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.records import Edit, EditCase
-from modules.adapters import ModulePatch
-from modules.delta import Delta
-from modules.editing import EditHandle, Editor, WeightEditor, WeightPatch, editing_mode
-from modules.evaluation import CaseResult, EditingModule
-from modules.files import file_name
-from modules.memory import MemoryEditor
-from modules.metrics import FactsForgotten
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editing.editor import (
+    EditHandle,
+    Editor,
+    WeightEditor,
+    WeightPatch,
+    editing_mode,
+)
+from corrigenda.modules.editing.memory import MemoryEditor
+from corrigenda.modules.evaluation.module import CaseResult, EditingModule
+from corrigenda.modules.files import file_name
+from corrigenda.modules.metrics import FactsForgotten
+from corrigenda.modules.model.delta import Delta
 
 log = logging.getLogger(__name__)
 

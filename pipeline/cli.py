@@ -10,10 +10,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
-from pipeline.fit import fit_or_validate
-from pipeline.signals import Terminated, interruptible, status_of
-from pipeline.trust import MAX_CHARACTERS, ONLY_KNOWN, at_home, restrict_parsing, take_plugins
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.fit import fit_or_validate
+from corrigenda.pipeline.signals import Terminated, interruptible, status_of
+from corrigenda.pipeline.trust import (
+    MAX_CHARACTERS,
+    ONLY_KNOWN,
+    at_home,
+    restrict_parsing,
+    take_plugins,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -139,7 +145,7 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 
 
 def _compare(args: list[str]) -> None:
-    from pipeline.compare import compare
+    from corrigenda.pipeline.compare import compare
 
     parser = _parser("compare", compare.__doc__)
     parser.add_argument("file", type=Path, help="the study file (YAML)")
@@ -154,7 +160,7 @@ def _compare(args: list[str]) -> None:
 
 
 def _report(args: list[str]) -> None:
-    from pipeline.report import report
+    from corrigenda.pipeline.report import report
 
     parser = _parser("report", report.__doc__)
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
@@ -164,9 +170,9 @@ def _report(args: list[str]) -> None:
 
 
 def _moments(args: list[str]) -> None:
-    from modules.corpus import IMPORTED, Corpus
-    from modules.lm import LanguageModel
-    from modules.moments import Moments
+    from corrigenda.modules.model.lm import LanguageModel
+    from corrigenda.modules.statistics.corpus import IMPORTED, Corpus
+    from corrigenda.modules.statistics.moments import Moments
 
     parser = _parser("moments", "Gathers second moments of MLP keys; resumes if killed.")
     parser.add_class_arguments(LanguageModel, "lm")
@@ -200,8 +206,8 @@ def _moments(args: list[str]) -> None:
 
 def _edits(args: list[str]) -> None:
     """Ends with status 1 where an edit that is verified does not hold."""
-    from modules.lm import LanguageModel
-    from pipeline import edits
+    from corrigenda.modules.model.lm import LanguageModel
+    from corrigenda.pipeline import edits
 
     parser = _parser("edits", edits.__doc__)
     verbs = parser.add_subcommands()
@@ -234,8 +240,8 @@ def _edits(args: list[str]) -> None:
 def _doctor(args: list[str]) -> None:
     import transformers
 
-    from modules.lm import LanguageModel
-    from pipeline.doctor import doctor
+    from corrigenda.modules.model.lm import LanguageModel
+    from corrigenda.pipeline.doctor import doctor
 
     transformers.logging.disable_progress_bar()
     parser = _parser("doctor", doctor.__doc__)

@@ -32,10 +32,10 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.errors import UserError
-from pipeline.report import is_finished, report
-from pipeline.signals import run_child, status_of
-from pipeline.trust import read_yaml, take_plugins
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import is_finished, report
+from corrigenda.pipeline.signals import run_child, status_of
+from corrigenda.pipeline.trust import read_yaml, take_plugins
 
 STUDY_KEYS = ("out", "baseline", "common", "runs")
 RUN_KEYS = ("name", "args", "report")
@@ -82,7 +82,7 @@ def compare(
         seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
         plugins: modules whose classes the runs may name, which a study file cannot add to.
     """
-    from modules.files import locked  # imports torch
+    from corrigenda.modules.files import locked  # imports torch
 
     study = read_study(file, out)
     studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
@@ -217,7 +217,7 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> None:
     """Note a run's arguments; None where it was run by hand and nobody knows them."""
-    from modules.files import write_text
+    from corrigenda.modules.files import write_text
 
     runs = _read_record(study.out)
     runs[run.name] = {"args": args and list(args), "report": run.is_reported}
@@ -245,7 +245,7 @@ def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) ->
 
 def run_command(args: Sequence[str], run_dir: Path) -> list[str]:
     """The command line of one run in a process of its own."""
-    return [sys.executable, "-m", "pipeline", *args, "--run_dir", str(run_dir)]
+    return [sys.executable, "-m", "corrigenda", *args, "--run_dir", str(run_dir)]
 
 
 def _do(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None:

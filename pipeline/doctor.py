@@ -14,18 +14,24 @@ import torch
 import yaml
 from transformers.pytorch_utils import Conv1D
 
-from datamodules.corpus import texts
-from datamodules.facts import Facts
-from datamodules.records import Edit
-from modules.corpus import Corpus
-from modules.editors.mend import MEND
-from modules.editors.rome import ROME
-from modules.files import replacing, write_text
-from modules.lm import LanguageModel
-from modules.moments import Moments, first_token_shares
-from modules.structure import is_linear, is_quantised, sizes
-from modules.tracing import LAST_SUBJECT, ROLES, SITES, CausalTrace, causal_trace
-from pipeline.errors import UserError
+from corrigenda.datamodules.corpus import texts
+from corrigenda.datamodules.facts import Facts
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.files import replacing, write_text
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import is_linear, is_quantised, sizes
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments, first_token_shares
+from corrigenda.modules.statistics.tracing import (
+    LAST_SUBJECT,
+    ROLES,
+    SITES,
+    CausalTrace,
+    causal_trace,
+)
+from corrigenda.pipeline.errors import UserError
 
 MAX_FIRST_SHARE = 0.25  # of trace(C) from first tokens; above it a layer is left out
 OF_PEAK = 0.5  # layers whose effect is at least this share of the largest one make up the range
@@ -308,12 +314,12 @@ def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) 
         model["dtype"] = str(lm.net.dtype).removeprefix("torch.")
     config = {
         "model": {
-            "class_path": "modules.evaluation.EditingModule",
+            "class_path": "corrigenda.modules.evaluation.module.EditingModule",
             "init_args": {"lm": model},
         },
         "edit": {
             "editor": {
-                "class_path": "modules.editors.rome.ROME",
+                "class_path": "corrigenda.modules.editors.rome.ROME",
                 "init_args": {
                     "layer": proposal.rome,
                     "corpus": {"source": corpus.source, "tokens": corpus.tokens},

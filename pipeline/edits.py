@@ -16,17 +16,17 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from datamodules.records import Edit
-from modules.checks import at_least
-from modules.delta import Delta, LowRank, Update, add_deltas, file_format, svd
-from modules.editing import WeightPatch
-from modules.files import replacing, write_tensors, write_text
-from modules.lm import LanguageModel
-from modules.loading import hash_weights
-from modules.memory import FORMAT as REMEMBERED
-from modules.memory import Remembered
-from modules.structure import is_linear, is_quantised
-from pipeline.errors import UserError
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.checks import at_least
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.memory import FORMAT as REMEMBERED
+from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.files import replacing, write_tensors, write_text
+from corrigenda.modules.model.delta import Delta, LowRank, Update, add_deltas, file_format, svd
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.model.structure import is_linear, is_quantised
+from corrigenda.pipeline.errors import UserError
 
 # ---------------------------------------------------------------------------- without a model
 

@@ -17,9 +17,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import UserError
-from pipeline.signals import listen
-from pipeline.trust import import_plugins, known_classes, read_yaml, restrict_parsing, take_plugins
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.signals import listen
+from corrigenda.pipeline.trust import (
+    import_plugins,
+    known_classes,
+    read_yaml,
+    restrict_parsing,
+    take_plugins,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -48,19 +54,19 @@ ABOVE_ZERO = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_
 
 
 def fit_or_validate(args: list[str]) -> None:
-    """Runs one of the two; raises what :func:`pipeline.cli.main` makes one line of."""
+    """Runs one of the two; raises what :func:`corrigenda.pipeline.cli.main` makes one line of."""
     import transformers
     from jsonargparse import SUPPRESS
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
     from lightning.pytorch.cli import LightningCLI
 
-    from modules.checkpoints import read_checkpoint
-    from pipeline import board  # noqa: F401  may be named then
-    from pipeline.callbacks import EditCallback
-    from pipeline.lightning_parts import WholeCheckpoints
-    from pipeline.run_folder import open_run
-    from pipeline.run_writer import LastCheckpoint, RunWriter
+    from corrigenda.modules.training.checkpoints import read_checkpoint
+    from corrigenda.pipeline import board  # noqa: F401  may be named then
+    from corrigenda.pipeline.callbacks import EditCallback
+    from corrigenda.pipeline.lightning_parts import WholeCheckpoints
+    from corrigenda.pipeline.run_folder import open_run
+    from corrigenda.pipeline.run_writer import LastCheckpoint, RunWriter
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -202,11 +208,11 @@ def fit_or_validate(args: list[str]) -> None:
 
 def _import_methods() -> None:
     """Imports every editor and data module, so that YAML can name classes without their path."""
-    for package in ("modules.editors", "datamodules"):
+    for package in ("corrigenda.modules.editors", "datamodules"):
         folder = importlib.import_module(package).__path__
         for module in pkgutil.iter_modules(folder, f"{package}."):
             importlib.import_module(module.name)
-    importlib.import_module("modules.tuning")
+    importlib.import_module("corrigenda.modules.training.tuning")
 
 
 def _files_first(words: Sequence[str]) -> list[str]:
@@ -281,7 +287,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
     trainer.default_root_dir = str(run_dir)
     if trainer.logger in (None, True):
         csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
-        trainer.logger = [_spec("pipeline.lightning_parts.WholeLog", csv)]
+        trainer.logger = [_spec("corrigenda.pipeline.lightning_parts.WholeLog", csv)]
         if config.wandb != "off":
             # Absolute, as W&B's service has a current folder of its own.
             wandb = {
@@ -294,7 +300,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
         if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
-            logger.class_path = "pipeline.board.Board"  # which never ends a run
+            logger.class_path = "corrigenda.pipeline.board.Board"  # which never ends a run
         if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get(
             "save_dir"
         ):

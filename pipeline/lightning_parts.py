@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from modules.checkpoints import read_checkpoint
-from modules.files import replacing
+from corrigenda.modules.files import replacing
+from corrigenda.modules.training.checkpoints import read_checkpoint
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -2,7 +2,7 @@
 
 A run that goes on mixes what was made before with what is made now, so everything that a result depends on is
 noted: settings, the content of files that they name, versions. The weights and the cases, which are only known
-once they are loaded, are added by the :class:`~pipeline.run_writer.RunWriter`.
+once they are loaded, are added by the :class:`~corrigenda.pipeline.run_writer.RunWriter`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from modules.files import locked, remove_unfinished, write_text
-from pipeline.errors import UserError
+from corrigenda.modules.files import locked, remove_unfinished, write_text
+from corrigenda.pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -109,7 +109,7 @@ def _last(config: Namespace) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a ``fit`` keeps up to date, see :class:`~pipeline.run_writer.LastCheckpoint`."""
+    """The checkpoint that a ``fit`` keeps up to date, see :class:`~corrigenda.pipeline.run_writer.LastCheckpoint`."""
     return folder / "checkpoints" / "last.ckpt"
 
 

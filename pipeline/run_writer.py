@@ -19,14 +19,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
-from modules.files import write_text
-from modules.interrupts import uninterrupted
-from pipeline.callbacks import EditCallback, wandb_loggers
-from pipeline.errors import UserError
-from pipeline.lightning_parts import evaluates_now, values_to_log
-from pipeline.report.logs import read_training
-from pipeline.run_folder import last_checkpoint, read_progress, require_same
+from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingModule
+from corrigenda.modules.files import write_text
+from corrigenda.modules.interrupts import uninterrupted
+from corrigenda.pipeline.callbacks import EditCallback, wandb_loggers
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.lightning_parts import evaluates_now, values_to_log
+from corrigenda.pipeline.report.logs import read_training
+from corrigenda.pipeline.run_folder import last_checkpoint, read_progress, require_same
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class RunWriter(Callback):
         boards = wandb_loggers(trainer)
         if not boards:
             return
-        from pipeline.report.curves import learning_picture  # matplotlib takes a second
+        from corrigenda.pipeline.report.curves import learning_picture  # matplotlib takes a second
 
         for logger in trainer.loggers:
             logger.save()

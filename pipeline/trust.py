@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import UserError
+from corrigenda.pipeline.errors import UserError
 
 MAX_CHARACTERS = 1_000_000  # of a file or an option
 MAX_DEPTH = 50

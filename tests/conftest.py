@@ -23,9 +23,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, processors
 
-from modules.lm import LanguageModel
-from modules.loading import cache_dir
-from pipeline import cli
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import cache_dir
+from corrigenda.pipeline import cli
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -103,12 +103,14 @@ class Bench:
         """Starts the command of a kind in a folder of its own, where its cache is, too."""
 
         def prepare() -> None:
-            import modules.moments
-            import pipeline.run_writer
+            import corrigenda.modules.statistics.moments
+            import corrigenda.pipeline.run_writer
 
             # Checkpoints and sums are kept after every step, not every minute.
-            pipeline.run_writer.KEPT_EVERY = modules.moments.WRITE_SECONDS = 0.0
-            modules.moments.BUFFER_TEXTS = 32
+            corrigenda.pipeline.run_writer.KEPT_EVERY = (
+                corrigenda.modules.statistics.moments.WRITE_SECONDS
+            ) = 0.0
+            corrigenda.modules.statistics.moments.BUFFER_TEXTS = 32
             if before is not None:
                 before()
 

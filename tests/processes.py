@@ -27,15 +27,15 @@ def import_everything() -> None:
     from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import modules.moments  # noqa: F401
-    import pipeline.cli  # noqa: F401
-    import pipeline.compare
-    import pipeline.doctor
-    import pipeline.edits
-    import pipeline.fit
-    import pipeline.report  # noqa: F401
+    import corrigenda.modules.statistics.moments  # noqa: F401
+    import corrigenda.pipeline.cli  # noqa: F401
+    import corrigenda.pipeline.compare
+    import corrigenda.pipeline.doctor
+    import corrigenda.pipeline.edits
+    import corrigenda.pipeline.fit
+    import corrigenda.pipeline.report  # noqa: F401
 
-    pipeline.fit._import_methods()
+    corrigenda.pipeline.fit._import_methods()
     torch.set_num_threads(1)
 
 
@@ -86,7 +86,7 @@ class Process:
         env: Mapping[str, str | None],
         before: Callable[[], object] | None,
     ) -> int:
-        from pipeline import cli
+        from corrigenda.pipeline import cli
 
         status = 0
         try:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.shapes import SHAPES, RandomModel
 from benchmarks.side_by_side import HEADER, require_close
-from datamodules.facts import Facts
+from corrigenda.datamodules.facts import Facts
 
 ROW = re.compile(r"\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ to [\d.]+ \|")
 

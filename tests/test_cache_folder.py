@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.loading import cache_dir
+from corrigenda.modules.model.loading import cache_dir
 
 
 @pytest.fixture

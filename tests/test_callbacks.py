@@ -9,23 +9,23 @@ import wandb
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from datamodules.counterfact import CounterFact
-from datamodules.records import Edit, EditCase
-from modules.adapters import ModulePatch
-from modules.corpus import Corpus
-from modules.delta import Delta
-from modules.editing import Editor, WeightPatch
-from modules.editors.alphaedit import AlphaEdit
-from modules.editors.finetune import FT
-from modules.editors.grace import GRACE
-from modules.editors.mend import MEND
-from modules.editors.rome import ROME
-from modules.evaluation import EditingModule
-from modules.tuning import FineTune
-from pipeline.callbacks import EditCallback
-from pipeline.report.comparison import join
-from pipeline.report.runs import read_run
-from pipeline.run_writer import LastCheckpoint, RunWriter
+from corrigenda.datamodules.counterfact import CounterFact
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editing.editor import Editor, WeightPatch
+from corrigenda.modules.editors.alphaedit import AlphaEdit
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.grace import GRACE
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.training.tuning import FineTune
+from corrigenda.pipeline.callbacks import EditCallback
+from corrigenda.pipeline.report.comparison import join
+from corrigenda.pipeline.report.runs import read_run
+from corrigenda.pipeline.run_writer import LastCheckpoint, RunWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -112,7 +112,7 @@ def lm(tiny_lm):
 @pytest.fixture
 def run(lm, data, tmp_path, monkeypatch):
     """``run(editor, schedule)``: a whole run in ``tmp_path / name``; returns its spy and its trainer."""
-    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0.0)
 
     def run(
         editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modules.checkpoints import read_checkpoint
-from modules.delta import EditError
-from modules.scope import ScopeClassifier
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.training.checkpoints import read_checkpoint
+from corrigenda.modules.training.scope import ScopeClassifier
 
 GOOD = {
     "state_dict": {"a": torch.arange(1000.0)},

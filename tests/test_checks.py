@@ -13,15 +13,15 @@ from types import UnionType
 import pytest
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from datamodules.facts import Facts
-from modules import checks
-from modules.corpus import Corpus
-from modules.editing import Editor
-from modules.editors.finetune import FT
-from modules.encoder import TextEncoder
-from modules.lm import LanguageModel
+from corrigenda.datamodules.facts import Facts
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import Editor
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.retrieval.encoder import TextEncoder
+from corrigenda.modules.statistics.corpus import Corpus
 
-for package in ("modules", "modules.editors", "datamodules"):
+for package in ("modules", "corrigenda.modules.editors", "datamodules"):
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
 

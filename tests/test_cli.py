@@ -11,11 +11,11 @@ import torch
 import wandb
 import yaml
 
-from modules.evaluation import EditingModule
-from modules.lm import LanguageModel
-from pipeline.callbacks import EditCallback
-from pipeline.compare import read_study
-from pipeline.fit import CONFIGS
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.pipeline.callbacks import EditCallback
+from corrigenda.pipeline.compare import read_study
+from corrigenda.pipeline.fit import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -202,9 +202,9 @@ def test_every_command_explains_itself(corrigenda, capsys, command, words):
 def test_short_names_stand_for_classes(parsed):
     found = parsed("validate", "--model", "MEND", "--data", "Facts", "--edit.editor", "ROME",
                    "--edit.editor.layer", "3")  # fmt: skip
-    assert found["model"]["class_path"] == "modules.editors.mend.MEND"
-    assert found["data"]["class_path"] == "datamodules.facts.Facts"
-    assert found["edit"]["editor"]["class_path"] == "modules.editors.rome.ROME"
+    assert found["model"]["class_path"] == "corrigenda.modules.editors.mend.MEND"
+    assert found["data"]["class_path"] == "corrigenda.datamodules.facts.Facts"
+    assert found["edit"]["editor"]["class_path"] == "corrigenda.modules.editors.rome.ROME"
     assert found["edit"]["editor"]["init_args"]["layer"] == 3
     assert found["trainer"]["inference_mode"] is False  # from configs/defaults.yaml
 
@@ -245,7 +245,7 @@ def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
         "own.yaml",
     )
     assert found["model"]["init_args"]["lm"]["init_args"]["name"] == "smollm2"
-    assert found["data"]["class_path"] == "datamodules.zsre.ZsRE"
+    assert found["data"]["class_path"] == "corrigenda.datamodules.zsre.ZsRE"
     assert (
         found["data"]["init_args"]["variant"] == "E"
         and found["data"]["init_args"]["batch_size"] == 3
@@ -413,7 +413,7 @@ def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny)
 def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, monkeypatch):
     """The checkpoints of the default settings serve a stream of edits, too."""
     args = ["fit", *tiny, "--run_dir", "a", "--edit.schedule", "stream", "--data.batch_size", "1"]
-    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", 0)
+    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0)
     score, calls = LanguageModel.score, []
 
     def stop(*args, **kwargs):

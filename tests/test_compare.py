@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import compare as study_runner
-from pipeline.compare import compare, read_study, run_command
-from pipeline.errors import UserError
-from pipeline.report import report
+from corrigenda.pipeline import compare as study_runner
+from corrigenda.pipeline.compare import compare, read_study, run_command
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +35,7 @@ if what == "interrupt":
     (folder / "closed").touch()
     sys.exit(1)
 if what == "wait" and not (folder.parent / "closed").exists():
-    from pipeline.signals import interruptible, status_of
+    from corrigenda.pipeline.signals import interruptible, status_of
     with interruptible():
         try:
             time.sleep(60)
@@ -93,7 +93,7 @@ def called(tmp_path):
 def test_the_command_is_ours():
     command = run_command(["fit", "-c", "a.yaml"], Path("runs/x"))
     assert command == [
-        *(sys.executable, "-m", "pipeline", "fit", "-c", "a.yaml"),
+        *(sys.executable, "-m", "corrigenda", "fit", "-c", "a.yaml"),
         *("--run_dir", str(Path("runs/x"))),
     ]
 
@@ -200,7 +200,7 @@ def test_ctrl_c_lets_the_run_close_and_says_how_to_go_on(study, tmp_path, capfd)
 ALONE = """
 import sys
 from pathlib import Path
-from pipeline import compare as runner
+from corrigenda.pipeline import compare as runner
 _, script, study = sys.argv
 runner.run_command = lambda args, folder: [sys.executable, script, *args, "--run_dir", str(folder)]
 runner.compare(Path(study))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.compare import read_study
-from pipeline.fit import CONFIGS
+from corrigenda.pipeline.compare import read_study
+from corrigenda.pipeline.fit import CONFIGS
 
 APART = ("compare", "tasks")
 FILES = sorted(

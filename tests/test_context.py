@@ -7,17 +7,17 @@ import zlib
 import pytest
 import torch
 
-from datamodules.records import Edit, EditCase, Probe
-from modules.delta import Delta, EditError
-from modules.editing import WeightPatch
-from modules.editors.ike import IKE
-from modules.editors.mello import MeLLo
-from modules.editors.memprompt import MemPrompt, edit_distance, normalise
-from modules.evaluation import EditingModule
-from modules.loading import hash_weights
-from modules.memory import Remembered, fit
-from modules.retrieval import Encoder
-from pipeline.callbacks import EditCallback
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.memory import Remembered, fit
+from corrigenda.modules.editors.ike import IKE
+from corrigenda.modules.editors.mello import MeLLo
+from corrigenda.modules.editors.memprompt import MemPrompt, edit_distance, normalise
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.retrieval.retriever import Encoder
+from corrigenda.pipeline.callbacks import EditCallback
 
 NAMES = [
     "Quill",

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import base, corpus, files
-from datamodules.base import EditDataModule, subjects
-from datamodules.counterfact import CounterFact
-from datamodules.files import DataError, read_rows
-from datamodules.loader import CaseLoader
-from datamodules.records import Edit, EditCase, Probe
-from datamodules.zsre import ZsRE
+from corrigenda.datamodules import base, corpus, files
+from corrigenda.datamodules.base import EditDataModule, subjects
+from corrigenda.datamodules.counterfact import CounterFact
+from corrigenda.datamodules.files import DataError, read_rows
+from corrigenda.datamodules.loader import CaseLoader
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.zsre import ZsRE
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -411,9 +411,9 @@ def test_corpus_forms(tmp_path):
 
 
 def test_corpus_facts_are_the_projects_own(monkeypatch):
-    facts = types.ModuleType("datamodules.facts")
+    facts = types.ModuleType("corrigenda.datamodules.facts")
     facts.statements = lambda: iter(["Water is wet."])
-    monkeypatch.setitem(sys.modules, "datamodules.facts", facts)
+    monkeypatch.setitem(sys.modules, "corrigenda.datamodules.facts", facts)
     assert list(corpus.texts("facts")) == ["Water is wet."]
 
 

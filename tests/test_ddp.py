@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 PROCESS = """
 import json, os, sys, torch
 torch.set_num_threads(1)
-from modules.editors.mend import MEND
-from pipeline import cli
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.pipeline import cli
 losses, steps, statuses = MEND._losses, [], {}
 def broken(self, *chosen):
     edit_loss, kl = losses(self, *chosen)
@@ -217,7 +217,7 @@ def test_a_command_starts_its_processes_and_they_share_a_folder(write, tmp_path)
         "ddp",
     ]
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pipeline", *args],
+        [sys.executable, "-W", "ignore", "-m", "corrigenda", *args],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path, text=True, capture_output=True, timeout=500, check=False,
     )  # fmt: skip

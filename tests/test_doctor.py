@@ -8,17 +8,17 @@ import torch
 import transformers
 import yaml
 
-from datamodules.facts import Fact, Facts, Relation
-from modules.corpus import Corpus
-from modules.editing import WeightPatch
-from modules.editors.mend import MEND
-from modules.editors.rome import ROME
-from modules.lm import LanguageModel
-from modules.structure import UnsupportedModel, find_structure
-from modules.tracing import LAST_SUBJECT, ROLES, CausalTrace, causal_trace
-from pipeline import doctor as module
-from pipeline.doctor import propose_layers, self_test
-from pipeline.errors import UserError
+from corrigenda.datamodules.facts import Fact, Facts, Relation
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import UnsupportedModel, find_structure
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.tracing import LAST_SUBJECT, ROLES, CausalTrace, causal_trace
+from corrigenda.pipeline import doctor as module
+from corrigenda.pipeline.doctor import propose_layers, self_test
+from corrigenda.pipeline.errors import UserError
 
 PLACES = ["stone", "story", "river", "lake", "forest", "winter", "piano", "storm", "harbour", "village",
           "tower", "table", "city", "company", "south", "engine", "mountain", "letter", "daughter",
@@ -69,7 +69,7 @@ def trained(tiny_folder, tmp_path_factory):
 @pytest.fixture
 def taught(trained, monkeypatch):
     """That model in a world that has no other facts, and ROME with steps that suit its size."""
-    monkeypatch.setattr("datamodules.facts.all_facts", lambda: FACTS)
+    monkeypatch.setattr("corrigenda.datamodules.facts.all_facts", lambda: FACTS)
     search = {"steps": 30, "lr": 0.05, "clamp_norm": 10, "weight_decay": 0.01}
     monkeypatch.setattr(module, "ROME", partial(ROME, contexts=[(4, 5)], **search))
     return trained
@@ -167,7 +167,7 @@ def test_a_model_it_cannot_read_is_refused(corrigenda, taught, capsys, monkeypat
     def refuse(net):
         raise UnsupportedModel("mixture: experts are not supported, choose a dense model")
 
-    monkeypatch.setattr("modules.network.find_structure", refuse)
+    monkeypatch.setattr("corrigenda.modules.model.network.find_structure", refuse)
     assert find_structure is not refuse
     assert corrigenda("doctor", taught) == 2
     assert "choose a dense model" in capsys.readouterr().err

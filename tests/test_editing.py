@@ -8,10 +8,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from datamodules.records import Edit
-from modules.delta import FORMAT, Delta, EditError, LowRank, add_deltas, side_branches
-from modules.editing import TextPatch, WeightEditor, WeightPatch, editing_mode
-from modules.structure import UnsupportedModel, sizes
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import TextPatch, WeightEditor, WeightPatch, editing_mode
+from corrigenda.modules.model.delta import (
+    FORMAT,
+    Delta,
+    EditError,
+    LowRank,
+    add_deltas,
+    side_branches,
+)
+from corrigenda.modules.model.structure import UnsupportedModel, sizes
 
 PROMPTS = ["The capital of Zorbania is", "He said:", "In São Paulo, the people are", "I"]
 TARGETS = ["Quill Port", "the ice", "proud", "think that it will rain"]

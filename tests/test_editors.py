@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from datamodules.records import Edit, EditCase
-from modules.corpus import Corpus
-from modules.delta import Delta, EditError
-from modules.editing import WeightPatch, editing_mode
-from modules.editors.alphaedit import AlphaEdit
-from modules.editors.emmet import EMMET
-from modules.editors.finetune import FT
-from modules.editors.kn import KN
-from modules.editors.lora import LoRA
-from modules.editors.malmen import MALMEN
-from modules.editors.memit import MEMIT
-from modules.editors.mend import MEND
-from modules.editors.rome import ROME
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editors.alphaedit import AlphaEdit
+from corrigenda.modules.editors.emmet import EMMET
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.kn import KN
+from corrigenda.modules.editors.lora import LoRA
+from corrigenda.modules.editors.malmen import MALMEN
+from corrigenda.modules.editors.memit import MEMIT
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.statistics.corpus import Corpus
 
 # In two blocks, only a subject near the prompt's end has a say in what follows.
 EDITS = [

@@ -8,15 +8,15 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from datamodules.records import Edit
-from modules.delta import Delta, LowRank, add_deltas, svd
-from modules.editing import WeightPatch
-from modules.editors.finetune import FT
-from modules.editors.lora import LoRA
-from modules.editors.memprompt import MemPrompt
-from modules.hooks import hooked
-from modules.lm import LanguageModel
-from modules.structure import read_parameter
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.lora import LoRA
+from corrigenda.modules.editors.memprompt import MemPrompt
+from corrigenda.modules.model.delta import Delta, LowRank, add_deltas, svd
+from corrigenda.modules.model.hooks import hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import read_parameter
 
 ONE = Edit("The capital of {} is", "Zorbania", "Quill Port")
 OTHER = Edit("{} said that", "Otto Vane", "the ice")
@@ -575,7 +575,7 @@ def test_what_cannot_be_written_leaves_nothing(edits, saved, tmp_path, monkeypat
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("modules.files.save_file", full)
+    monkeypatch.setattr("corrigenda.modules.files.save_file", full)
     message = edits(*args, "--out", "new", status=2)
     assert "the disk may be full: I/O error: No space left on device" in message
     assert message.count("\n") == 1

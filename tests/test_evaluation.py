@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from datamodules.counterfact import CounterFact
-from datamodules.records import Edit, EditCase, Probe
-from datamodules.zsre import ZsRE
-from modules.delta import Delta, LowRank
-from modules.editing import WeightPatch
-from modules.editors.finetune import FT
-from modules.evaluation import PROTOCOLS, CaseResult, EditingModule
-from modules.lm import LanguageModel
-from modules.structure import sizes
+from corrigenda.datamodules.counterfact import CounterFact
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingModule
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import sizes
 
 EDIT = Edit("{} was made in", "The Tin Owl", "Paris", "seven")
 
@@ -320,7 +320,7 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
         "A story of the year 1984",
         "São Paulo said that",
     ]
-    monkeypatch.setattr("modules.network.CHUNK_TOKENS", 160)  # in several batches
+    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 160)  # in several batches
     for limit in (10_000, 23):
         assert lm.perplexity(texts, limit) == pytest.approx(
             text_by_hand(lm, texts, limit), rel=1e-5

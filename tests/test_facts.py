@@ -7,8 +7,8 @@ from itertools import combinations
 
 import pytest
 
-from datamodules.base import subjects
-from datamodules.facts import FOLDER, NUM_SEEN, Facts, all_facts, statements
+from corrigenda.datamodules.base import subjects
+from corrigenda.datamodules.facts import FOLDER, NUM_SEEN, Facts, all_facts, statements
 
 SPLITS = ("train", "val", "test")
 FACTS = all_facts()

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modules.files import (
+from corrigenda.modules.files import (
     file_name,
     locked,
     read_tensors,
@@ -24,7 +24,7 @@ from modules.files import (
 HOLD = """
 import sys, time
 from pathlib import Path
-from modules.files import locked
+from corrigenda.modules.files import locked
 with locked(Path(sys.argv[1]), "the folder"):
     print("held", flush=True)
     time.sleep(60)
@@ -152,7 +152,7 @@ def test_other_numbers_under_the_same_header_are_noticed(tmp_path: Path) -> None
 
 
 def test_torch_reads_files_without_running_them_and_in_one_place() -> None:
-    """No pickle is loaded, whatever a caller asks; safetensors are written through modules.files alone."""
+    """No pickle is loaded, whatever a caller asks; safetensors are written through corrigenda.modules.files alone."""
     root = Path(__file__).parents[1]
     for file in [
         f for part in ("modules", "pipeline", "datamodules") for f in (root / part).rglob("*.py")
@@ -167,7 +167,7 @@ def test_torch_reads_files_without_running_them_and_in_one_place() -> None:
                 ".load_from_checkpoint"
             ):
                 assert given.get("weights_only") == "True", f"{name}:{node.lineno}"
-                assert name == "modules/checkpoints.py", f"{name}:{node.lineno}"
+                assert name == "modules/training/checkpoints.py", f"{name}:{node.lineno}"
             assert "pickle" not in called, f"{name}:{node.lineno}"
             if called in ("save_file", "torch.save"):
                 assert name in ("modules/files.py", "pipeline/lightning_parts.py"), (

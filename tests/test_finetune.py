@@ -11,16 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from datamodules.records import Edit, EditCase, Probe
-from modules import tuning
-from modules.delta import Delta, LowRank
-from modules.editing import WeightPatch
-from modules.editors.finetune import FT
-from modules.editors.lora import LoRA
-from modules.hooks import hooked
-from modules.lm import LanguageModel
-from modules.structure import is_linear
-from modules.tuning import FineTune, Piece
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.lora import LoRA
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.hooks import hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import is_linear
+from corrigenda.modules.training import tuning
+from corrigenda.modules.training.tuning import FineTune, Piece
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "Strelsau"),
@@ -557,11 +557,11 @@ def test_fine_tuning_is_configured_by_its_signature(tiny_folder):
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(FineTune, "model")
     config = parser.parse_object({"model": {
-        "class_path": "modules.tuning.FineTune",
+        "class_path": "corrigenda.modules.training.tuning.FineTune",
         "init_args": {
-            "lm": {"class_path": "modules.lm.LanguageModel",
+            "lm": {"class_path": "corrigenda.modules.model.lm.LanguageModel",
                    "init_args": {"name": str(tiny_folder("gpt2"))}},
-            "method": {"class_path": "modules.editors.lora.LoRA", "init_args": {"rank": 2}},
+            "method": {"class_path": "corrigenda.modules.editors.lora.LoRA", "init_args": {"rank": 2}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         },
     }})  # fmt: skip

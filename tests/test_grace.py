@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.adapters import Asked
-from modules.editors.grace import GAP, GRACE, SLACK, Codebook
-from modules.states import (
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import Asked
+from corrigenda.modules.editors.grace import GAP, GRACE, SLACK, Codebook
+from corrigenda.modules.statistics.states import (
     distances,
     last_states,
     neighbour_distance,

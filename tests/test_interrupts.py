@@ -13,22 +13,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules import interrupts
-from modules.adapters import ModulePatch
-from modules.corpus import Corpus
-from modules.delta import Delta, LowRank
-from modules.editing import TextPatch, WeightPatch
-from modules.editors.finetune import FT
-from modules.editors.grace import GRACE
-from modules.editors.ike import IKE
-from modules.editors.memprompt import MemPrompt
-from modules.editors.rome import ROME
-from modules.hooks import capture, hooked
-from modules.interrupts import Reversible, replaced, uninterrupted
-from modules.lm import LanguageModel
-from modules.loading import hash_weights
-from modules.memory import MemoryPatch
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import interrupts
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editing.editor import TextPatch, WeightPatch
+from corrigenda.modules.editing.memory import MemoryPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.grace import GRACE
+from corrigenda.modules.editors.ike import IKE
+from corrigenda.modules.editors.memprompt import MemPrompt
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.interrupts import Reversible, replaced, uninterrupted
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.hooks import capture, hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.statistics.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
 OURS = tuple(str(ROOT / package) for package in ("modules", "datamodules"))

@@ -6,28 +6,28 @@ import time
 import pytest
 import torch
 
-from datamodules.files import DataError, Row
-from datamodules.records import Edit, EditCase, Probe, joined, occurrences, prompt_end
-from modules.adapters import ModulePatch
-from modules.corpus import Corpus
-from modules.counterfactual import in_front
-from modules.editors.alphaedit import AlphaEdit
-from modules.editors.finetune import FT
-from modules.editors.grace import GRACE
-from modules.editors.ike import IKE
-from modules.editors.kn import KN
-from modules.editors.lora import LoRA
-from modules.editors.mello import MeLLo
-from modules.editors.melo import MELO
-from modules.editors.memit import MEMIT
-from modules.editors.memprompt import MemPrompt
-from modules.editors.mend import MEND
-from modules.editors.rome import ROME
-from modules.editors.t_patcher import TPatcher
-from modules.editors.wise import WISE
-from modules.evaluation import EditingModule
-from modules.lm import LanguageModel
-from modules.memory import sentence
+from corrigenda.datamodules.files import DataError, Row
+from corrigenda.datamodules.records import Edit, EditCase, Probe, joined, occurrences, prompt_end
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editing.memory import sentence
+from corrigenda.modules.editors.alphaedit import AlphaEdit
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.grace import GRACE
+from corrigenda.modules.editors.ike import IKE
+from corrigenda.modules.editors.kn import KN
+from corrigenda.modules.editors.lora import LoRA
+from corrigenda.modules.editors.mello import MeLLo
+from corrigenda.modules.editors.melo import MELO
+from corrigenda.modules.editors.memit import MEMIT
+from corrigenda.modules.editors.memprompt import MemPrompt
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.editors.t_patcher import TPatcher
+from corrigenda.modules.editors.wise import WISE
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.training.counterfactual import in_front
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from datamodules.records import Edit
-from datamodules.zsre import ZsRE
-from modules.delta import Delta
-from modules.editing import editing_mode
-from modules.editors.ke import KE
-from modules.structure import to_storage
+from corrigenda.datamodules.records import Edit
+from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.ke import KE
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.structure import to_storage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),

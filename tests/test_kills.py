@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from modules import moments
-from pipeline import run_writer
+from corrigenda.modules.statistics import moments
+from corrigenda.pipeline import run_writer
 from tests.processes import Process, import_everything
 
 KILLS = int(os.environ.get("CORRIGENDA_KILLS", "1"))
@@ -38,7 +38,7 @@ MEMIT = f"--edit.editor MEMIT --edit.editor.layers [1] --edit.editor.steps 3 --e
 GRACE = "--edit.editor GRACE --edit.editor.layer 1 --edit.editor.epsilon 0.5 --edit.editor.steps 3"
 IKE = (
     "--edit.editor IKE --edit.editor.encoder {bert} --edit.editor.num_demonstrations 2 "
-    "--edit.editor.pool datamodules.zsre.ZsRE --edit.editor.pool.train_path {zsre_train}"
+    "--edit.editor.pool corrigenda.datamodules.zsre.ZsRE --edit.editor.pool.train_path {zsre_train}"
 )
 KINDS = {
     "mend": "fit -c configs/mend/smollm2.yaml --model.lm.name {lm} --model.layers [1] --model.rank 4 "

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.editors.kn import KN, attributions
-from modules.hooks import capture, hooked
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editors.kn import KN, attributions
+from corrigenda.modules.model.hooks import capture, hooked
 
 EDITS = [
     Edit("The capital of {} is", "Zorbania", "the table", "Paris"),

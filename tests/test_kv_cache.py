@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from modules.kv_cache import with_room
+from corrigenda.modules.model.kv_cache import with_room
 
 CONFIG = LlamaConfig(num_hidden_layers=2)
 

@@ -49,7 +49,7 @@ def test_only_pipeline_imports_pipeline(file: str) -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("datamodules/")])
 def test_datamodules_know_no_model(file: str) -> None:
     reason = "datamodules yield plain records of text"
-    refuse(file, reason, "modules", *MODEL_LIBRARIES, but=("modules.checks",))
+    refuse(file, reason, "modules", *MODEL_LIBRARIES, but=("corrigenda.modules.checks",))
 
 
 @pytest.mark.parametrize("file", ["datamodules/records.py", "modules/checks.py"])
@@ -62,15 +62,22 @@ def test_what_everyone_imports_needs_the_standard_library_only(file: str) -> Non
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("modules/")])
 def test_modules_know_only_text_of_datamodules(file: str) -> None:
     reason = "of datamodules, modules know the records and plain text only"
-    refuse(file, reason, "datamodules", but=("datamodules.records", "datamodules.corpus"))
+    refuse(
+        file,
+        reason,
+        "datamodules",
+        but=("corrigenda.datamodules.records", "corrigenda.datamodules.corpus"),
+    )
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("modules/")])
 def test_no_editor_is_imported(file: str) -> None:
-    shared = tuple(f"modules.editors.{name}" for name in ("key_value", "value_search", "spread"))
+    shared = tuple(
+        f"corrigenda.modules.editors.{name}" for name in ("key_value", "value_search", "spread")
+    )
     core = shared if file.startswith("modules/editors/") else ()
     reason = "editors never import each other, the core never imports an editor; class_path does"
-    refuse(file, reason, "modules.editors", but=core)
+    refuse(file, reason, "corrigenda.modules.editors", but=core)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("modules/metrics")])
@@ -82,7 +89,7 @@ def test_metrics_take_tensors_and_strings(file: str) -> None:
         "modules",
         "datamodules",
         *MODEL_LIBRARIES,
-        but=("modules.metrics", "modules.checks"),
+        but=("corrigenda.modules.metrics", "corrigenda.modules.checks"),
     )
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from datamodules.records import Edit, Probe
-from modules.editing import editing_mode
-from modules.editors.ke import KE
-from modules.editors.malmen import MALMEN
-from modules.editors.mend import MEND
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import Edit, Probe
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.ke import KE
+from corrigenda.modules.editors.malmen import MALMEN
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.model.lm import LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),

@@ -7,14 +7,14 @@ import torch
 import transformers
 from tokenizers import AddedToken, processors
 
-from datamodules.records import Edit
-from modules import loading
-from modules.delta import Delta, LowRank
-from modules.editing import WeightPatch
-from modules.hooks import first, hooked
-from modules.lm import LanguageModel
-from modules.loading import ModelError
-from modules.rows import Rows, TargetScores
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.model import loading
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.hooks import first, hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.model.rows import Rows, TargetScores
 
 PROMPTS = [
     "The capital of Zorbania is",
@@ -214,7 +214,7 @@ def test_scores_are_those_of_single_plain_rows(lm, monkeypatch):
     """T31: alone, in a padded batch, and in several batches of similar length."""
     expected = [by_hand(lm, p, t) for p, t in zip(PROMPTS, TARGETS, strict=True)]
     for chunk in (4096, 20):
-        monkeypatch.setattr("modules.network.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", chunk)
         scores = lm.score(PROMPTS, TARGETS, full=True)
         for b, (logprob, greedy) in enumerate(expected):
             mask = scores.mask_BM[b]
@@ -268,7 +268,7 @@ def test_the_end_token_in_a_text_is_text(gpt2):
 def test_rows_can_have_their_own_delta(lm, monkeypatch):
     deltas = updates(lm, 3)
     owners = [2, 0, 1, 2]
-    monkeypatch.setattr("modules.network.CHUNK_TOKENS", 20)
+    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 20)
     scores = lm.score(PROMPTS, TARGETS, deltas, owners)
     single = lm.score(PROMPTS, TARGETS, deltas[:1])
     for b, owner in enumerate(owners):

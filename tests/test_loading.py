@@ -16,14 +16,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modules import loading
-from modules.corpus import Corpus
-from modules.delta import Delta
-from modules.editing import WeightPatch
-from modules.encoder import TextEncoder
-from modules.evaluation import EditingModule
-from modules.lm import LanguageModel
-from modules.loading import ModelError
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model import loading
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.retrieval.encoder import TextEncoder
+from corrigenda.modules.statistics.corpus import Corpus
 
 BERT = {
     "vocab_size": 404,

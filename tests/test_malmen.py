@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from datamodules.records import Edit, EditCase, Probe
-from datamodules.zsre import ZsRE
-from modules.delta import Delta, LowRank
-from modules.editing import editing_mode
-from modules.editors.malmen import MALMEN, Ridge
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editors.malmen import MALMEN, Ridge
+from corrigenda.modules.model.delta import Delta, LowRank
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from datamodules.records import Edit, EditCase, Probe
-from modules.delta import Delta
-from modules.editing import WeightPatch
-from modules.editors import mello
-from modules.editors.mello import DEMONSTRATIONS, MeLLo, Reasoning
-from modules.evaluation import EditingModule
-from modules.retrieval import Encoder
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors import mello
+from corrigenda.modules.editors.mello import DEMONSTRATIONS, MeLLo, Reasoning
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.retrieval.retriever import Encoder
 
 OWL = Edit("The owner of {} is", "the Tin Owl", "Iris Vane")
 IRIS = Edit("{} was born in", "Iris Vane", "Zembla")

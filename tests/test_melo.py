@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.adapters import Asked
-from modules.editors.melo import GAP, MELO, SLACK, Blocks
-from modules.states import last_states
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import Asked
+from corrigenda.modules.editors.melo import GAP, MELO, SLACK, Blocks
+from corrigenda.modules.statistics.states import last_states
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "in"),

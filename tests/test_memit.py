@@ -5,20 +5,20 @@ import logging
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.corpus import Corpus
-from modules.delta import Delta, EditError, LowRank
-from modules.editing import WeightPatch, editing_mode
-from modules.editors import spread
-from modules.editors.alphaedit import AlphaEdit
-from modules.editors.emmet import EMMET
-from modules.editors.key_value import SubjectRows, solve_update
-from modules.editors.memit import MEMIT
-from modules.editors.rome import ROME, _rank_one
-from modules.hooks import capture, first, hooked
-from modules.lm import LanguageModel
-from modules.moments import Moments
-from modules.structure import sizes
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editors import spread
+from corrigenda.modules.editors.alphaedit import AlphaEdit
+from corrigenda.modules.editors.emmet import EMMET
+from corrigenda.modules.editors.key_value import SubjectRows, solve_update
+from corrigenda.modules.editors.memit import MEMIT
+from corrigenda.modules.editors.rome import ROME, _rank_one
+from corrigenda.modules.model.delta import Delta, EditError, LowRank
+from corrigenda.modules.model.hooks import capture, first, hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments
 
 EDITS = [
     Edit("The capital of {} is", "Zorbania", "Quill Port"),
@@ -372,7 +372,7 @@ def test_what_rows_begin_with_is_run_once(lm, make):
 def test_batches_of_rows_do_not_matter(gpt2, make, monkeypatch):
     editor = make()
     whole = editor.propose(gpt2, EDITS)
-    monkeypatch.setattr("modules.network.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 16)
     for name in whole.updates:
         pieces = editor.propose(gpt2, EDITS).dense(name)
         torch.testing.assert_close(pieces, whole.dense(name), rtol=1e-4, atol=1e-5)

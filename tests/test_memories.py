@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.adapters import ModulePatch
-from modules.corpus import Corpus
-from modules.delta import EditError
-from modules.editors.calinet import CaliNET
-from modules.editors.grace import GRACE
-from modules.editors.melo import MELO
-from modules.editors.t_patcher import TPatcher
-from modules.editors.wise import WISE
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editors.calinet import CaliNET
+from corrigenda.modules.editors.grace import GRACE
+from corrigenda.modules.editors.melo import MELO
+from corrigenda.modules.editors.t_patcher import TPatcher
+from corrigenda.modules.editors.wise import WISE
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.statistics.corpus import Corpus
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "in"),

@@ -10,14 +10,14 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
-from datamodules.records import Edit, EditCase, Probe
-from datamodules.zsre import ZsRE
-from modules.delta import Delta
-from modules.editing import WeightPatch, editing_mode
-from modules.editors.mend import MEND, GradientTransform
-from modules.evaluation import EditingModule
-from modules.gradients import Normaliser, gradient_factors
-from modules.structure import is_linear, to_storage
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editors.mend import MEND, GradientTransform
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.structure import is_linear, to_storage
+from corrigenda.modules.training.gradients import Normaliser, gradient_factors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -472,7 +472,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     run_mend, tmp_path, monkeypatch, where, call, kept_every, kept
 ):
     """Stopped in the second or third epoch, in a step or in an evaluation, which is then made."""
-    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", kept_every)
+    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", kept_every)
     assert run_mend(tmp_path / "whole") == 0
     calls, stopped = iter(range(99)), getattr(MEND, where)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from modules.adapters import Adapter, ModulePatch
-from modules.delta import Delta
-from modules.lm import LanguageModel
-from modules.merging import SharedStates, distinct, sees, trees
-from modules.rows import Rows
-from modules.structure import sizes
+from corrigenda.modules.editing.adapters import Adapter, ModulePatch
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.merging import SharedStates, distinct, sees, trees
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.structure import sizes
 
 # Networks that go by the mask and the positions they are given, with all tokens in sight.
 BRANCHING = {
@@ -55,7 +55,7 @@ def test_padding_of_a_tree_sees_itself():
 
 
 def test_a_full_tree_is_followed_by_another(monkeypatch):
-    monkeypatch.setattr("modules.merging.TREE_TOKENS", 6)
+    monkeypatch.setattr("corrigenda.modules.model.merging.TREE_TOKENS", 6)
     merged = trees(rows_of([[1, n, 9] for n in range(2, 7)]), torch.zeros(5))
     assert merged.rows.unpadded() == [[1, 2, 9, 3, 9], [1, 4, 9, 5, 9], [1, 6, 9]]
     assert merged.row_BT[:, 0].tolist() == [0, 0, 1, 1, 2]

@@ -10,8 +10,8 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from modules import metrics
-from modules.metrics import (
+from corrigenda.modules import metrics
+from corrigenda.modules.metrics import (
     Agreement,
     CaseMean,
     Drawdown,

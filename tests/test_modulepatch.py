@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from datamodules.records import Edit
-from modules.adapters import Adapter, ModuleEditor, ModulePatch
-from modules.delta import Delta, EditError, LowRank
-from modules.editing import WeightPatch
-from modules.files import read_tensors
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import Adapter, ModuleEditor, ModulePatch
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.files import read_tensors
+from corrigenda.modules.model.delta import Delta, EditError, LowRank
+from corrigenda.modules.model.lm import LanguageModel
 
 PROMPTS = ["The capital of Ruritania is", "He said", "In the year of Old Humbria the town was not"]
 TARGETS = ["Strelsau", "no", "in the ice"]
@@ -311,9 +311,9 @@ def test_what_does_not_fit_the_model_is_refused(llama, tmp_path):
     ("description", "message"),
     [
         ({"class": "torn.Memory", "settings": {}}, "no adapter torn.Memory"),
-        ({"class": "modules.editors.grace.GRACE", "settings": {}}, "no adapter modules.editors.grace.GRACE"),
+        ({"class": "corrigenda.modules.editors.grace.GRACE", "settings": {}}, "no adapter corrigenda.modules.editors.grace.GRACE"),
         ({"class": ["x"], "settings": {}}, "no adapter"),
-        ({"class": "modules.adapters.Adapter", "settings": {}}, "no adapter modules.adapters.Adapter"),
+        ({"class": "corrigenda.modules.editing.adapters.Adapter", "settings": {}}, "no adapter corrigenda.modules.editing.adapters.Adapter"),
         ({"class": "{codebook}", "settings": {}}, "damaged"),
         ({"class": "{codebook}", "settings": {"sites": "x"}}, "sites are not a list"),
         ({"class": "{codebook}", "settings": {"sites": [], "inputs": -1}}, "damaged"),
@@ -327,7 +327,9 @@ def test_a_memory_file_imports_nothing_that_it_names(
     """A module of that name lies in the path, and leaves a mark if it is imported."""
     (tmp_path / "torn.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    text = json.dumps(description).replace("{codebook}", "modules.editors.grace.Codebook")
+    text = json.dumps(description).replace(
+        "{codebook}", "corrigenda.modules.editors.grace.Codebook"
+    )
     file = tmp_path / "x.safetensors"
     save_file(
         {"a": torch.zeros(1)},

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from modules import corpus as corpus_module
-from modules import files
-from modules import moments as moments_module
-from modules.corpus import IMPORTED, Corpus, sampled_texts
-from modules.delta import Delta, LowRank
-from modules.editing import WeightPatch
-from modules.hooks import capture
-from modules.moments import Moments, cholesky, first_token_shares, read_npz
+from corrigenda.modules import files
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.statistics import corpus as corpus_module
+from corrigenda.modules.statistics import moments as moments_module
+from corrigenda.modules.statistics.corpus import IMPORTED, Corpus, sampled_texts
+from corrigenda.modules.statistics.moments import Moments, cholesky, first_token_shares, read_npz
 
 TEXTS = [
     f"{start} {middle} {end}"
@@ -420,9 +420,9 @@ PROCESS = """
 import sys
 import torch
 from pathlib import Path
-from modules import moments
-from modules.corpus import Corpus
-from modules.lm import LanguageModel
+from corrigenda.modules.statistics import moments
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.model.lm import LanguageModel
 torch.set_num_threads(1)
 moments.BUFFER_TEXTS = 5
 moments.WRITE_SECONDS = 0.0
@@ -670,9 +670,9 @@ GATHERING = """
 import sys
 import time
 from pathlib import Path
-from modules import moments
-from modules.corpus import Corpus
-from modules.lm import LanguageModel
+from corrigenda.modules.statistics import moments
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.model.lm import LanguageModel
 moments.WAIT_SECONDS = 0.1
 add = moments.Moments._add
 def slow(self, ids, *rest):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.files import DataError
-from datamodules.mquake import MQuAKE
-from modules import metrics
-from modules.evaluation import PROTOCOLS, EditingModule
+from corrigenda.datamodules.files import DataError
+from corrigenda.datamodules.mquake import MQuAKE
+from corrigenda.modules import metrics
+from corrigenda.modules.evaluation.module import PROTOCOLS, EditingModule
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "mquake"
 FILES = {"MQuAKE-CF-3k_subset354.jsonl": (354, {1, 2, 3}), "MQuAKE-hard.jsonl": (429, {4})}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.optimize import IndependentAdam
+from corrigenda.modules.training.optimize import IndependentAdam
 
 SHAPES = [(3, 4), (3, 2, 2)]  # three problems of two tensors
 

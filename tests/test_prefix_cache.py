@@ -5,13 +5,13 @@ import os
 import pytest
 import torch
 
-from datamodules.records import Edit, Probe
-from modules.editors.ke import KE
-from modules.editors.malmen import MALMEN
-from modules.editors.mend import MEND
-from modules.hooks import first
-from modules.prefix_cache import PrefixCache, Shards
-from modules.rows import Rows
+from corrigenda.datamodules.records import Edit, Probe
+from corrigenda.modules.editors.ke import KE
+from corrigenda.modules.editors.malmen import MALMEN
+from corrigenda.modules.editors.mend import MEND
+from corrigenda.modules.model.hooks import first
+from corrigenda.modules.model.prefix_cache import PrefixCache, Shards
+from corrigenda.modules.model.rows import Rows
 
 TEXTS = ["A", "The sea", "The sea is deep and blue", "He came to Ruritania, at last, and sat down.",
          "The capital of Ruritania is", "The capital of Ruritania is Strelsau"]  # fmt: skip

@@ -10,15 +10,15 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.counterfact import CounterFact
-from datamodules.files import DataError
-from datamodules.mquake import MQuAKE
-from datamodules.records import Edit, EditCase, Probe
-from datamodules.zsre import ZsRE
-from modules.delta import Delta, EditError, LowRank, add_deltas
-from modules.files import file_name, read_tensors, write_tensors
-from modules.memory import FORMAT, Remembered
-from modules.retrieval import as_tensor
+from corrigenda.datamodules.counterfact import CounterFact
+from corrigenda.datamodules.files import DataError
+from corrigenda.datamodules.mquake import MQuAKE
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules.editing.memory import FORMAT, Remembered
+from corrigenda.modules.files import file_name, read_tensors, write_tensors
+from corrigenda.modules.model.delta import Delta, EditError, LowRank, add_deltas
+from corrigenda.modules.retrieval.retriever import as_tensor
 
 quick = settings(
     max_examples=40,

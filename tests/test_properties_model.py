@@ -5,10 +5,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.records import joined, prompt_end
-from modules.delta import Delta, LowRank
-from modules.editing import WeightPatch
-from modules.lm import LanguageModel
+from corrigenda.datamodules.records import joined, prompt_end
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.lm import LanguageModel
 
 FAMILIES = ("gpt2", "gpt_neo", "llama", "mistral", "gemma2", "bloom", "qwen3_5_text")
 FEW = settings(max_examples=20, deadline=None, derandomize=True)

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.corpus import Corpus
-from modules.delta import Delta, EditError, LowRank
-from modules.editing import WeightPatch
-from modules.editors.finetune import FT
-from modules.editors.kn import KN
-from modules.editors.rome import ROME
-from modules.hooks import capture
-from modules.lm import LanguageModel
-from modules.loading import ModelError, hash_weights
-from modules.moments import Moments
-from modules.structure import is_quantised, read_parameter, read_weight, sizes
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.kn import KN
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.model.delta import Delta, EditError, LowRank
+from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import ModelError, hash_weights
+from corrigenda.modules.model.structure import is_quantised, read_parameter, read_weight, sizes
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}  # in whole blocks
 KINDS = ("nf4", "fp4", "int8")

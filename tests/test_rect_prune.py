@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.corpus import Corpus
-from modules.delta import Delta, LowRank, svd
-from modules.editing import WeightEditor, WeightPatch
-from modules.editors.finetune import FT
-from modules.editors.prune import PRUNE
-from modules.editors.rect import RECT, largest_changes
-from modules.editors.rome import ROME
-from modules.loading import hash_weights
-from modules.structure import read_parameter, sizes
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.prune import PRUNE
+from corrigenda.modules.editors.rect import RECT, largest_changes
+from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.model.delta import Delta, LowRank, svd
+from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.model.structure import read_parameter, sizes
+from corrigenda.modules.statistics.corpus import Corpus
 
 EDITS = [
     Edit("The capital of {} is", "Zorbania", "Quill Port"),

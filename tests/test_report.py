@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.report import report
-from pipeline.report.comparison import Comparison, join
-from pipeline.report.curves import learning_figure, learning_picture, retention_figure, size_figure
-from pipeline.report.logs import curve, read_training
-from pipeline.report.runs import read_runs
-from pipeline.report.style import palette
-from pipeline.report.tables import print_headline
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import report
+from corrigenda.pipeline.report.comparison import Comparison, join
+from corrigenda.pipeline.report.curves import (
+    learning_figure,
+    learning_picture,
+    retention_figure,
+    size_figure,
+)
+from corrigenda.pipeline.report.logs import curve, read_training
+from corrigenda.pipeline.report.runs import read_runs
+from corrigenda.pipeline.report.style import palette
+from corrigenda.pipeline.report.tables import print_headline
 
 ROOT = Path(__file__).parents[1]
 PROTOCOLS = {
@@ -634,9 +639,7 @@ def test_out_must_not_be_a_file(two_runs, tmp_path):
 
 def test_it_starts_without_the_heavy_libraries():
     heavy = ["torch", "lightning", "transformers", "matplotlib"]
-    code = (
-        f"import sys, pipeline.report, pipeline.compare; print([*set({heavy}) & set(sys.modules)])"
-    )
+    code = f"import sys, corrigenda.pipeline.report, corrigenda.pipeline.compare; print([*set({heavy}) & set(sys.modules)])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from modules.adapters import ModuleEditor
-from modules.editing import WeightEditor
-from modules.evaluation import EditingModule
-from modules.files import locked
-from modules.tuning import FineTune
-from pipeline import run_writer
+from corrigenda.modules.editing.adapters import ModuleEditor
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.files import locked
+from corrigenda.modules.training.tuning import FineTune
+from corrigenda.pipeline import run_writer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -339,7 +339,7 @@ def test_a_validation_goes_on_with_the_same_code_and_checkpoint(
         stop_at(patch, EditingModule, "evaluate", 3)
         assert corrigenda(*args) == 130
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.run_folder._hash_of_code", lambda: "other")
+        patch.setattr("corrigenda.pipeline.run_folder._hash_of_code", lambda: "other")
         assert "the version of Corrigenda's code has changed" in refused(*args, folder="b")
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
     kept = path.read_bytes()
@@ -356,7 +356,7 @@ def test_other_code_is_told_when_a_fit_goes_on(corrigenda, stream, monkeypatch, 
     with monkeypatch.context() as patch:
         stop_at(patch, EditingModule, "training_step", 2)
         assert corrigenda(*stream, "--run_dir", "a") == 130
-    monkeypatch.setattr("pipeline.run_folder._hash_of_code", lambda: "other")
+    monkeypatch.setattr("corrigenda.pipeline.run_folder._hash_of_code", lambda: "other")
     assert corrigenda(*stream, "--run_dir", "a", *ONE_MORE) == 0
     assert "was begun with another value of the version of Corrigenda's code" in caplog.text
 
@@ -400,7 +400,7 @@ def test_cases_of_another_make_are_refused(corrigenda, refused, validate, tmp_pa
 def test_infinite_values_are_null_and_are_counted_again(
     corrigenda, validate, tmp_path, monkeypatch
 ):
-    measure = "modules.evaluation.metrics.kl"
+    measure = "corrigenda.modules.evaluation.module.metrics.kl"
     monkeypatch.setattr(measure, lambda before, after, mask: torch.full((len(mask),), torch.inf))
     assert corrigenda(*validate, "--run_dir", "whole") == 0
     with monkeypatch.context() as patch:

@@ -8,12 +8,12 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from modules import encoder, search
-from modules.delta import Delta
-from modules.editing import WeightPatch
-from modules.files import read_tensors, write_tensors
-from modules.loading import ModelError
-from modules.retrieval import (
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.files import read_tensors, write_tensors
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.retrieval import encoder, search
+from corrigenda.modules.retrieval.retriever import (
     Encoder,
     LanguageModelStates,
     Retriever,

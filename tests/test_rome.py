@@ -8,22 +8,22 @@ import pytest
 import torch
 import transformers
 
-from datamodules.facts import Facts
-from datamodules.records import Edit
-from modules.corpus import Corpus
-from modules.editing import WeightPatch, editing_mode
-from modules.editors import key_value, rome, value_search
-from modules.editors.key_value import (
+from corrigenda.datamodules.facts import Facts
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editors import key_value, rome, value_search
+from corrigenda.modules.editors.key_value import (
     KeyRows,
     keys_and_values,
     sample_contexts,
     solve_update,
 )
-from modules.editors.rome import ROME, _rank_one
-from modules.editors.value_search import searched_together
-from modules.evaluation import EditingModule
-from modules.hooks import capture
-from modules.lm import LanguageModel
+from corrigenda.modules.editors.rome import ROME, _rank_one
+from corrigenda.modules.editors.value_search import searched_together
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.statistics.corpus import Corpus
 
 CONTEXTS = ["", "It was said. ", "He works in the town. "]
 EDITS = [
@@ -342,7 +342,7 @@ def test_the_essence_may_run_apart(worth, lm, make, monkeypatch):
     """Where it is longer than what follows the subject, it would bring padding to all other rows."""
     edit = Edit("Yesterday they went to {}", "Old Humbria", "rain")
     plain = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
-    monkeypatch.setattr("modules.editors.value_search.WORTH_A_PASS", worth)
+    monkeypatch.setattr("corrigenda.modules.editors.value_search.WORTH_A_PASS", worth)
     (name,) = plain.updates
     other = make(lr=0.2, steps=3, essence="{} is a kind of thing").propose(lm, [edit])
     torch.testing.assert_close(other.dense(name), plain.dense(name), rtol=1e-3, atol=1e-5)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from modules.retrieval import Encoder, Retriever
-from modules.search import Cells, nearest
+from corrigenda.modules.retrieval.retriever import Encoder, Retriever
+from corrigenda.modules.retrieval.search import Cells, nearest
 
 
 def random_vectors(count, width=48, seed=0):
@@ -28,7 +28,7 @@ def beside(vectors, cosine, seed=4):
 
 
 def test_search_is_exact_across_chunks(monkeypatch):
-    monkeypatch.setattr("modules.search.SEARCHED_TOGETHER", 7)
+    monkeypatch.setattr("corrigenda.modules.retrieval.search.SEARCHED_TOGETHER", 7)
     vectors, queries = random_vectors(30, 8), random_vectors(5, 8, seed=9)
     cosine, index = nearest(queries, vectors, 4)
     wanted = (queries @ vectors.T).topk(4, dim=1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from pipeline.compare import read_study
-from pipeline.errors import UserError
-from pipeline.report import report
-from pipeline.trust import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, load_yaml, read_yaml
+from corrigenda.pipeline.compare import read_study
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import report
+from corrigenda.pipeline.trust import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, load_yaml, read_yaml
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -76,7 +76,7 @@ PLACES = [
     "trainer: {profiler: {class_path: %s}}",
     "trainer: {accelerator: {class_path: %s}}",
 ]
-NAMES = ["evil_module.Evil", "os.system", "torch.hub.load", "pipeline.fit.os.system"]
+NAMES = ["evil_module.Evil", "os.system", "torch.hub.load", "corrigenda.pipeline.fit.os.system"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -94,7 +94,7 @@ def test_a_configuration_imports_only_known_classes(refused, tiny, tmp_path, pla
         ("lightning.pytorch.callbacks.LambdaCallback", "on_validation_start", "os.getcwd"),
         ("ThroughputMonitor", "batch_size_fn", "evil_module.Evil"),
         ("ThroughputMonitor", "batch_size_fn", "torch.hub.load"),
-        ("ThroughputMonitor", "batch_size_fn", "modules.files.remove_unfinished"),
+        ("ThroughputMonitor", "batch_size_fn", "corrigenda.modules.files.remove_unfinished"),
         (
             "ThroughputMonitor",
             "batch_size_fn",
@@ -142,7 +142,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path):
     """A study's folder may hold a file named like a library."""
     (tmp_path / "yaml.py").write_text("raise SystemExit('code was run')")
     (tmp_path / "s.yaml").write_text("runs: [{name: a, args: frobnicate}]")
-    command = [sys.executable, "-m", "pipeline", "compare", "s.yaml"]
+    command = [sys.executable, "-m", "corrigenda", "compare", "s.yaml"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100

@@ -11,18 +11,18 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from datamodules.records import Edit, EditCase, Probe
-from modules.counterfactual import CounterfactualModel, in_front
-from modules.delta import Delta, EditError, LowRank
-from modules.editing import WeightPatch, editing_mode
-from modules.editors.lora import LoRA
-from modules.editors.serac import SERAC
-from modules.encoder import TextEncoder
-from modules.loading import ModelError
-from modules.memory import Remembered
-from modules.pairs import Pairs, kin_of
-from modules.retrieval import SentenceEncoder
-from modules.scope import ScopeClassifier, best_threshold
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.editors.lora import LoRA
+from corrigenda.modules.editors.serac import SERAC
+from corrigenda.modules.model.delta import Delta, EditError, LowRank
+from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.retrieval.encoder import TextEncoder
+from corrigenda.modules.retrieval.retriever import SentenceEncoder
+from corrigenda.modules.training.counterfactual import CounterfactualModel, in_front
+from corrigenda.modules.training.pairs import Pairs, kin_of
+from corrigenda.modules.training.scope import ScopeClassifier, best_threshold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -595,7 +595,7 @@ def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
 ):
     stream = ("fit", "-c", "serac.yaml", "--edit.schedule", "stream",
               "--trainer.limit_val_batches", 1)  # fmt: skip
-    monkeypatch.setattr("pipeline.run_writer.KEPT_EVERY", 0)
+    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0)
     assert corrigenda(*stream, "--run_dir", "whole") == 0
     calls, edit = [], SERAC.edit
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from modules.lm import LanguageModel
-from pipeline import signals
-from pipeline.run_writer import RunWriter
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.pipeline import signals
+from corrigenda.pipeline.run_writer import RunWriter
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -87,11 +87,11 @@ def test_a_second_ctrl_c_ends_a_run_that_is_stopping(corrigenda, tiny, monkeypat
 @pytest.mark.parametrize(
     ("args", "function"),
     [
-        (["report", "a", "--out", "b"], "pipeline.report.read_runs"),
-        (["moments", "--layers", "0"], "modules.lm.load_model"),
-        (["doctor", "a"], "modules.lm.load_model"),
-        (["edits", "show", "a.safetensors"], "pipeline.edits.file_format"),
-        (["compare", "s.yaml"], "pipeline.compare.run_child"),
+        (["report", "a", "--out", "b"], "corrigenda.pipeline.report.read_runs"),
+        (["moments", "--layers", "0"], "corrigenda.modules.model.lm.load_model"),
+        (["doctor", "a"], "corrigenda.modules.model.lm.load_model"),
+        (["edits", "show", "a.safetensors"], "corrigenda.pipeline.edits.file_format"),
+        (["compare", "s.yaml"], "corrigenda.pipeline.compare.run_child"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -111,7 +111,7 @@ def test_so_is_every_command(
 WAITS = """
 import sys, time
 from pathlib import Path
-from pipeline.signals import interruptible, status_of
+from corrigenda.pipeline.signals import interruptible, status_of
 folder = Path(sys.argv[1])
 with interruptible():
     try:
@@ -125,7 +125,7 @@ with interruptible():
 """
 PARENT = """
 import os, sys
-from pipeline.signals import interruptible, run_child, status_of
+from corrigenda.pipeline.signals import interruptible, run_child, status_of
 with interruptible():
     try:
         run_child([sys.executable, *sys.argv[1:]], os.environ, 30)
@@ -190,7 +190,7 @@ def test_a_process_without_such_a_parent_goes_on(monkeypatch):
 
 
 def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
-    args = [sys.executable, "-m", "pipeline", *tiny[:-2], "--run_dir", str(tmp_path / "a")]
+    args = [sys.executable, "-m", "corrigenda", *tiny[:-2], "--run_dir", str(tmp_path / "a")]
     args += ["--edit.editor.steps", "2000", "--edit.editor.stop_loss", "0"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(args, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)

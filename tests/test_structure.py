@@ -6,8 +6,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from modules.hooks import capture, first, hooked, replace_first, stop_forward, until_stopped
-from modules.structure import (
+from corrigenda.modules.model.hooks import (
+    capture,
+    first,
+    hooked,
+    replace_first,
+    stop_forward,
+    until_stopped,
+)
+from corrigenda.modules.model.structure import (
     UnsupportedModel,
     find_structure,
     is_linear,

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.adapters import ModulePatch
-from modules.corpus import Corpus
-from modules.editors.calinet import CaliNET
-from modules.editors.t_patcher import TPatcher, scope_loss
-from modules.neurons import SideNeurons
-from modules.states import read_states
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import ModulePatch
+from corrigenda.modules.editing.neurons import SideNeurons
+from corrigenda.modules.editors.calinet import CaliNET
+from corrigenda.modules.editors.t_patcher import TPatcher, scope_loss
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.states import read_states
 
 EDITS = [Edit("The capital of {} is", "Ruritania", "in"), Edit("{} speak", "He", "the house")]
 PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]

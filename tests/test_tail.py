@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from modules.hooks import hooked
-from modules.structure import find_structure, to_storage
-from modules.tail import Tail, read_at
+from corrigenda.modules.model.hooks import hooked
+from corrigenda.modules.model.structure import find_structure, to_storage
+from corrigenda.modules.model.tail import Tail, read_at
 
 LENGTH = torch.tensor([9, 3, 7, 12])
 MASK = (torch.arange(12) < LENGTH[:, None]).long()

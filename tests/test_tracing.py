@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.hooks import capture, first, hooked, replace_first
-from modules.tracing import LAST_SUBJECT, ROLES, _Fact, _role, causal_trace
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.model.hooks import capture, first, hooked, replace_first
+from corrigenda.modules.statistics.tracing import LAST_SUBJECT, ROLES, _Fact, _role, causal_trace
 
 FACTS = [
     Edit("The capital of {} is", "Zorbania", "x", "the table"),

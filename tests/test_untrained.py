@@ -6,13 +6,13 @@ import logging
 import pytest
 from lightning.pytorch import Trainer
 
-from datamodules.counterfact import CounterFact
-from modules.delta import Delta
-from modules.editing import WeightPatch
-from modules.editors.finetune import FT
-from modules.evaluation import EditingModule
-from modules.scope import ScopeClassifier
-from modules.tuning import FineTune
+from corrigenda.datamodules.counterfact import CounterFact
+from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.training.scope import ScopeClassifier
+from corrigenda.modules.training.tuning import FineTune
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning.*")
 QUIET = {

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from datamodules.records import Edit
-from modules.adapters import Asked, ModulePatch
-from modules.editors.wise import WISE, SideMemories, concern, ties
-from modules.states import read_states, unrelated_prompts
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.adapters import Asked, ModulePatch
+from corrigenda.modules.editors.wise import WISE, SideMemories, concern, ties
+from corrigenda.modules.statistics.states import read_states, unrelated_prompts
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "in"),

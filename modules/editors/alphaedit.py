@@ -5,7 +5,7 @@ moment C whose eigenvalues are smallest, and P the keys of the edits in force,
 
     Delta = R K_q' (K_q K_q' + P_q P_q' + l2 I)^-1 Q',   K_q = Q' K,   P_q = Q' P
 
-so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (:mod:`modules.editors.spread`). Keys of an
+so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (:mod:`corrigenda.modules.editors.spread`). Keys of an
 edit are read on the model that it left, and are kept with the edit.
 
 Departures from the authors' code: the system is solved in the basis Q, where it is symmetric, in float64 (equal
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import EditError
-from modules.editors.key_value import solve_update
-from modules.editors.spread import SpreadEditor
-from modules.moments import Moments
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editors.key_value import solve_update
+from corrigenda.modules.editors.spread import SpreadEditor
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.statistics.moments import Moments
 
 log = logging.getLogger(__name__)
 

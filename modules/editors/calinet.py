@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from datamodules.records import Edit
-from modules import checks
-from modules.adapters import ModuleEditor
-from modules.editors.key_value import sample_contexts
-from modules.lm import LanguageModel
-from modules.neurons import SideNeurons
-from modules.tuning import Piece
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.adapters import ModuleEditor
+from corrigenda.modules.editing.neurons import SideNeurons
+from corrigenda.modules.editors.key_value import sample_contexts
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.training.tuning import Piece
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ Every key K gets its value exactly, with the least change of the answers to ordi
 
 For one edit this is ROME with one key, and MEMIT comes to it as lambda goes to zero. It needs keys that are
 linearly independent, so fewer edits than a key is wide; a ``ridge`` takes the constraint back, and is MEMIT's
-lambda. Values and keys are MEMIT's (:mod:`modules.editors.spread`).
+lambda. Values and keys are MEMIT's (:mod:`corrigenda.modules.editors.spread`).
 
 Departures from the authors' code: no inverse is formed, no pseudo-inverse is fallen back to; edits whose keys
 coincide are named; a ridge holds for a single edit, too.
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import EditError
-from modules.editors.key_value import solve_update
-from modules.editors.spread import SpreadEditor
-from modules.moments import Moments
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editors.key_value import solve_update
+from corrigenda.modules.editors.spread import SpreadEditor
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.statistics.moments import Moments
 
 LEAST_EIGENVALUE = 1e-12  # of the keys' correlations; below it they are dependent to rounding
 

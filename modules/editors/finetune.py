@@ -21,11 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modules import checks
-from modules.delta import Delta
-from modules.lm import LanguageModel
-from modules.structure import sizes
-from modules.tuning import GradientEditor, Loss
+from corrigenda.modules import checks
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.training.tuning import GradientEditor, Loss
 
 
 class FT(GradientEditor):

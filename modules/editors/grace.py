@@ -32,14 +32,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.adapters import Adapter, Asked, ModuleEditor
-from modules.lm import LanguageModel
-from modules.optimize import IndependentAdam
-from modules.states import distances, last_states, neighbour_distance, unrelated_prompts
-from modules.structure import sizes
-from modules.tuning import Piece
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.adapters import Adapter, Asked, ModuleEditor
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.states import (
+    distances,
+    last_states,
+    neighbour_distance,
+    unrelated_prompts,
+)
+from corrigenda.modules.training.optimize import IndependentAdam
+from corrigenda.modules.training.tuning import Piece
 
 log = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from datamodules.records import Edit, EditCase, Probe, Separator, joined
-from modules import checks
-from modules.delta import Delta, EditError
-from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch, sentence
-from modules.retrieval import Encoder, Retriever
-from modules.rows import TargetScores
+from corrigenda.datamodules.records import Edit, EditCase, Probe, Separator, joined
+from corrigenda.modules import checks
+from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch, sentence
+from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import TargetScores
+from corrigenda.modules.retrieval.retriever import Encoder, Retriever
 
 ROLES = {"copy": 1, "update": 3, "retain": 4}
 

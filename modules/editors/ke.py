@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from modules import checks
-from modules.delta import Delta, Update
-from modules.gradients import by_owner, gradient_factors
-from modules.learned import LearnedEditor, chosen_blocks
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.structure import sizes
-from modules.tail import Tail
+from corrigenda.modules import checks
+from corrigenda.modules.model.delta import Delta, Update
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.gradients import by_owner, gradient_factors
+from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks
 
 DECAY = 0.8  # of the margin, at a validation that finds the edits made
 MADE = 0.9  # share of edits made from which on that is so

@@ -1,7 +1,7 @@
 """What locate-then-edit methods share: contexts, keys, and the one ridge solver.
 
 An MLP output projection is read as a memory that answers a key k (its input at the subject's last token) with
-a value v (its output there). ROME and its kin choose a new value (:mod:`modules.editors.value_search`) and write
+a value v (its output there). ROME and its kin choose a new value (:mod:`corrigenda.modules.editors.value_search`) and write
 it in closed form.
 
 Shapes: N edits, Q context templates per edit (the bare prompt first), R = N * Q rows, F key width, D value
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from datamodules.records import Edit
-from modules.delta import Delta
-from modules.hooks import capture, first
-from modules.kv_cache import can_be_cut, first_tokens, run_start
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.tail import Tail
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.hooks import capture, first
+from corrigenda.modules.model.kv_cache import can_be_cut, first_tokens, run_start
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.tail import Tail
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 

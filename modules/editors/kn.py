@@ -38,16 +38,16 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import Delta, EditError, LowRank, Update
-from modules.editing import WeightEditor
-from modules.editors.key_value import sample_contexts
-from modules.hooks import capture, hooked
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.structure import read_weight
-from modules.tail import Tail
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editors.key_value import sample_contexts
+from corrigenda.modules.model.delta import Delta, EditError, LowRank, Update
+from corrigenda.modules.model.hooks import capture, hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.structure import read_weight
+from corrigenda.modules.model.tail import Tail
 
 log = logging.getLogger(__name__)
 

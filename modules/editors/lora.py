@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modules import checks
-from modules.delta import Delta, LowRank
-from modules.lm import LanguageModel
-from modules.structure import is_linear, sizes
-from modules.tuning import GradientEditor, Loss
+from corrigenda.modules import checks
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import is_linear, sizes
+from corrigenda.modules.training.tuning import GradientEditor, Loss
 
 
 class LoRA(GradientEditor):

@@ -34,15 +34,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from datamodules.records import Edit, EditCase, Probe
-from modules import checks
-from modules.delta import Delta, LowRank, Update
-from modules.gradients import PairNetwork, gradient_factors
-from modules.learned import LearnedEditor, chosen_blocks, drift
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.structure import sizes
-from modules.tail import Tail
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules import checks
+from corrigenda.modules.model.delta import Delta, LowRank, Update
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.gradients import PairNetwork, gradient_factors
+from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks, drift
 
 
 class Ridge:

@@ -32,14 +32,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import Delta
-from modules.editing import EditHandle
-from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch, sentence
-from modules.retrieval import Encoder
-from modules.rows import TargetScores
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import EditHandle
+from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch, sentence
+from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import TargetScores
+from corrigenda.modules.retrieval.retriever import Encoder
 
 QUESTION, STEP, BELIEF = "Question:", "Subquestion:", "Generated answer:"
 FACT, ANSWER = "Retrieved fact:", "Final answer:"

@@ -1,7 +1,7 @@
 """MEMIT: mass-editing memory (Meng et al., 2023, arXiv 2210.07229).
 
 Each of some consecutive MLP output projections takes an equal share of what the edits' values still lack
-(:mod:`modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over the second
+(:mod:`corrigenda.modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over the second
 moment C of the keys of ordinary text:
 
     Delta = R K' (lambda C + K K')^-1
@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.editors.key_value import solve_update
-from modules.editors.spread import SpreadEditor
-from modules.moments import Moments
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editors.key_value import solve_update
+from corrigenda.modules.editors.spread import SpreadEditor
+from corrigenda.modules.statistics.moments import Moments
 
 
 class MEMIT(SpreadEditor):

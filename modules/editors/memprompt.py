@@ -23,11 +23,11 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from datamodules.records import SLOT, Edit, Separator
-from modules import checks
-from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch, sentence
-from modules.retrieval import Encoder
+from corrigenda.datamodules.records import SLOT, Edit, Separator
+from corrigenda.modules import checks
+from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch, sentence
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.retrieval.retriever import Encoder
 
 
 class Clarified(MemoryPatch):

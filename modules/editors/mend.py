@@ -29,15 +29,15 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from datamodules.records import EditCase
-from modules import checks
-from modules.delta import Delta, Update
-from modules.gradients import PairNetwork, by_owner, gradient_factors
-from modules.learned import LearnedEditor, chosen_blocks
-from modules.lm import LanguageModel
-from modules.rows import Rows
-from modules.structure import sizes
-from modules.tail import Tail
+from corrigenda.datamodules.records import EditCase
+from corrigenda.modules import checks
+from corrigenda.modules.model.delta import Delta, Update
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.gradients import PairNetwork, by_owner, gradient_factors
+from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks
 
 
 class GradientTransform(PairNetwork):

@@ -30,12 +30,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import Delta, LowRank, Update, add_deltas, svd
-from modules.editing import WeightEditor, WeightPatch
-from modules.lm import LanguageModel
-from modules.structure import read_parameter
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.model.delta import Delta, LowRank, Update, add_deltas, svd
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import read_parameter
 
 log = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import Delta, Update
-from modules.editing import WeightEditor
-from modules.lm import LanguageModel
-from modules.structure import read_parameter
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.model.delta import Delta, Update
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import read_parameter
 
 EPS = 1e-8
 

@@ -6,7 +6,7 @@ least change of what it answers to ordinary text (second moment C):
     W' = W + Lambda (C^-1 k*)',   Lambda = (v* - W k1) / ((C^-1 k*)' k1)
 
 k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
-value that makes the new target likely (:mod:`modules.editors.value_search`), so that W' k1 = v* exactly.
+value that makes the new target likely (:mod:`corrigenda.modules.editors.value_search`), so that W' k1 = v* exactly.
 
     ROME     ROME(layer)              k* gives the direction, k1 is where the value holds
     r-ROME   ROME(layer, key="mean")  k* is both: Lambda = (v* - W k*) / (C^-1 k*)' k*   (arXiv 2403.07175)
@@ -31,16 +31,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from datamodules.records import Edit
-from modules import checks
-from modules.corpus import Corpus
-from modules.delta import Delta, LowRank, add_deltas
-from modules.editing import WeightEditor, WeightPatch
-from modules.editors.key_value import KeyRows, keys_and_values, sample_contexts, solve_update
-from modules.editors.value_search import ValueSettings, optimise_values, searched_together
-from modules.lm import LanguageModel
-from modules.moments import Moments
-from modules.structure import read_weight
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editors.key_value import (
+    KeyRows,
+    keys_and_values,
+    sample_contexts,
+    solve_update,
+)
+from corrigenda.modules.editors.value_search import (
+    ValueSettings,
+    optimise_values,
+    searched_together,
+)
+from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import read_weight
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments
 
 log = logging.getLogger(__name__)
 

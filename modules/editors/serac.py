@@ -6,7 +6,7 @@ edit e, and the model that answers is
     base(x)                 if the memory is empty or max_e phi(e, x) is not above the threshold
     psi(e*, x)              else, with e* the edit of the largest phi
 
-phi (:class:`~modules.scope.ScopeClassifier`) and psi (:class:`~modules.counterfactual.CounterfactualModel`) are
+phi (:class:`~corrigenda.modules.training.scope.ScopeClassifier`) and psi (:class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`) are
 trained by two runs of ``fit``; their departures from the paper are told there.
 
 Departures from the authors' code: the decision reads the prompt alone, once, so that a teacher-forced target
@@ -23,15 +23,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit
-from modules import checks
-from modules.counterfactual import Counterfactual, in_front
-from modules.delta import Delta, EditError
-from modules.lm import LanguageModel
-from modules.memory import MemoryEditor, MemoryPatch
-from modules.retrieval import Encoder, SentenceEncoder
-from modules.rows import TargetScores
-from modules.scope import ScopeClassifier
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch
+from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import TargetScores
+from corrigenda.modules.retrieval.retriever import Encoder, SentenceEncoder
+from corrigenda.modules.training.counterfactual import Counterfactual, in_front
+from corrigenda.modules.training.scope import ScopeClassifier
 
 
 class ScopePatch(MemoryPatch):
@@ -120,8 +120,8 @@ class SERAC(MemoryEditor):
     Edits made one after the other on one model share a memory.
 
     Args:
-        scope: checkpoint of a trained :class:`~modules.scope.ScopeClassifier`.
-        counterfactual: checkpoint of a trained :class:`~modules.counterfactual.CounterfactualModel`.
+        scope: checkpoint of a trained :class:`~corrigenda.modules.training.scope.ScopeClassifier`.
+        counterfactual: checkpoint of a trained :class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`.
         threshold: a prompt is within scope above this; the one found in validation if not given.
     """
 

@@ -31,20 +31,20 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from datamodules.records import Edit
-from modules import checks
-from modules.corpus import Corpus
-from modules.delta import Delta, EditError, LowRank, Update
-from modules.editing import WeightEditor, WeightPatch
-from modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
-from modules.editors.value_search import (
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
+from corrigenda.modules.editors.value_search import (
     FoundValues,
     ValueSettings,
     optimise_values,
     searched_together,
 )
-from modules.lm import LanguageModel
-from modules.moments import Moments
+from corrigenda.modules.model.delta import Delta, EditError, LowRank, Update
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.moments import Moments
 
 log = logging.getLogger(__name__)
 

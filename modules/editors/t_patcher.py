@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.records import Edit, prompt_end
-from modules import checks
-from modules.adapters import ModuleEditor
-from modules.corpus import Corpus
-from modules.lm import LanguageModel
-from modules.neurons import SideNeurons
-from modules.optimize import IndependentAdam
-from modules.rows import Rows
-from modules.states import distances, read_states
-from modules.tuning import Piece
+from corrigenda.datamodules.records import Edit, prompt_end
+from corrigenda.modules import checks
+from corrigenda.modules.editing.adapters import ModuleEditor
+from corrigenda.modules.editing.neurons import SideNeurons
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.statistics.states import distances, read_states
+from corrigenda.modules.training.optimize import IndependentAdam
+from corrigenda.modules.training.tuning import Piece
 
 log = logging.getLogger(__name__)
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from datamodules.records import Edit
-from modules import checks
-from modules.delta import EditError, read_tensors
-from modules.editors.key_value import KeyRows
-from modules.files import locked, write_tensors
-from modules.hooks import first, hooked, replace_first
-from modules.lm import LanguageModel
-from modules.optimize import IndependentAdam
-from modules.tail import Tail
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editors.key_value import KeyRows
+from corrigenda.modules.files import locked, write_tensors
+from corrigenda.modules.model.delta import EditError, read_tensors
+from corrigenda.modules.model.hooks import first, hooked, replace_first
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.optimize import IndependentAdam
 
 log = logging.getLogger(__name__)
 

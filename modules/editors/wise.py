@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from datamodules.records import Edit
-from modules import checks
-from modules.adapters import Adapter, Asked, ModuleEditor
-from modules.editors.key_value import sample_contexts
-from modules.lm import LanguageModel
-from modules.states import read_states, unrelated_prompts
-from modules.structure import sizes
-from modules.tuning import Piece
+from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
+from corrigenda.modules.editing.adapters import Adapter, Asked, ModuleEditor
+from corrigenda.modules.editors.key_value import sample_contexts
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.states import read_states, unrelated_prompts
+from corrigenda.modules.training.tuning import Piece
 
 log = logging.getLogger(__name__)
 

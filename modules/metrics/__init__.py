@@ -3,7 +3,7 @@
 `probes`: teacher forced; `texts`: free running; `summaries`: of whole runs; `classes`: with state.
 """
 
-from modules.metrics.classes import (
+from corrigenda.modules.metrics.classes import (
     Agreement,
     CaseMean,
     CaseMetric,
@@ -25,7 +25,7 @@ from modules.metrics.classes import (
     WildPrefix,
     WildSame,
 )
-from modules.metrics.probes import (
+from corrigenda.modules.metrics.probes import (
     agreement,
     all_right,
     any_right,
@@ -40,7 +40,7 @@ from modules.metrics.probes import (
     token_accuracy,
     two_level_means,
 )
-from modules.metrics.summaries import (
+from corrigenda.modules.metrics.summaries import (
     WeightDistance,
     binomial_half_width,
     bootstrap_interval,
@@ -52,7 +52,7 @@ from modules.metrics.summaries import (
     trailing_mean,
     weight_distance,
 )
-from modules.metrics.texts import (
+from corrigenda.modules.metrics.texts import (
     generation_entropy,
     ngram_entropy,
     normalise_answer,

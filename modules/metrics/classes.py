@@ -1,6 +1,6 @@
 """The measures as torchmetrics classes: pure function, then probe to case to dataset, never pooled.
 
-Shapes as in `modules.metrics.probes`. ``case_B`` holds one integer per probe that tells cases
+Shapes as in `corrigenda.modules.metrics.probes`. ``case_B`` holds one integer per probe that tells cases
 apart, such as the case's place in the batch.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from modules.metrics import probes, summaries, texts
+from corrigenda.modules.metrics import probes, summaries, texts
 
 
 class EditMetric(Metric):

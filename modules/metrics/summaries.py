@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules import checks
+from corrigenda.modules import checks
 
 Value = TypeVar("Value", float, Tensor)
 

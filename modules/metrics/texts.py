@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from modules import checks
+from corrigenda.modules import checks
 
 WORD_PATTERN = r"\w+|[^\w\s]"
 """How `split_words` finds words; entropies under another tokeniser differ by a few points."""

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.report.logs import read_training
-from pipeline.report.runs import is_finished, read_runs
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.logs import read_training
+from corrigenda.pipeline.report.runs import is_finished, read_runs
 
 __all__ = ["is_finished", "report"]
 
@@ -32,10 +32,10 @@ def report(
     """
     runs, unreported, notes = read_runs(dirs)
     # Torch and matplotlib take seconds: after the mistakes that need neither.
-    from modules.files import write_text
-    from pipeline.report.comparison import join
-    from pipeline.report.page import as_html
-    from pipeline.report.tables import as_csv, as_markdown, print_headline
+    from corrigenda.modules.files import write_text
+    from corrigenda.pipeline.report.comparison import join
+    from corrigenda.pipeline.report.page import as_html
+    from corrigenda.pipeline.report.tables import as_csv, as_markdown, print_headline
 
     folders = [*training, *unreported, *(one.path for run in runs for one in run.seeds or [run])]
     trainings = [found for folder in folders if (found := read_training(folder))]

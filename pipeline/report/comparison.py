@@ -10,10 +10,10 @@ from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from modules.metrics import bootstrap_interval, harmonic_score, paired_difference
-from pipeline.errors import UserError
-from pipeline.report.logs import Training
-from pipeline.report.runs import Row, Run
+from corrigenda.modules.metrics import bootstrap_interval, harmonic_score, paired_difference
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.logs import Training
+from corrigenda.pipeline.report.runs import Row, Run
 
 HEADLINE = (
     "efficacy/exact",

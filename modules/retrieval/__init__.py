@@ -1,0 +1,1 @@
+"""Sentence encoders and the texts that are found by their embeddings."""

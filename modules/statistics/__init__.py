@@ -1,0 +1,1 @@
+"""What is measured on ordinary text: second moments, states, causal traces."""

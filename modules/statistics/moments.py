@@ -1,0 +1,494 @@
+"""Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
+
+Cached in safetensors files named by weight hash, corpus, token count and dtype, so that no statistics of
+another model, text or precision are ever used. A file says the same in its header, with a digest of its numbers:
+one that is damaged or of something else is put aside and gathered again. Gathering can be killed and goes on
+where it was; of several programs that want the same statistics one gathers and the others wait. Where
+torch.distributed is initialised, every process takes every n-th buffer of texts and the sums are added up.
+
+The first token of a text has keys many times longer than any other in some layers (attention sinks: Sun et
+al., 2024, arXiv 2402.17762). They stay in C, as in the published statistics, but their share of trace(C) is
+kept beside it: where it is large, C says little about the other tokens.
+
+Statistics of the ROME and MEMIT authors (.npz, one file per layer; arXiv 2202.05262) can be taken over.
+
+Shapes: n tokens, F key width, L layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from corrigenda.modules import files
+from corrigenda.modules.model.delta import require_finite
+from corrigenda.modules.model.hooks import Hook, capture, hooked
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import cache_dir
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.statistics.corpus import IMPORTED, Corpus
+
+log = logging.getLogger(__name__)
+
+MAX_LENGTH = 512  # tokens of one text
+BATCH_TOKENS = 4096
+BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
+WAIT_SECONDS = 5.0  # for a program that gathers the same, before looking again
+WRITE_SECONDS = 30.0  # between two writings of the sums, which are gigabytes in wide models
+
+
+class Moments:
+    """Second moments of one model on one corpus, gathered when first asked for.
+
+    Args:
+        lm: the model; statistics are always of its unedited weights.
+        corpus: the text.
+        folder: where files are kept; the user's cache folder by default.
+    """
+
+    def __init__(self, lm: LanguageModel, corpus: Corpus, folder: Path | None = None) -> None:
+        self.lm, self.corpus = lm, corpus
+        self._dtype, self._key = str(lm.net.dtype).removeprefix("torch."), corpus.key
+        root = folder or cache_dir() / "moments"
+        self.folder = root / lm.weights_hash / f"{self._key}-{self._dtype}"
+
+    def moment(self, layer: int) -> Tensor:
+        """C_FF of block ``layer``'s output projection, float64."""
+        return self.gather([layer])[layer]
+
+    def factor(self, layer: int) -> Tensor:
+        """Lower Cholesky factor of C, float64; computed once and kept beside C."""
+        stored = self._derived(layer, "cholesky", lambda moment_FF: {"factor": cholesky(moment_FF)})
+        return stored["factor"].to(self.lm.device)
+
+    def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(values_F, vectors_FF) of C, ascending, one vector per column, float64; kept beside C."""
+        stored = self._derived(layer, "eigen", _eigen)
+        return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
+
+    def _derived(
+        self, layer: int, name: str, make: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``make`` finds of C; the file that keeps it belongs to that very C, by its digest."""
+        path, of = self.folder / f"layer{layer}.{name}.safetensors", self._digest(layer)
+        stored = None if of is None else self._read(path, of)
+        if stored is None:
+            stored = make(self.moment(layer))
+            self._write(path, stored, self._digest(layer))
+        return stored
+
+    def first_token_share(self, layer: int) -> float | None:
+        """Part of trace(C) that comes from the first tokens of texts; None for imported statistics."""
+        self.gather([layer])
+        share = (self._read(self._path(layer)) or {}).get("first_share")
+        return None if share is None else float(share)
+
+    def gather(self, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
+        """The moments of several layers, missing ones in one pass over the text.
+
+        Where torch.distributed is initialised, all processes must call it, with the same layers.
+        """
+        found = self._found(layers)
+        if _lacking(layers, found):
+            with self._alone():  # another program may have gathered them meanwhile
+                found = self._found(layers)
+                if missing := _lacking(layers, found):
+                    found |= self._gather(missing, progress)
+        return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}
+
+    def _found(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        stored = {layer: self._read(self._path(layer)) for layer in layers}
+        return {layer: tensors for layer, tensors in stored.items() if tensors is not None}
+
+    def take_over(self, path: str | Path, layer: int) -> Tensor:
+        """C of ``layer`` from a statistics file of the ROME or MEMIT authors, kept as source ``imported``.
+
+        Such a file names no weights: whose it is, is the caller's word. Raises ValueError where it cannot be
+        of this model.
+        """
+        moment, tokens = read_npz(path)
+        width = self.lm.structure.inner_width
+        self.lm.structure.block_name(layer)
+        if moment.shape != (width, width):
+            raise ValueError(
+                f"{path}: the second moment is {tuple(moment.shape)}, the keys of {self.lm.name!r} have width "
+                f"{width}: these are statistics of another model"
+            )
+        found = {"moment": moment, "tokens": torch.tensor(tokens)}
+        self._write(self._path(layer), found)
+        return moment.to(self.lm.device)
+
+    # ------------------------------------------------------------------ gathering
+
+    def _gather(self, layers: list[int], progress: bool) -> dict[int, dict[str, Tensor]]:
+        """One pass; the sums are written now and then, after a buffer of texts, so that it can resume."""
+        if self.corpus.source == IMPORTED:
+            raise ValueError(
+                f"no statistics of layer {layers[0]} of {self.lm.name!r} have been imported: run "
+                f"corrigenda moments --lm.name {self.lm.name} --import FILE --layers {layers[0]}"
+            )
+        rank, world = _world()
+        number = f".rank{rank}of{world}" if world > 1 else ""
+        partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
+        state, written = self._begin(partial, layers), time.monotonic()
+        for index, ids in enumerate(self._buffers(progress and rank == 0)):
+            if index < state["buffers"]:
+                continue
+            if index % world == rank:
+                with self.lm.pristine():
+                    self._add(ids, layers, state)
+            state["buffers"] += 1
+            if (index + 1) % world:
+                continue
+            settled = self._settled(layers, state, (index + 1) // world)
+            if settled:
+                break
+            if _largest(int(time.monotonic() - written >= WRITE_SECONDS)):
+                self._write(partial, state)
+                written = time.monotonic()
+        width = self.lm.structure.inner_width
+        tokens = _total(state["tokens"])
+        if tokens < width:
+            raise ValueError(
+                f"the corpus {self.corpus.source!r} has {int(tokens)} tokens, fewer than the key "
+                f"width {width}: the second moment would be singular; use more text"
+            )
+        found = {}
+        for layer in layers:
+            moment_FF = _total(state[str(layer)]) / tokens
+            if not moment_FF.isfinite().all():
+                raise ValueError(
+                    f"the keys of block {layer} of {self.lm.name!r} on the corpus {self.corpus.source!r} are not "
+                    f"finite in {self._dtype}: choose another --lm.dtype, or check the model"
+                )
+            share = _total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
+            found[layer] = {"moment": moment_FF, "tokens": tokens, "first_share": share}
+            log.info("layer %d: %.1f %% of trace(C) is of first tokens", layer, 100 * share)
+            self._write(self._path(layer), found[layer])
+        partial.unlink(missing_ok=True)
+        return found
+
+    def _begin(self, partial: Path, layers: list[int]) -> dict[str, Tensor]:
+        """The sums a killed run left, or zeros; several processes go on only from the same buffer."""
+        width = self.lm.structure.inner_width
+        zero, sums = torch.zeros((), dtype=torch.int64), torch.zeros(width, width).double()
+        state = {"tokens": zero, "buffers": zero.clone()}
+        for layer in layers:
+            state |= {str(layer): sums.clone(), f"{layer}.first": sums[0, 0].clone()}
+            if self.corpus.tolerance:
+                state[f"{layer}.before"] = sums.clone()
+        stored = self._read(partial)
+        if stored is not None and stored.keys() == state.keys():
+            begun = int(stored["buffers"])
+        else:
+            stored, begun = state, 0
+        if _largest(begun) != -_largest(-begun):
+            stored = state
+        return {name: tensor.to(self.lm.device) for name, tensor in stored.items()}
+
+    def _settled(self, layers: list[int], state: dict[str, Tensor], rounds: int) -> bool:
+        """Whether C has changed little since half as much text; looked at after 1, 2, 4, ... rounds."""
+        change = 1.0
+        if self.corpus.tolerance and not rounds & (rounds - 1):
+            change, tokens = 0.0, _total(state["tokens"])
+            for layer in layers:
+                moment_FF = _total(state[str(layer)]) / tokens
+                moved = (moment_FF - state[f"{layer}.before"]).norm() / moment_FF.norm()
+                change = max(change, float(moved))
+                state[f"{layer}.before"] = moment_FF
+            if tokens < self.lm.structure.inner_width:
+                change = 1.0
+        # Asked in every round: processes that stay in step are killed at the same buffer.
+        return bool(_largest(int(change <= self.corpus.tolerance)))
+
+    def _buffers(self, progress: bool) -> Iterator[list[list[int]]]:
+        """Buffers of encoded texts up to the token budget, the same in every process."""
+        limit = min(MAX_LENGTH, self.lm.max_length or MAX_LENGTH)
+        seen = 0
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task("second moments", total=self.corpus.tokens)
+            for buffer in _batched(self.corpus.texts(self.lm), BUFFER_TEXTS):
+                ids = []
+                for row in self.lm.encode([text for text in buffer if text.strip()]):
+                    row = row[: min(limit, self.corpus.tokens - seen)]
+                    seen += len(row)
+                    ids.append(row)
+                    if seen >= self.corpus.tokens:
+                        break
+                yield ids
+                bar.update(task, completed=seen)
+                if seen >= self.corpus.tokens:
+                    break
+
+    @torch.no_grad()
+    def _add(self, ids: list[list[int]], layers: list[int], state: dict[str, Tensor]) -> None:
+        """Adds one buffer's keys."""
+        names = {self.lm.structure.out_name(layer): layer for layer in layers}
+        modules = {name: self.lm.net.get_submodule(name) for name in names}
+        for rows in _padded(self.lm, ids):
+            with capture(modules, stop=True) as seen:
+                self.lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
+            real = rows.mask_BT.bool().flatten()
+            for name, layer in names.items():
+                keys_NF = seen[name][0].reshape(len(real), -1).float()
+                first_BF = keys_NF[:: rows.ids_BT.shape[1]]
+                state[f"{layer}.first"] += first_BF.double().square().sum()
+                keys_nF = keys_NF[real]
+                state[str(layer)] += _gram(keys_nF).double()
+            state["tokens"] += int(real.sum())
+
+    # ------------------------------------------------------------------ files
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer{layer}.safetensors"
+
+    def _digest(self, layer: int) -> str | None:
+        """That of C, as its file has it; None where there is no file of this model and text."""
+        try:
+            header = files.read_metadata(self._path(layer))
+            self._require_own(self._path(layer), header)
+            return header.get(files.DIGEST) or files.digest(
+                files.read_tensors(self._path(layer))[0]
+            )
+        except (ValueError, OSError):
+            return None
+
+    def _read(self, path: Path, of: str | None = None) -> dict[str, Tensor] | None:
+        """What a file holds; None if there is none. One that is not usable is named and put aside.
+
+        Args:
+            path: the file.
+            of: digest of the C that its content was computed from.
+        """
+        try:
+            number = path.stat().st_ino
+            tensors, header = files.read_tensors(path)
+            self._require_own(path, header)
+            if of is not None and header.get("of") != of:
+                raise ValueError(f"{path}: computed from another second moment")
+            width = self.lm.structure.inner_width
+            if any(size != width for tensor in tensors.values() for size in tensor.shape):
+                raise ValueError(f"{path}: not of keys of width {width}")
+            require_finite(tensors)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.unusable")
+            log.warning("%s; gathering it again, the old file is now %s", error, aside)
+            with self._writing():
+                if path.exists() and path.stat().st_ino == number:  # still the same file
+                    path.replace(aside)
+            return None
+        return tensors
+
+    def _require_own(self, path: Path, header: dict[str, str]) -> None:
+        """Raises ValueError where a file is of another model, text or precision."""
+        own = self._header()
+        # Files of earlier versions do not name the whole corpus; the folder that they lie in does.
+        names = ("weights", "corpus", "dtype") if "corpus" in header else ("weights", "source")
+        for name in names:
+            if header.get(name) != own[name]:
+                raise ValueError(f"{path}: its {name} is {header.get(name)!r}, not {own[name]!r}")
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], of: str | None = None) -> None:
+        with self._writing():
+            files.write_tensors(path, tensors, self._header() | ({"of": of} if of else {}))
+
+    def _header(self) -> dict[str, str]:
+        return {
+            "weights": self.lm.weights_hash,
+            "model": self.lm.name,
+            "source": self.corpus.source,
+            "tokens": str(self.corpus.tokens),
+            "corpus": self._key,
+            "dtype": self._dtype,
+        }
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One process at a time writes into the folder, for as long as a file takes."""
+        lock = self.folder.with_name(f".{self.folder.name}.write.lock")
+        with files.locked(lock, f"the statistics in {self.folder}", wait=-1):
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits while another program gathers into the folder, and keeps others waiting meanwhile.
+
+        The first of several processes that gather together holds the lock for all of them.
+        """
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        with ExitStack() as stack:
+            for attempt in count():
+                held = 0
+                if _world()[0] == 0:
+                    wait = WAIT_SECONDS if attempt else 0.0
+                    try:
+                        stack.enter_context(files.locked(lock, f"the folder {self.folder}", wait))
+                        held = 1
+                    except BlockingIOError as busy:
+                        if not attempt:
+                            log.warning("waiting for it to gather statistics: %s", busy)
+                if _largest(held):
+                    break
+            if held:
+                with self._writing():
+                    files.remove_unfinished(self.folder)
+            yield
+
+
+def _lacking(layers: Sequence[int], found: dict[int, dict[str, Tensor]]) -> list[int]:
+    """The layers that some process does not have."""
+    return [layer for layer in sorted(set(layers)) if _largest(int(layer not in found))]
+
+
+def _eigen(moment_FF: Tensor) -> dict[str, Tensor]:
+    values_F, vectors_FF = torch.linalg.eigh(moment_FF)
+    return {"values": values_F.clamp(min=0), "vectors": vectors_FF}
+
+
+@torch.no_grad()
+def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
+    """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
+    first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
+    every_L = first_L.clone()
+    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.encode(texts)]
+    real: list[Tensor] = []
+
+    def measure(layer: int) -> Hook:
+        def hook(_module: nn.Module, args: tuple, _output: Tensor) -> None:
+            mask_BT = real[0]
+            keys_BTF = args[0].reshape(*mask_BT.shape, -1)
+            squares_BT = keys_BTF.float().square().sum(-1).double() * mask_BT
+            first_L[layer] += float(squares_BT[:, 0].sum())
+            every_L[layer] += float(squares_BT.sum())
+
+        return hook
+
+    names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
+    pairs = [(lm.net.get_submodule(name), measure(layer)) for layer, name in enumerate(names)]
+    with lm.pristine(), hooked(pairs):
+        for rows in _padded(lm, ids):
+            real[:] = [rows.mask_BT]
+            lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
+    return (first_L / every_L).tolist()
+
+
+def read_npz(path: str | Path) -> tuple[Tensor, int]:
+    """(C_FF in float64, tokens) of a statistics file of the ROME or MEMIT authors.
+
+    It holds the sum over tokens (``mom2.mom2``) and their number (``mom2.count``); files of other programs
+    that hold the same two are read as well. Raises ValueError for anything else, FileNotFoundError for none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such statistics file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = sorted(file.files)
+            if not {"mom2.mom2", "mom2.count"} <= set(names):
+                raise ValueError(f"it holds {', '.join(names)}, not mom2.mom2 and mom2.count")
+            total, count = np.asarray(file["mom2.mom2"], np.float64), int(file["mom2.count"])
+    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of second moments ({error})") from None
+    if total.ndim != 2 or total.shape[0] != total.shape[1] or count < total.shape[0]:
+        raise ValueError(
+            f"{path}: not a usable second moment: {total.shape} from {count} tokens; it must be square and "
+            "come from at least as many tokens"
+        )
+    if not np.abs(total - total.T).max() <= 1e-3 * np.abs(total).max():  # NaN is not, either
+        raise ValueError(f"{path}: the second moment is damaged: not finite, or not symmetric")
+    return torch.from_numpy(total / count), count
+
+
+def cholesky(moment_FF: Tensor) -> Tensor:
+    """Lower factor in float64; adds to the diagonal, with a warning, only what it must.
+
+    Sums of float32 products are positive definite up to their rounding only, which the least eigenvalues of a
+    second moment can fall below.
+    """
+    moment_FF = moment_FF.double()
+    diagonal_F = moment_FF.diagonal()
+    for share in (0.0, 1e-8, 1e-7, 1e-6, 1e-5):
+        jitter = share * diagonal_F.mean()
+        factor, failed = torch.linalg.cholesky_ex(
+            moment_FF + torch.diag(jitter.expand_as(diagonal_F))
+        )
+        if not failed:
+            if share:
+                log.warning(
+                    "the second moment is singular to rounding: added %.1e to its diagonal", jitter
+                )
+            return factor
+    raise ValueError(
+        "the second moment cannot be factored: it is not finite, or of too little text"
+    )
+
+
+def _gram(keys_nF: Tensor, parts: int = 4) -> Tensor:
+    """keys' keys, each pair of coordinates multiplied once and written twice."""
+    width = keys_nF.shape[1]
+    gram_FF = keys_nF.new_empty(width, width)
+    step = -(-width // parts)
+    for at in range(0, width, step):
+        right_XF = keys_nF[:, at : at + step].T @ keys_nF[:, at:]
+        gram_FF[at : at + step, at:] = right_XF
+        gram_FF[at:, at : at + step] = right_XF.T
+    return gram_FF
+
+
+def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
+    """Batches of texts sorted by length and padded on the right, so that causal attention needs no mask."""
+    ids = sorted((row for row in ids if row), key=len)
+    begin = 0
+    while begin < len(ids):
+        count = 1
+        while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
+            count += 1
+        yield lm.pad(ids[begin : begin + count], [1] * count)
+        begin += count
+
+
+def _world() -> tuple[int, int]:
+    """(rank, number) of the processes that gather together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _total(part: Tensor) -> Tensor:
+    """The sum of all processes' tensors; the tensor itself is left as it is."""
+    total = part.clone()
+    if _world()[1] > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    rank, world = _world()
+    if world == 1:
+        return number
+    every: list[int] = [0] * world
+    torch.distributed.all_gather_object(every, number)
+    return max(every)
+
+
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

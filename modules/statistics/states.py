@@ -1,0 +1,82 @@
+"""What goes into or comes out of a module when the model reads prompts: keys, queries and memories of editors.
+
+Shapes: R rows, T tokens, H width of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from corrigenda.datamodules.corpus import texts
+from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+
+MAX_WORDS = 32  # of an unrelated prompt
+
+
+@torch.no_grad()
+def read_states(
+    lm: LanguageModel, rows: Rows, site: str, output: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(row_R, states_RTH) in parts: the input (or output) of module ``site`` at every token, float32."""
+    module = lm.net.get_submodule(site)
+    for row_R in lm.chunks(rows):
+        part = rows.select(row_R)
+        with lm.asking(part.prompt_BT), capture({site: module}, stop=True) as seen:
+            lm.net.get_decoder()(
+                input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
+            )
+        yield row_R, seen[site][output].view(*part.ids_BT.shape, -1).float()
+
+
+def last_states(
+    lm: LanguageModel, prompts: Sequence[str], site: str, output: bool = False
+) -> Tensor:
+    """states_RH at every prompt's last token, float32."""
+    rows = lm.rows(prompts)
+    found, order = [], []
+    for row_R, states_RTH in read_states(lm, rows, site, output):
+        at_R = rows.length_B[row_R] - 1
+        found.append(states_RTH[torch.arange(len(row_R), device=lm.device), at_R])
+        order.append(row_R)
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def unrelated_prompts(source: str, count: int, lm: LanguageModel | None = None) -> list[str]:
+    """The first different texts of a corpus, each without its last word, as prompts end.
+
+    Texts that ``lm`` cannot read whole are left out.
+    """
+    limit = lm.max_length if lm is not None else None
+    prompts: dict[str, None] = {}
+    for text in islice(texts(source), 10 * count):
+        words = text.split()[:MAX_WORDS]
+        prompt = " ".join(words[:-1] or words)
+        if lm is None or limit is None or len(lm.encode([prompt])[0]) <= limit:
+            prompts[prompt] = None
+        if len(prompts) == count:
+            break
+    if len(prompts) < 2:
+        raise ValueError(f"the corpus {source!r} holds fewer than two different texts: use more")
+    return list(prompts)
+
+
+def neighbour_distance(
+    lm: LanguageModel, prompts: Sequence[str], site: str, output: bool = False
+) -> float:
+    """Median over prompts of the distance to the nearest other one, in the unedited model's states."""
+    with lm.pristine():
+        states_RH = last_states(lm, prompts, site, output)
+    distance_RR = distances(states_RH, states_RH)
+    distance_RR.fill_diagonal_(float("inf"))
+    return distance_RR.min(1).values.median().item()
+
+
+def distances(a_RH: Tensor, b_QH: Tensor) -> Tensor:
+    """Euclidean distances, from differences: through products, those of near points would be rounding."""
+    return torch.cdist(a_RH, b_QH, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,1 @@
+"""What is trained: learned editors, fine-tuning, SERAC."""

@@ -1,0 +1,92 @@
+"""Checkpoints: what Lightning and our modules wrote into a .ckpt file, read without running anything in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor
+
+from corrigenda.modules.model.delta import EditError
+
+ZIP = b"PK\x03\x04"
+PARTS = {
+    "state_dict": dict,
+    "base_model": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "means": dict,
+    "matrices": list,
+    "scope": dict,
+    "counterfactual": dict,
+}
+
+
+def read_checkpoint(path: str | Path, *needs: str, of: str = "") -> dict[str, Any]:
+    """The content of a checkpoint that ``fit`` wrote: tensors and plain values, on the CPU.
+
+    Args:
+        path: a file; URLs and folders are no checkpoints.
+        needs: parts that the reader cannot do without, besides weights and the name of the base model.
+        of: whose checkpoint is expected, for the message.
+
+    Raises:
+        EditError: anything else, in one line: an empty, cut or damaged file, another format, objects that are
+            more than tensors and plain values, other parts than a checkpoint of this project has.
+    """
+    file, what = Path(path), f"checkpoint of a {of}" if of else "checkpoint"
+    try:
+        found = _load(file)
+        _check(found)
+    except (EditError, OSError) as error:
+        raise EditError(f"{path}: not a readable {what}: {error}") from None
+    if not found.keys() >= set(needs):
+        raise EditError(f"{path} is not a {what}: give one that its fit has written")
+    return found
+
+
+def _load(file: Path) -> Any:  # noqa: ANN401
+    if not file.is_file():
+        raise EditError("it is a folder" if file.is_dir() else "there is no such file")
+    with open(file, "rb") as opened:
+        start = opened.read(len(ZIP))
+    if start != ZIP:
+        raise EditError("it is a file of another format" if start else "it is empty")
+    try:
+        with ZipFile(file) as whole:
+            damaged = whole.testzip()  # checks the sums that torch writes and does not look at
+    except Exception:
+        damaged = "its directory"
+    if damaged is not None:
+        raise EditError(f"it is cut or damaged, in {damaged}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a decoder of foreign bytes may meet anything
+        raise EditError(
+            "it holds more than tensors and plain values, which is never loaded, or is damaged"
+        ) from None
+
+
+def _check(found: Any) -> None:  # noqa: ANN401
+    """Raises EditError where the parts of a checkpoint are missing or of another kind."""
+    if not isinstance(found, dict):
+        raise EditError(f"it holds one {type(found).__name__}, not the parts of a checkpoint")
+    if missing := [name for name in ("state_dict", "base_model") if name not in found]:
+        raise EditError(f"it has no {missing[0]!r}, which every checkpoint of this project has")
+    for name, kind in PARTS.items():
+        if name in found and not isinstance(found[name], kind):
+            raise EditError(f"its {name!r} is a {type(found[name]).__name__}")
+    for part in ("state_dict", "counterfactual"):
+        for name, value in found.get(part, {}).items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise EditError(f"its {part!r} holds {name!r}, which is not a tensor")
+    base = found["base_model"]
+    if not all(isinstance(base.get(key), str) for key in ("name", "hash")):
+        raise EditError("its 'base_model' does not give the name and the hash of a model")

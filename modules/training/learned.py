@@ -1,0 +1,332 @@
+"""What learned editors share: training from edits, their paraphrases and what must stay.
+
+One training step edits with the current editor, every case on its own, and asks the edited models for the new
+answer to a paraphrase and for the old distribution on unrelated text (Mitchell et al., 2022, arXiv 2110.11309):
+
+    loss = c_edit * NLL(edited; paraphrase) + c_loc * KL(base || edited; unrelated)
+
+Both are means over cases of means over a case's tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.evaluation.module import UNMOVED, EditingModule
+from corrigenda.modules.model.delta import Delta, add_deltas
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.tail import Tail
+
+log = logging.getLogger(__name__)
+
+
+class LearnedEditor(EditingModule, WeightEditor):
+    """An editor with weights of its own, trained by ``fit``.
+
+    Args:
+        lm: the language model to edit; it is never changed.
+        c_edit: weight of the edit loss.
+        c_loc: weight of the locality loss.
+        scale: length of an update that is made, in multiples of what was learned; training takes no notice of it.
+            A little less than 1 often leaves more of what must stay and loses no edit.
+        together: training cases whose edits are one update, as when a batch of edits is made.
+        generate_tokens: as in EditingModule.
+    """
+
+    trains_on: ClassVar[str] = "train"
+    names: list[str]  # paths of the edited matrices
+    training_time: Tensor
+    num_skipped: Tensor
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        c_edit: float = 0.1,
+        c_loc: float = 1.0,
+        scale: float = 1.0,
+        together: int = 1,
+        generate_tokens: int = 0,
+    ) -> None:
+        super().__init__(lm, generate_tokens)
+        checks.at_least(0, c_edit=c_edit, c_loc=c_loc)
+        checks.positive(scale=scale)
+        checks.whole(1, together=together)
+        self.automatic_optimization = True
+        self.c_edit, self.c_loc, self.scale, self.together = c_edit, c_loc, scale, together
+        self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
+        self._step_started = 0.0
+        self._seed = torch.initial_seed()  # the run's
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in training steps so far, over all resumed runs."""
+        return float(self.training_time)
+
+    @property
+    def trained(self) -> bool:
+        return self.training_seconds > 0
+
+    # ------------------------------------------------------------------ the method's part
+
+    @property
+    @abstractmethod
+    def lowest_layer(self) -> int:
+        """The lowest block with an edited matrix; what enters it is kept while the editor learns."""
+
+    @property
+    def _joins(self) -> bool:
+        """Whether edits of different training cases are one update."""
+        return self.together > 1
+
+    @abstractmethod
+    def deltas(self, tail: Tail, rows: Rows, owner_B: Tensor, num_edits: int) -> list[Delta]:
+        """Each edit's update, differentiable in the editor's weights.
+
+        Args:
+            tail: the rows' lower blocks, run.
+            rows: one answer row per edit text.
+            owner_B: the edit of each row.
+            num_edits: E.
+        """
+
+    # ------------------------------------------------------------------ editing
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        owners = [e for e, group in enumerate(edits) for _ in group]
+        flat = [edit for group in edits for edit in group]
+        rows = lm.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
+        owner_B = torch.tensor(owners, device=lm.device)
+        with torch.no_grad():
+            tail = lm.tail(rows.read, self.lowest_layer)
+        deltas = self.deltas(tail, rows, owner_B, len(edits))
+        return [delta.detach().scaled(self.scale) for delta in deltas]
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        return add_deltas(self.propose_each(lm, [edits]))
+
+    def observe(self, cases: Sequence[EditCase]) -> None:
+        """Statistics of training cases that the method needs before its first step; none by default."""
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["matrices"] = self.names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        matrices = checkpoint.get("matrices", self.names)
+        if matrices != self.names:
+            raise ValueError(
+                f"this checkpoint edits {', '.join(matrices)}, this model {', '.join(self.names)}: "
+                "set --model.layers and --model.projections as then"
+            )
+
+    # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        if self._joins and self.trainer.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} makes one update for several training cases here, of which each process "
+                "would see a part: train it with --trainer.devices 1"
+            )
+        self.lm.keep_prefix(self.lowest_layer, self.lm.structure.num_layers)
+
+    def on_fit_end(self) -> None:
+        self.lm.drop_prefix()
+
+    def on_train_start(self) -> None:
+        """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
+        if self.global_step > 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        cases = list(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
+        random.Random(0).shuffle(cases)
+        self.observe(cases)
+        path = Path(self.trainer.default_root_dir) / "checkpoints" / "initial.ckpt"
+        self.trainer.save_checkpoint(path, weights_only=False)
+
+    def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.training_time += time.perf_counter() - self._step_started
+
+    def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
+        """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported.
+
+        Losses are means over cases, so that processes with equal parts of a batch make the step of one that
+        has all of it.
+        """
+        edit_loss, kl = self._losses(*self._choose(batch))
+        loss = self.objective(edit_loss, kl)
+        values = {"train/loss": loss, "train/edit_loss": edit_loss, "train/kl": kl}
+        if torch.isfinite(loss) or self.trainer.world_size > 1:
+            self.log_dict(values, batch_size=len(batch), sync_dist=True)
+            self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
+        if torch.isfinite(loss):
+            return loss
+        if self.trainer.world_size > 1:  # a gradient that is not finite in any process either
+            return loss * torch.nan
+        self._skip("the loss")
+        return None
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of what the processes have, where several train together."""
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
+
+    def _skip(self, what: str) -> None:
+        self.num_skipped += 1
+        log.warning("step %d: %s is not finite; the step is skipped (%d so far)",
+                    self.global_step, what, int(self.num_skipped))  # fmt: skip
+
+    def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
+        """What a step descends."""
+        return self.c_edit * edit_loss + self.c_loc * kl
+
+    def scheduled(
+        self, optimizer: torch.optim.Optimizer, warm_up: int, floor: float = 0.05
+    ) -> OptimizerLRScheduler:
+        """The optimizer with rates that rise over ``warm_up`` steps and fall as a cosine to ``floor``."""
+        total = int(self.trainer.estimated_stepping_batches)
+        # To estimate, Lightning has set up the training data, and it would not do so again after the
+        # checkpoint of an interrupted run is read: the place in the epoch, which is in it, would be lost.
+        self.trainer.fit_loop._combined_loader = None
+
+        def factor(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            share = min(1.0, (step - warm_up) / max(1, total - warm_up))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step with a non-finite gradient changes nothing."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients and not all(bool(torch.isfinite(g).all()) for g in gradients):
+            self._skip("a gradient")
+            optimizer.zero_grad()
+
+    def _choose(self, batch: list[EditCase]) -> tuple[list[Edit], list[Probe], list[Probe]]:
+        """For each case its edit, one rephrasing (or the edit's own prompt) and one unrelated probe.
+
+        The choice depends on run, epoch and case alone, so that a resumed run and several processes make the
+        same.
+        """
+        edits, outer, local = [], [], []
+        for case in batch:
+            draw = random.Random(f"{self._seed} {self.current_epoch} {case.case_id}")
+            edits.append(case.edits[0])
+            same, *others = case.phrasings
+            outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
+            kept = [
+                probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target
+            ]
+            local.append(draw.choice(kept or [self._neighbour(case, draw)]))
+        return edits, outer, local
+
+    def _neighbour(self, case: EditCase, draw: random.Random) -> Probe:
+        """Another case's own prompt, for a case of which it is not known what must stay."""
+        cases: Sequence[EditCase] = self.trainer.datamodule.cases("train")  # type: ignore[attr-defined]
+        others = [other for other in draw.sample(cases, min(2, len(cases))) if other is not case]
+        edit = (others or [case])[0].edits[0]
+        return Probe(edit.text, edit.target_true or edit.target_new)
+
+    def _losses(
+        self, edits: list[Edit], outer: list[Probe], local: list[Probe]
+    ) -> tuple[Tensor, Tensor]:
+        """(edit loss, locality KL): edit, outer and local rows share one pass through the lower blocks."""
+        count = len(edits)
+        rows, tail = self._encoded(edits, outer, local)
+        index = torch.arange(3 * count, device=self.lm.device)
+        inner, asked = index[:count], index[count:]
+        owner_E = inner // self.together
+        num_updates = int(owner_E[-1]) + 1
+        deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, num_updates)
+        asked_rows, asked_tail = rows.select(asked), tail.select(asked).trimmed()
+        answer_N, local_N = _training_positions(asked_rows, count)
+        with self.lm.side_by_side(deltas, torch.cat([owner_E, owner_E])):
+            logits = asked_tail.logits(*torch.cat([answer_N, local_N], 1))
+        answer_NV, local_NV = logits.split([answer_N.shape[1], local_N.shape[1]])
+        with torch.no_grad():
+            row_N, position_N = local_N
+            local_tail = asked_tail.select(index[count : 2 * count])
+            base_tail = self.lm.higher(local_tail, self.lm.structure.num_layers)
+            base_NV = base_tail.logits(row_N - count, position_N)
+        row_N, position_N = answer_N
+        target_N = asked_rows.ids_BT[row_N, position_N + 1]
+        nll_N = cross_entropy(answer_NV.float(), target_N, reduction="none")
+        edit_loss = _mean_of_means(nll_N, row_N, count)
+        return edit_loss, _mean_of_means(drift(base_NV, local_NV), local_N[0] - count, count)
+
+    def _encoded(
+        self, edits: list[Edit], outer: list[Probe], local: list[Probe]
+    ) -> tuple[Rows, Tail]:
+        """Rows of edits, outer and local probes, in this order; the last token of local ones alone is read."""
+        prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
+        targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
+        rows = self.lm.rows(prompts, targets)
+        tail = self.lm.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
+        return rows, tail
+
+
+def chosen_blocks(lm: LanguageModel, layers: Sequence[int] | None, last: int) -> list[int]:
+    """The given blocks, the lowest first; the ``last`` so many of the model if none were given."""
+    checks.blocks(layers=layers)
+    count = lm.structure.num_layers
+    return list(range(max(0, count - last), count)) if layers is None else sorted(layers)
+
+
+class _Drift(torch.autograd.Function):
+    """The gradient in the edited logits, softmax(edited) - softmax(base), is made in passing and in place."""
+
+    @staticmethod
+    def forward(ctx: Any, base_NV: Tensor, edited_NV: Tensor) -> Tensor:  # noqa: ANN401
+        logprob_NV = edited_NV.float().log_softmax(-1)
+        base_NV = base_NV.float().log_softmax(-1)
+        probability_NV = base_NV.exp()
+        drift_N = torch.linalg.vecdot(probability_NV, base_NV.sub_(logprob_NV))
+        ctx.save_for_backward(logprob_NV.exp_().sub_(probability_NV))
+        ctx.dtype = edited_NV.dtype
+        return drift_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradient_N: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401
+        (difference_NV,) = ctx.saved_tensors
+        return None, (gradient_N[0][:, None] * difference_NV).to(ctx.dtype)
+
+
+def drift(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
+    """KL(base || edited) of logits, at each of N positions; differentiable in the edited ones, float32."""
+    return cast(Tensor, _Drift.apply(base_NV, edited_NV))
+
+
+def _training_positions(rows: Rows, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and positions, [2, N] each: where the first ``count`` rows are answered, and all of the others."""
+    answer_N = torch.stack(rows.answer_positions())
+    local_N = rows.mask_BT.bool().nonzero().T
+    return answer_N[:, answer_N[0] < count], local_N[:, local_N[0] >= count]
+
+
+def _mean_of_means(values_N: Tensor, row_N: Tensor, count: int) -> Tensor:
+    """Mean over rows of each row's mean."""
+    sums = values_N.new_zeros(count).index_add(0, row_N, values_N)
+    return (sums / torch.bincount(row_N, minlength=count)).mean()

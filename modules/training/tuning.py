@@ -1,0 +1,330 @@
+"""Fine-tuning as an editor: an update learned by gradient descent on the edits' own loss.
+
+What the update is made of (a dense matrix, two factors) and how far it may go is the subclass's;
+the loss, the search and many independent edits side by side are here. The network's weights are
+never written: the update runs as a side branch, and blocks below the lowest tuned one run once.
+
+Shapes: E independent problems, R rows (one per edit), N target tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules import checks
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.optimize import IndependentAdam
+
+log = logging.getLogger(__name__)
+
+Loss = Literal["target", "prompt_last"]
+
+MAX_ELEMENTS = 2**26  # learned at once; with gradient and Adam's moments, four times this is held
+PIECE_TOKENS = 2048  # padded tokens of one forward and backward pass
+
+
+class GradientEditor(WeightEditor):
+    """Learns an update with Adam, starting from no change.
+
+    Args:
+        steps: updates at most.
+        lr: Adam's step size.
+        stop_loss: an edit whose loss is below this has finished and moves no more.
+        weight_decay: pull of what is learned towards zero: of the weights towards the base's.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
+            ones before it. ``prompt_last`` is that of the published FT and FT-L: every target token
+            is asked for at the one position after the prompt. With m different tokens it cannot
+            fall below log m, and it says nothing about their order.
+        parallel: independent edits learned together; fewer where their updates are large.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        lr: float,
+        stop_loss: float,
+        weight_decay: float = 0.0,
+        loss: Loss = "target",
+        parallel: int = 8,
+    ) -> None:
+        checks.whole(1, steps=steps, parallel=parallel)
+        checks.positive(lr=lr)
+        checks.at_least(0, stop_loss=stop_loss, weight_decay=weight_decay)
+        self.steps, self.lr, self.stop_loss = steps, lr, stop_loss
+        self.weight_decay, self.loss, self.parallel = weight_decay, loss, parallel
+
+    @abstractmethod
+    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
+        """What is learned, by name: ``count`` equal copies, changing nothing; [E, ...], float32."""
+
+    @abstractmethod
+    def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
+        """The E updates that the leaves stand for, differentiable in them."""
+
+    @abstractmethod
+    def lowest_layer(self, lm: LanguageModel) -> int:
+        """No block below this one is changed."""
+
+    def project(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Brings the leaves back, in place, to where they may be; called after each step."""
+
+    def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
+        """One update for all edits, on their mean loss."""
+        return self._learn(lm, [edits])[0]
+
+    def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
+        size = sum(leaf.numel() for leaf in self.start(lm, 1).values())
+        count = max(1, min(self.parallel, MAX_ELEMENTS // size))
+        deltas: list[Delta] = []
+        for begin in range(0, len(edits), count):
+            deltas += self._learn(lm, edits[begin : begin + count])
+        return deltas
+
+    def _learn(self, lm: LanguageModel, groups: Sequence[Sequence[Edit]]) -> list[Delta]:
+        """One update per group, as if the other groups did not exist."""
+        leaves = self.start(lm, len(groups))
+        problems = Problems.of(self, lm, groups)
+        adam = IndependentAdam(list(leaves.values()), self.lr, weight_decay=self.weight_decay)
+        loss_E = torch.zeros(len(groups), device=lm.device)
+        updates_E = torch.zeros(len(groups), dtype=torch.long, device=lm.device)
+        active_E = torch.ones(len(groups), dtype=torch.bool, device=lm.device)
+        for _ in range(self.steps):
+            now_E, gradients = problems.gradients(leaves)
+            loss_E = torch.where(active_E, now_E, loss_E)
+            going_E = active_E & (now_E >= self.stop_loss)  # False for NaN, too
+            if not going_E.any():
+                break
+            if not torch.equal(going_E, active_E):
+                active_E, problems = going_E, problems.select(going_E)
+            adam.step(gradients, active_E)
+            updates_E += active_E
+            self.project(lm, leaves)
+        deltas = [delta.detach() for delta in self.deltas(lm, leaves)]
+        for delta, group, loss, updates in zip(
+            deltas, groups, loss_E.tolist(), updates_E.tolist(), strict=True
+        ):
+            delta.metadata["notes"] = [{"loss": loss, "updates": updates}]
+            if not math.isfinite(loss):
+                log.warning("%r: the loss is %s after %d updates; the edit fails, try a smaller lr",
+                            group[0].text, loss, updates)  # fmt: skip
+        return deltas
+
+
+# ---------------------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows and where their loss is read.
+
+    Attributes:
+        tail: the rows, with the blocks below the tuned ones run.
+        prompt_RT: True on their prompts' tokens.
+        owner_R: the problem of each row.
+        row_N: for each target token its row.
+        position_N: the position whose prediction counts for it.
+        target_N: the token itself.
+    """
+
+    tail: Tail
+    prompt_RT: Tensor
+    owner_R: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    target_N: Tensor
+
+    @classmethod
+    def of(cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss) -> Piece:
+        row_N, position_N = rows.answer_positions()
+        target_N = rows.ids_BT[row_N, position_N + 1]
+        if loss == "prompt_last":
+            position_N = rows.start_B[row_N] - 1
+        return cls(lm.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
+
+    def losses(self, lm: LanguageModel, deltas: Sequence[Delta] = ()) -> Tensor:
+        """loss_R: mean over each row's target tokens, under its problem's update."""
+        with lm.asking(self.prompt_RT), lm.side_by_side(deltas, self.owner_R.cpu()):
+            logits_NV = self.tail.logits(self.row_N, self.position_N)
+        nll_N = nn.functional.cross_entropy(logits_NV.float(), self.target_N, reduction="none")
+        total_R = nll_N.new_zeros(len(self.owner_R)).index_add(0, self.row_N, nll_N)
+        return total_R / torch.bincount(self.row_N, minlength=len(self.owner_R))
+
+    def select(self, active_E: Tensor) -> Piece | None:
+        """The rows of active problems; None where there are none."""
+        keep_R = active_E[self.owner_R]
+        if keep_R.all():
+            return self
+        rows = keep_R.nonzero()[:, 0]
+        if not len(rows):
+            return None
+        keep_N = keep_R[self.row_N]
+        renumbered_R = keep_R.cumsum(0) - 1
+        return Piece(
+            self.tail.select(rows),
+            self.prompt_RT[rows],
+            self.owner_R[rows],
+            renumbered_R[self.row_N[keep_N]],
+            self.position_N[keep_N],
+            self.target_N[keep_N],
+        )
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The losses of E groups of edits, each a function of its own update only.
+
+    Attributes:
+        size_E: edits of each group; its loss is their mean.
+        pieces: their rows, as many at once as fit.
+    """
+
+    editor: GradientEditor
+    lm: LanguageModel
+    size_E: Tensor
+    pieces: list[Piece]
+
+    @classmethod
+    def of(
+        cls, editor: GradientEditor, lm: LanguageModel, groups: Sequence[Sequence[Edit]]
+    ) -> Problems:
+        if not all(groups):
+            raise ValueError("there is nothing to learn: a group of edits is empty")
+        edits = [edit for group in groups for edit in group]
+        rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        size_E = torch.tensor([len(group) for group in groups], device=lm.device)
+        owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)
+        layer = editor.lowest_layer(lm)
+        pieces = [
+            Piece.of(lm, rows.select(part), owner_R[part], layer, editor.loss)
+            for part in _parts(rows)
+        ]
+        return cls(editor, lm, size_E, pieces)
+
+    def gradients(self, leaves: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(loss_E, gradient of each leaf): of the sum over problems, so that they stay apart."""
+        loss_E = torch.zeros(len(self.size_E), device=self.lm.device)
+        total: list[Tensor] = []
+        for piece in self.pieces:
+            loss_R = piece.losses(self.lm, self.editor.deltas(self.lm, leaves))
+            share_R = loss_R / self.size_E[piece.owner_R]
+            part = torch.autograd.grad(share_R.sum(), list(leaves.values()))
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else list(part)
+            loss_E = loss_E.index_add(0, piece.owner_R, share_R.detach())
+        return loss_E, total
+
+    def select(self, active_E: Tensor) -> Problems:
+        """Without the rows of problems that have finished; problems keep their numbers."""
+        pieces = [part for piece in self.pieces if (part := piece.select(active_E)) is not None]
+        return Problems(self.editor, self.lm, self.size_E, pieces)
+
+
+def _parts(rows: Rows) -> Iterator[Tensor]:
+    """Row indices, longest first, in parts of at most PIECE_TOKENS padded tokens."""
+    order = rows.length_B.argsort(descending=True, stable=True)
+    while len(order):
+        count = max(1, PIECE_TOKENS // int(rows.length_B[order[0]]))
+        yield order[:count]
+        order = order[count:]
+
+
+# ---------------------------------------------------------------------------- through fit
+
+
+class FineTune(EditingModule):
+    """Trains one update of a :class:`GradientEditor` on all edits with ``fit``.
+
+    The base weights are never written: validation scores through the learned update, so that
+    locality compares with the true base model, and checkpoints hold the learned tensors only.
+
+    Args:
+        lm: the language model.
+        method: what is learned and from which loss. Its ``steps``, ``stop_loss`` and ``parallel``
+            do not apply here: the trainer decides how long.
+        optimizer: Adam with the method's ``lr`` and ``weight_decay`` if not given.
+        generate_tokens: length of free-running answers; 0 leaves them out, they cost several times
+            as much as all the rest.
+    """
+
+    trains_on = "edits"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        method: GradientEditor,
+        optimizer: OptimizerCallable | None = None,
+        generate_tokens: int = 0,
+    ) -> None:
+        super().__init__(lm, generate_tokens)
+        self.automatic_optimization = True
+        self.method, self.optimizer = method, optimizer
+        # Names of parameters hold dots, names in a ParameterDict may not.
+        self.learned = nn.ParameterDict(
+            {name.replace(".", "/"): leaf.detach() for name, leaf in method.start(lm, 1).items()}
+        )
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {name.replace("/", "."): leaf for name, leaf in self.learned.items()}
+
+    @property
+    def method_name(self) -> str:
+        return type(self.method).__name__
+
+    @property
+    def trained(self) -> bool:
+        return any(
+            bool(u.left_Or.any() and u.right_rI.any() if isinstance(u, LowRank) else u.any())
+            for u in self.own_delta().updates.values()
+        )
+
+    def own_delta(self) -> Delta:
+        return self.method.deltas(self.lm, self.leaves)[0].detach()
+
+    def delta(self, edits: Sequence[Edit] = ()) -> Delta:
+        """The learned update, with base model and ``edits`` in its metadata, to save or write."""
+        return copy.deepcopy(self.method.stamp(self.lm, self.own_delta(), edits))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        if self.optimizer is not None:
+            return self.optimizer(self.learned.parameters())
+        return torch.optim.Adam(
+            self.learned.parameters(), lr=self.method.lr, weight_decay=self.method.weight_decay
+        )
+
+    def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
+        """Mean loss of the batch's edits under the present update."""
+        edits = [edit for case in batch for edit in case.edits]
+        return self.loss([e.text for e in edits], [e.target_new for e in edits])
+
+    def loss(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Mean loss of the targets after their prompts under the present update, logged."""
+        rows = self.lm.rows(prompts, targets)
+        owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
+        layer = self.method.lowest_layer(self.lm)
+        piece = Piece.of(self.lm, rows, owner_R, layer, self.method.loss)
+        loss = piece.losses(self.lm, self.method.deltas(self.lm, self.leaves)).mean()
+        self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """The limits are part of the step: a checkpoint that is kept right after it has them applied."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.method.project(self.lm, self.leaves)
