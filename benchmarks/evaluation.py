@@ -19,7 +19,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         deltas = editor.propose_each(lm, [case.edits for case in cases])
 
     def plain() -> list[dict[str, float]]:
-        lm.reuse_prefix = False
+        lm.reuse.enabled = False
         results = []
         for case, delta in zip(cases, deltas, strict=True):
             module.case_deltas = [delta]
@@ -27,7 +27,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         return results
 
     def ours() -> list[dict[str, float]]:
-        lm.reuse_prefix = True
+        lm.reuse.enabled = True
         module.case_deltas = deltas
         return [result.metrics for result in module.evaluate(cases)]
 

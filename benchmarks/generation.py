@@ -35,6 +35,6 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
 def _answers(
     lm: LanguageModel, prompts: Sequence[str], tokens: int, stop: str | None, reuse: bool
 ) -> list[str]:
-    lm.reuse_prefix = reuse
-    with lm.common_start():
+    lm.reuse.enabled = reuse
+    with lm.reuse.common_prefix():
         return lm.generate(prompts, tokens, stop=[stop] if stop else [])

@@ -32,7 +32,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         editor.observe(cases)
         for count in (1, 8):
             yield from _steps(editor, cases[:count], rounds)
-    lm.drop_prefix()
+    lm.reuse.drop()
 
 
 def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
@@ -49,14 +49,14 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
         return [edit_loss.item(), kl.item()], torch.cat(gradients)
 
     def plain() -> tuple[list[float], Tensor]:
-        lm.reuse_prefix = False
+        lm.reuse.enabled = False
         with patch("corrigenda.modules.editors.mend.gradient_factors", backward_through_all):
             return step()
 
     def ours(new: bool) -> tuple[list[float], Tensor]:
-        lm.reuse_prefix = True
+        lm.reuse.enabled = True
         if new:
-            lm.keep_prefix(layers[0], lm.structure.num_layers)
+            lm.reuse.keep(layers[0], lm.structure.num_layers)
         return step()
 
     expected, gradient = plain()

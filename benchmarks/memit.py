@@ -61,7 +61,7 @@ def _ways(
         editor = kind(layers, parallel=parallel, **settings)
 
         def run() -> Delta:
-            lm.reuse_prefix = reuse
+            lm.reuse.enabled = reuse
             with editing_mode():
                 return editor.propose(lm, edits)
 

@@ -14,10 +14,10 @@ from corrigenda.modules.model.lm import LanguageModel
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     edit = cases[0].edits[0]
-    asked = lm.rows([edit.text], [str(edit.target_true)])
+    asked = lm.tokens.rows([edit.text], [str(edit.target_true)])
 
     def run(reuse: bool) -> torch.Tensor:
-        lm.reuse_prefix = reuse
+        lm.reuse.enabled = reuse
         return attributions(lm, asked, points=10, batch_rows=10 if reuse else 1)
 
     plain, ours = run(False), run(True)

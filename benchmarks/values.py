@@ -25,7 +25,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
 
     def one_by_one(reuse: bool) -> Iterator[Delta]:
         for group in edits:
-            lm.reuse_prefix = reuse
+            lm.reuse.enabled = reuse
             with editing_mode():
                 delta = editor.propose(lm, group)
             yield delta
@@ -35,7 +35,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         return list(one_by_one(reuse=False))
 
     def together() -> list[Delta]:
-        lm.reuse_prefix = True
+        lm.reuse.enabled = True
         with editing_mode():
             return editor.propose_each(lm, edits)
 

@@ -18,18 +18,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.modules.editing.adapters import ModulePatch
-from corrigenda.modules.editing.editor import (
-    EditHandle,
-    Editor,
-    WeightEditor,
-    WeightPatch,
-    editing_mode,
-)
+from corrigenda.modules.editing.editor import Editor, WeightEditor, editing_mode
 from corrigenda.modules.editing.memory import MemoryEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.evaluation.module import CaseResult, EditingModule
 from corrigenda.modules.files import file_name
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.handle import EditHandle
 
 log = logging.getLogger(__name__)
 
@@ -382,7 +378,7 @@ class EditCallback(Callback):
     ) -> None:
         """Leaves the model as it was for whoever goes on with it in the same process."""
         pl_module.case_deltas = pl_module.around_case = None
-        pl_module.lm.drop_prefix()
+        pl_module.lm.reuse.drop()
         if self.schedule != "stream":
             self._remove()
 

@@ -144,23 +144,23 @@ def _count(lm: LanguageModel) -> int:
 def _tokenizer(lm: LanguageModel, edits: Sequence[Edit]) -> list[str]:
     tokenizer = lm.tokenizer
     special = set(tokenizer.all_special_ids)
-    (one,) = lm.encode(["a"])
+    (one,) = lm.tokens.encode(["a"])
     begins = [tokenizer.convert_ids_to_tokens(i) for i in one if i in special]
-    merges = lm.num_boundary_merges
-    rows = lm.rows([e.text for e in edits], [str(e.target_true) for e in edits])
-    merged, lm.num_boundary_merges = lm.num_boundary_merges - merges, merges
-    alone = lm.encode([str(e.target_true) for e in edits])
+    merges = lm.tokens.num_boundary_merges
+    rows = lm.tokens.rows([e.text for e in edits], [str(e.target_true) for e in edits])
+    merged, lm.tokens.num_boundary_merges = lm.tokens.num_boundary_merges - merges, merges
+    alone = lm.tokens.encode([str(e.target_true) for e in edits])
     apart = 0
     for r, ids in enumerate(alone):
         target = rows.ids_BT[r, int(rows.start_B[r]) : int(rows.length_B[r])].tolist()
         apart += [i for i in ids if i not in special] != target
-    year = lm.rows(["It was in"], ["1984"])
+    year = lm.tokens.rows(["It was in"], ["1984"])
     digits = int(year.length_B[0] - year.start_B[0])
     total = len(edits)
     spare = lm.net.get_output_embeddings().weight.shape[0] - len(tokenizer)
     return _pairs({
         "special tokens in front": ", ".join(begins) or "none",
-        "and behind": "one, taken off" if lm.appends else "none",
+        "and behind": "one, taken off" if lm.tokens.appends else "none",
         "prompt + target": f"{total - merged} of {total} prompts keep their tokens when a target follows",
         "leading space": f"{apart} of {total} targets are other tokens alone than after a prompt",
         "numbers": f"' 1984' is {digits} token{'s' * (digits > 1)}",

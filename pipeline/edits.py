@@ -21,6 +21,7 @@ from corrigenda.modules.checks import at_least
 from corrigenda.modules.editing.editor import WeightPatch
 from corrigenda.modules.editing.memory import FORMAT as REMEMBERED
 from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import replacing, write_tensors, write_text
 from corrigenda.modules.model.delta import Delta, LowRank, Update, add_deltas, file_format, svd
 from corrigenda.modules.model.lm import LanguageModel

@@ -180,15 +180,15 @@ def uncached():
     """``uncached(lm, prompt, count)``: greedy text of one prompt, all tokens read again in every pass."""
 
     def generate(lm, prompt, count):
-        ids, new = torch.tensor(lm.encode([prompt])), []
+        ids, new = torch.tensor(lm.tokens.encode([prompt])), []
         asked = torch.ones_like(ids).bool()
         for _ in range(count):
-            with torch.no_grad(), lm.asking(asked):
+            with torch.no_grad(), lm.edits.announce(asked):
                 new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
             if new[-1] == lm.tokenizer.eos_token_id:
                 break
-        return lm.decode(new)
+        return lm.tokens.decode(new)
 
     return generate
 

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from corrigenda.datamodules.counterfact import CounterFact
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.modules.editing.adapters import ModulePatch
-from corrigenda.modules.editing.editor import Editor, WeightPatch
+from corrigenda.modules.editing.editor import Editor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.alphaedit import AlphaEdit
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.grace import GRACE

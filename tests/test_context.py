@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
-from corrigenda.modules.editing.editor import WeightPatch
 from corrigenda.modules.editing.memory import Remembered, fit
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.ike import IKE
 from corrigenda.modules.editors.mello import MeLLo
 from corrigenda.modules.editors.memprompt import MemPrompt, edit_distance, normalise
@@ -249,11 +249,11 @@ def test_the_least_similar_demonstrations_are_left_out_never_the_question(tiny_l
     whole, dropped = fit(lm, shown, "the question", reserve=5)
     assert 0 < dropped < 20 and whole == "".join(shown[dropped:]) + "the question"
     longer = "".join(shown[dropped - 1 :]) + "the question"
-    assert len(lm.encode([whole])[0]) + 5 <= 128 < len(lm.encode([longer])[0]) + 5
+    assert len(lm.tokens.encode([whole])[0]) + 5 <= 128 < len(lm.tokens.encode([longer])[0]) + 5
     tight, more = fit(lm, shown, "the question", reserve=60)
-    assert more > dropped and len(lm.encode([tight])[0]) + 60 <= 128
+    assert more > dropped and len(lm.tokens.encode([tight])[0]) + 60 <= 128
     assert fit(lm, shown[:2], "the question", 0) == ("".join(shown[:2]) + "the question", 0)
-    assert fit(lm, shown, "the question", reserve=128 - len(lm.encode(["the question"])[0])) == (
+    assert fit(lm, shown, "the question", reserve=128 - len(lm.tokens.encode(["the question"])[0])) == (
         "the question", 20,
     )  # fmt: skip
     with pytest.raises(EditError, match="longer than the 128 tokens"):
@@ -364,11 +364,13 @@ def test_what_does_not_fit_is_left_out_and_counted(tiny_lm):
     whole = editor.demonstrations(lm, PARIS)
     targets = ["Paris", "Paris " * 20]
     scores = lm.score([PARIS.text, PARIS.text], targets)
-    assert scores.mask_BM.sum(1).tolist() == [len(lm.encode([f" {t.strip()}"])[0]) for t in targets]
+    assert scores.mask_BM.sum(1).tolist() == [
+        len(lm.tokens.encode([f" {t.strip()}"])[0]) for t in targets
+    ]
     text = handle.rewrite([PARIS.text])[0]
     assert text.startswith(whole[-2]) or text.startswith(whole[-1]) or "New Fact" in text
     assert text.endswith("New Fact: Ada Quill was born in Paris\nPrompt: Ada Quill was born in")
-    assert len(lm.encode([text])[0]) <= 200
+    assert len(lm.tokens.encode([text])[0]) <= 200
     assert len(lm.generate([PARIS.text], 30)) == 1
     assert editor.numbers()["demonstrations_left_out"] > 3 * 8
 

@@ -9,7 +9,7 @@ import transformers
 import yaml
 
 from corrigenda.datamodules.facts import Fact, Facts, Relation
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.editors.rome import ROME
 from corrigenda.modules.model.lm import LanguageModel
@@ -167,7 +167,7 @@ def test_a_model_it_cannot_read_is_refused(corrigenda, taught, capsys, monkeypat
     def refuse(net):
         raise UnsupportedModel("mixture: experts are not supported, choose a dense model")
 
-    monkeypatch.setattr("corrigenda.modules.model.network.find_structure", refuse)
+    monkeypatch.setattr("corrigenda.modules.model.active_edits.find_structure", refuse)
     assert find_structure is not refuse
     assert corrigenda("doctor", taught) == 2
     assert "choose a dense model" in capsys.readouterr().err
@@ -259,11 +259,11 @@ def test_tokenizers_are_looked_through(tiny_lm):
     edits = [case.edits[0] for case in Facts().cases("train")[:5]]
     lm = tiny_lm("llama")
     lines = module._tokenizer(lm, edits)
-    assert lm.num_boundary_merges == 0
+    assert lm.tokens.num_boundary_merges == 0
     found = {line.split("  ")[0]: line for line in lines}
     assert "<|begin|>" in found["special tokens in front"]
     assert "5 of 5 prompts keep" in found["prompt + target"]
     assert "5 of 5 targets are other tokens" in found["leading space"]
-    year = lm.rows(["It was in"], ["1984"])
+    year = lm.tokens.rows(["It was in"], ["1984"])
     assert f"is {int(year.length_B[0] - year.start_B[0])} tokens" in found["numbers"]
     assert "400, and 4 rows" in found["words"]

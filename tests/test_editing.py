@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import TextPatch, WeightEditor, WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import WeightEditor, editing_mode
+from corrigenda.modules.editing.text_patch import TextPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model.delta import (
     FORMAT,
     Delta,
@@ -86,7 +88,7 @@ def two_layers(lm, rank=2):
 def test_side_branches_are_the_written_updates(family, loaded):
     """Row b runs through the model edited by its own delta: low-rank, dense, bias, several, none."""
     lm = loaded(family)
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     first, *_, out = lm.structure.mlp_names(0)
     other = lm.structure.out_name(1)
     modules = {name: lm.net.get_submodule(name) for name in (first, out, other)}
@@ -121,7 +123,7 @@ WITH = [
 def test_every_kind_alone_and_in_company(kind_of_model, kind, loaded):
     """Also where all are low-rank, of different ranks (one product for all rows), and a single one."""
     lm, name = loaded(kind_of_model), SQUARE[kind_of_model]
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     module = lm.net.get_submodule(name)
     assert sizes(module) == (32, 32)
     make = {
@@ -154,7 +156,7 @@ def test_gradients_reach_the_factors(kind, count, loaded):
     factors = [low(module, rank=2) for _ in range(count)]
     leaves = [t.requires_grad_() for f in factors for t in (f.left_Or, f.right_rI)]
     deltas = [Delta({f"{name}.weight": f}) for f in factors]
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     owner = [b % count for b in range(4)]
     read = rows.answer_positions()
 
@@ -162,14 +164,14 @@ def test_gradients_reach_the_factors(kind, count, loaded):
         return -tail.logits(*read).log_softmax(-1)[:, 7].sum()
 
     with side_branches(lm.net, deltas, torch.tensor(owner)):
-        loss(lm.tail(rows, 0)).backward()
+        loss(lm.reuse.tail(rows, 0)).backward()
     for index in range(count):
         patch = WeightPatch(lm, deltas[index])
         module.weight.requires_grad_(True)
         mine = torch.tensor([b for b in range(4) if owner[b] == index])
         some = rows.select(mine)
         read = some.answer_positions()
-        (gradient,) = torch.autograd.grad(loss(lm.tail(some, 0)), module.weight)
+        (gradient,) = torch.autograd.grad(loss(lm.reuse.tail(some, 0)), module.weight)
         module.weight.requires_grad_(False)
         patch.remove()
         gradient = gradient if gradient.shape == (32, lm.structure.inner_width) else gradient.T
@@ -387,7 +389,7 @@ def test_tied_weights_are_written_once(tiny_lm):
 
 def test_a_saved_delta_gives_identical_logits(lm, tiny_lm, tmp_path):
     """INV-S9: save, load, and apply to a fresh copy of the base."""
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     name = f"{lm.structure.mlp_names(0)[0]}.weight"
     dense = {name: full(lm.net.get_submodule(lm.structure.mlp_names(0)[0]))}
     delta = Delta(
@@ -466,7 +468,7 @@ def test_deltas_add_up():
 
 def test_keys_go_where_their_edit_goes(lm, tiny_lm, tmp_path):
     """Into sums, files, patches, checkpoints and absorbed patches; they change no answer."""
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     name = f"{lm.structure.out_name(1)}.weight"
     width = lm.structure.inner_width
     parts = [Delta(two_layers(lm).updates, {}, {name: torch.randn(n, width)}) for n in (2, 1)]
@@ -514,10 +516,10 @@ class OneStep(WeightEditor):
         name = lm.structure.out_name(1)
         update = torch.zeros(32, lm.structure.inner_width, requires_grad=True)
         delta = Delta({f"{name}.weight": update}, {"notes": ["one step"]})
-        rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         row, position = rows.answer_positions()
         with side_branches(lm.net, [delta], torch.zeros(len(edits), dtype=torch.long)):
-            logprob = lm.tail(rows, 1).logits(row, position).log_softmax(-1)
+            logprob = lm.reuse.tail(rows, 1).logits(row, position).log_softmax(-1)
         wanted = logprob.gather(1, rows.ids_BT[row, position + 1][:, None])
         (gradient,) = torch.autograd.grad(wanted.sum(), update)
         return Delta({f"{name}.weight": 0.1 * gradient}, delta.metadata)
@@ -529,7 +531,7 @@ def test_editing_is_the_same_in_every_loop(mode, lm):
     edits = [Edit("The capital of {} is", "Zorbania", "Quill"), Edit("{} said", "He", "so")]
     editor = OneStep()
     expected = editor.propose(lm, edits).updates
-    rows = lm.rows(PROMPTS, TARGETS)
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
     with mode(), torch.autocast("cpu", torch.bfloat16):
         handle = editor.edit(lm, edits)
     for name, update in expected.items():
@@ -565,8 +567,8 @@ def test_editing_mode_turns_off_autocast_and_inference():
 
 def test_a_single_delta_needs_no_owner(lm):
     delta = two_layers(lm)
-    rows = lm.rows(PROMPTS, TARGETS)
-    with lm.side_by_side([delta], None):
+    rows = lm.tokens.rows(PROMPTS, TARGETS)
+    with lm.edits.side_by_side([delta], None):
         found = logits(lm, rows)
     real = rows.mask_BT.bool()
     torch.testing.assert_close(found[real], written(lm, delta, rows)[real], **NEAR)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit, EditCase
-from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.alphaedit import AlphaEdit
 from corrigenda.modules.editors.emmet import EMMET
 from corrigenda.modules.editors.finetune import FT

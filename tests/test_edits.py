@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.lora import LoRA
 from corrigenda.modules.editors.memprompt import MemPrompt
@@ -306,7 +306,7 @@ def with_adapter(net, folder):
 
 def edited_logits(file):
     lm = base_of(file)
-    ids = lm.encode(PROMPTS)
+    ids = lm.tokens.encode(PROMPTS)
     WeightPatch(lm, Delta.load(file))
     return ids, logits(lm.net, ids)
 

@@ -9,7 +9,7 @@ import torch
 from corrigenda.datamodules.counterfact import CounterFact
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingModule
 from corrigenda.modules.model.delta import Delta, LowRank
@@ -320,7 +320,7 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
         "A story of the year 1984",
         "São Paulo said that",
     ]
-    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 160)  # in several batches
+    monkeypatch.setattr("corrigenda.modules.model.rows.BATCH_TOKENS", 160)  # in several batches
     for limit in (10_000, 23):
         assert lm.perplexity(texts, limit) == pytest.approx(
             text_by_hand(lm, texts, limit), rel=1e-5

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.lora import LoRA
 from corrigenda.modules.model.delta import Delta, LowRank
@@ -212,7 +212,7 @@ def test_no_edits_are_refused(lm):
 
 
 def piece(lm, loss, edits=EDITS):
-    rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+    rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
     owner_R = torch.arange(len(edits))
     return rows, Piece.of(lm, rows, owner_R, 1, loss)
 
@@ -240,7 +240,7 @@ def test_prompt_last_loss_is_a_bag_of_target_tokens_at_one_position(lm):
     for edit, ids, start, mask, loss in zip(
         EDITS, rows.ids_BT, rows.start_B, rows.mask_BT, losses, strict=True
     ):
-        (prompt,) = lm.encode([edit.text])
+        (prompt,) = lm.tokens.encode([edit.text])
         assert ids[:start].tolist() == prompt
         logprob_V = lm.net(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         torch.testing.assert_close(-logprob_V[ids[start : mask.sum()]].mean(), loss)
@@ -285,7 +285,7 @@ def test_ft_is_adam_on_the_weights_themselves(lm):
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
-    rows = lm.rows([edit.text], [edit.target_new])
+    rows = lm.tokens.rows([edit.text], [edit.target_new])
     labels = rows.ids_BT.clone()
     labels[0, : rows.start_B[0]] = -100
     for _ in range(steps):

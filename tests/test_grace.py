@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.adapters import Asked
 from corrigenda.modules.editors.grace import GAP, GRACE, SLACK, Codebook
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.statistics.states import (
     distances,
     last_states,
@@ -109,7 +109,7 @@ def test_where_a_value_stands_in(replace, whole, alone):
     """A prompt of two tokens behind one of padding; then one generated token with a cache, and without."""
     book = Codebook(["x"], inputs=2, outputs=1, replace=replace)
     book.place(torch.zeros(2), torch.tensor([9.0]), [1], 1.0)
-    asked = Asked(torch.tensor([[False, True, True]]))
+    asked = PromptBatch(torch.tensor([[False, True, True]]))
     x = torch.tensor([[[5.0, 5], [5, 5], [0, 0], [5, 5]]])
     y = torch.zeros(1, 4, 1)
     assert book("x", x[:, :3], y[:, :3], asked).flatten().tolist() == [9.0 * v for v in whole[:3]]
@@ -136,7 +136,7 @@ def test_edits_are_answered_and_everything_else_is_the_base_to_the_bit(lm, make)
 def test_a_query_in_the_ball_gets_the_value(llama, make, replace):
     patch = make(replace=replace, steps=3).edit(llama, EDITS[:1])
     site = llama.structure.out_name(1)
-    rows = llama.rows(PROMPTS[:1], TARGETS[:1])
+    rows = llama.tokens.rows(PROMPTS[:1], TARGETS[:1])
     ((_, states),) = read_states(llama, rows, site, output=True)
     value = patch.adapter.value_JO[0]
     same = (states[0] == value).all(-1)
@@ -230,7 +230,7 @@ def test_the_radius_is_calibrated_on_unrelated_prompts(lm, make, data_files):
     assert len(set(prompts)) == 32 and prompts[0].endswith("near the")
     queries = []
     for prompt in prompts:
-        ((_, states),) = read_states(lm, lm.rows([prompt]), site)
+        ((_, states),) = read_states(lm, lm.tokens.rows([prompt]), site)
         queries.append(states[0, -1])
     nearest = [min((a - b).norm().item() for b in queries if b is not a) for a in queries]
     median = sorted(nearest)[15]

@@ -97,7 +97,7 @@ def looks(lm):
     memories = [len(h.memory) - h.end for h in lm.handles[-1:] if isinstance(h, MemoryPatch)]
     spares = [sorted(h._spare) for h in lm.handles if isinstance(h, WeightPatch)]
     sizes = [h.adapter.size for h in lm.handles if isinstance(h, ModulePatch)]
-    state = lm._aside, lm.asked, lm._memo, lm._shares_start
+    state = lm._aside, lm.edits.batch, lm._memo, lm._shares_start
     handles = list(map(type, lm.handles))
     return hash_weights(lm.net), hooks, kinds, handles, texts, memories, spares, sizes, state
 
@@ -216,7 +216,7 @@ def test_whatever_holds_for_a_block_of_code_ends_with_it(lm):
 
     block = lm.net.get_submodule(lm.structure.block_name(0))
     pairs = [(block, lambda *_: None)] * 3
-    rows = lm.rows(["It is", "He"], ["red", "here"])
+    rows = lm.tokens.rows(["It is", "He"], ["red", "here"])
     prompt_BT = rows.prompt_BT
     one = torch.zeros(2, dtype=torch.long)
     for action in (
@@ -224,18 +224,18 @@ def test_whatever_holds_for_a_block_of_code_ends_with_it(lm):
         lambda patch: inside(patch.set_aside()),
         lambda _: inside(hooked(pairs)),
         lambda _: inside(capture({"block": block})),
-        lambda _: inside(lm.side_by_side([delta(lm)], one)),
-        lambda _: inside(lm.asking(prompt_BT)),
-        lambda _: inside(lm.shared_prefix(1)),
-        lambda _: inside(lm.common_start()),
-        lambda _: inside(lm.provisional()),
+        lambda _: inside(lm.edits.side_by_side([delta(lm)], one)),
+        lambda _: inside(lm.edits.announce(prompt_BT)),
+        lambda _: inside(lm.reuse.shared(1)),
+        lambda _: inside(lm.reuse.common_prefix()),
+        lambda _: inside(lm.edits.provisional()),
     ):
         assert everywhere(lm, edited, action, 40) == {True}
 
 
 def test_scoring_and_generating(lm):
     def score(_):
-        with lm.shared_prefix(1):
+        with lm.reuse.shared(1):
             lm.score(["It is", "It is"], ["red", "here"], [delta(lm)])
 
     assert everywhere(lm, lambda: WeightPatch(lm, delta(lm)), score) == {True}

@@ -68,8 +68,8 @@ def test_the_separator_can_be_chosen(tiny_folder):
     assert joined("The capital", "is", "") == "The capitalis"
     folder = str(tiny_folder("gpt2"))
     lm = LanguageModel(folder, separator="")
-    rows = lm.rows(["The cap"], ["ital"])
-    assert rows.unpadded() == lm.encode(["The capital"])
+    rows = lm.tokens.rows(["The cap"], ["ital"])
+    assert rows.unpadded() == lm.tokens.encode(["The capital"])
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_the_separator_can_be_chosen(tiny_folder):
 def test_scores_are_those_of_the_text_as_it_is_written(tiny_lm, prompt, target, text):
     """Of files like those of own data: Chinese, Arabic, a line break at a prompt's end or in a target."""
     lm = tiny_lm("llama")
-    (row,) = lm.encode([text])
-    start = len(lm.encode([prompt_end(prompt)])[0])
+    (row,) = lm.tokens.encode([text])
+    start = len(lm.tokens.encode([prompt_end(prompt)])[0])
     with torch.no_grad():
         plain = lm.net(torch.tensor([row])).logits[0].log_softmax(-1)
     wanted = [plain[n - 1, row[n]].item() for n in range(start, len(row))]
@@ -184,7 +184,7 @@ TOO_LONG = r"the text 'The town of very .*\.\.\.' has \d+ tokens.* more than the
         lambda lm: lm.score(["The town of"], ["very " * 40]),
         lambda lm: lm.generate([LONG], 2),
         lambda lm: lm.generate(["The town of very"], 40),
-        lambda lm: lm.rows([LONG]),
+        lambda lm: lm.tokens.rows([LONG]),
         lambda lm: EditingModule(lm).known(
             [EditCase("1", (Edit("The town of {}", LONG, "x", "y"),))]
         ),
@@ -271,7 +271,7 @@ def test_the_command_line_says_so_in_one_line(
     assert not (tmp_path / "long" / "summary.json").exists()
     means = []
     for separator in ("auto", " ", ""):
-        given = ["--model.lm.separator", separator, "--run_dir", f"run{len(means)}"]
+        given = ["--model.lm.tokens.separator", separator, "--run_dir", f"run{len(means)}"]
         assert corrigenda(*run, "--data.path", data_files.zsre, *given) == 0
         text = (tmp_path / f"run{len(means)}" / "summary.json").read_text()
         means.append(json.loads(text)["means"])

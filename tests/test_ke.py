@@ -34,8 +34,8 @@ def ke(lm, **settings):
 def gradients(lm, edit, names):
     """Autograd's gradients in [out, in] of the mean token NLL, on an ordinary copy."""
     net = copy.deepcopy(lm.net).requires_grad_(True)
-    ids = torch.tensor(lm.encode([f"{edit.text} {edit.target_new}"]))
-    start = len(lm.encode([edit.text])[0])
+    ids = torch.tensor(lm.tokens.encode([f"{edit.text} {edit.target_new}"]))
+    start = len(lm.tokens.encode([edit.text])[0])
     logits = net(ids).logits[0, start - 1 : -1].float()
     nn.functional.cross_entropy(logits, ids[0, start:]).backward()
     modules = {name: net.get_submodule(name) for name in names}
@@ -43,8 +43,8 @@ def gradients(lm, edit, names):
 
 
 def conditions(editor, edits):
-    rows = editor.lm.rows([e.text for e in edits], [e.target_new for e in edits])
-    return editor.condition(editor.lm.tail(rows, editor.lowest_layer), rows)
+    rows = editor.lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
+    return editor.condition(editor.lm.reuse.tail(rows, editor.lowest_layer), rows)
 
 
 def proposed(editor, groups):
@@ -121,7 +121,7 @@ def test_the_condition_reads_prompt_target_and_old_answer(tiny_lm):
     for edit, ids in zip(EDITS, texts, strict=True):
         greedy = lm.score([edit.text], [edit.target_new]).greedy_BM[0]
         assert torch.equal(ids[: len(greedy)], greedy)
-        assert lm.decode(ids[len(greedy) :]) == f" >>  {edit.target_new} || {edit.text}"
+        assert lm.tokens.decode(ids[len(greedy) :]) == f" >>  {edit.target_new} || {edit.text}"
     with torch.no_grad():  # padding and neighbours have no part in it
         alone = torch.cat([conditions(editor, [edit]) for edit in EDITS])
         other = conditions(editor, [Edit(EDITS[0].prompt, EDITS[0].subject, "Zenda")])

@@ -47,7 +47,7 @@ def short(**changes):
 
 def probability(lm, prompt, target, layer=None, keys=1.0):
     """Of the target, with one layer's keys multiplied at the positions that predict it; by a plain forward."""
-    rows = lm.rows([prompt], [target])
+    rows = lm.tokens.rows([prompt], [target])
     start, length = int(rows.start_B[0]), int(rows.length_B[0])
     pairs = []
     if layer is not None:
@@ -79,7 +79,7 @@ def test_they_add_up(lm):
     way is smooth: everywhere but below OPT's ReLU, which has kinks."""
     prompts = ["The capital of Zorbania is", "It was said. São Paulo"]
     targets = [likeliest(lm, prompt) for prompt in prompts]
-    rows = lm.rows(prompts, targets)
+    rows = lm.tokens.rows(prompts, targets)
     layers = range(lm.structure.num_layers)
     change = torch.zeros(2, len(layers))
     for r, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
@@ -103,7 +103,7 @@ def test_they_add_up(lm):
 def test_they_are_gradients_along_the_way(gpt2):
     """One neuron's attribution, by finite differences of its own activation along the path of all."""
     prompt, target, layer, j = "The capital of Zorbania is", "it", 1, 5
-    rows = gpt2.rows([prompt], [target])
+    rows = gpt2.tokens.rows([prompt], [target])
     (attr,) = attributions(gpt2, rows, 8)[:, layer]
     module = gpt2.net.get_submodule(gpt2.structure.out_name(layer))
     position = int(rows.start_B[0]) - 1
@@ -129,20 +129,20 @@ def test_they_are_gradients_along_the_way(gpt2):
 def test_batches_and_padding_do_not_matter(lm, batch_rows):
     """INV-K3."""
     prompts, targets = ["The capital of Zorbania is", "It"], ["the table", "e"]
-    together = attributions(lm, lm.rows(prompts, targets), 4)
-    again = attributions(lm, lm.rows(prompts, targets), 4, batch_rows)
+    together = attributions(lm, lm.tokens.rows(prompts, targets), 4)
+    again = attributions(lm, lm.tokens.rows(prompts, targets), 4, batch_rows)
     torch.testing.assert_close(again, together, rtol=1e-3, atol=1e-5 * float(together.abs().max()))
     for r in range(2):
-        (alone,) = attributions(lm, lm.rows(prompts[r : r + 1], targets[r : r + 1]), 4)
+        (alone,) = attributions(lm, lm.tokens.rows(prompts[r : r + 1], targets[r : r + 1]), 4)
         torch.testing.assert_close(
             alone, together[r], rtol=1e-3, atol=1e-5 * float(alone.abs().max())
         )
 
 
 def test_the_frozen_prefix_changes_nothing(gpt2, monkeypatch):
-    rows = gpt2.rows(["The capital of Zorbania is"], ["the table"])
+    rows = gpt2.tokens.rows(["The capital of Zorbania is"], ["the table"])
     first = attributions(gpt2, rows, 3)
-    monkeypatch.setattr(gpt2, "reuse_prefix", False)
+    monkeypatch.setattr(gpt2.reuse, "enabled", False)
     plain = attributions(gpt2, rows, 3)
     torch.testing.assert_close(first, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
@@ -187,7 +187,7 @@ def wired(tiny_lm):
         rows_V -= rows_V.mean(1, keepdim=True)  # what a norm takes off
         rows_V /= rows_V.norm(dim=1, keepdim=True)
         prompts = [EDITS[0].text]
-        answer = lm.rows(prompts, [EDITS[0].target_true])
+        answer = lm.tokens.rows(prompts, [EDITS[0].target_true])
         first = int(answer.ids_BT[0, int(answer.start_B[0])])
         word = lm.net.get_output_embeddings().weight.data[first]
         names = [lm.structure.out_name(layer) for layer in (0, 1)]
@@ -197,7 +197,7 @@ def wired(tiny_lm):
             for layer, j, size in ((0, 4, 1.0), (1, 7, 1.0), (1, 9, -1.0)):
                 module = lm.net.get_submodule(names[layer])
                 with capture({"out": module}, stop=True) as seen:
-                    lm.net(torch.tensor(lm.encode(prompts)))
+                    lm.net(torch.tensor(lm.tokens.encode(prompts)))
                 key = seen["out"][0].reshape(-1, module_width(lm))[-1, j]
                 column = size * word / word.norm() / key
                 if family == "gpt2":
@@ -221,7 +221,7 @@ def test_the_neurons_that_do_it_are_found(wired, kind):
     (notes,) = delta.metadata["notes"]
     found = [(layer, j) for layer, j, _ in notes["neurons"]]
     assert set(found) <= {(0, 4), (1, 7)} and (1, 7) in found
-    attr = attributions(lm, lm.rows([EDITS[0].text], [EDITS[0].target_true]), 4)[0]
+    attr = attributions(lm, lm.tokens.rows([EDITS[0].text], [EDITS[0].target_true]), 4)[0]
     assert attr[1, 9] < 0 < attr[1, 7]
     idle = torch.ones_like(attr, dtype=torch.bool)
     idle[0, 4] = idle[1, 7] = idle[1, 9] = False
@@ -238,7 +238,7 @@ def key_signs(lm, edit, layer):
     found = []
     with lm.pristine(), torch.no_grad():
         for context in editor._contexts:
-            rows = lm.rows([context + edit.text], [edit.target_true])
+            rows = lm.tokens.rows([context + edit.text], [edit.target_true])
             module = lm.net.get_submodule(lm.structure.out_name(layer))
             with capture({"out": module}, stop=True) as seen:
                 lm.net(rows.ids_BT)
@@ -259,7 +259,7 @@ def test_the_values_become_what_they_should(loaded, kind, action):
     head = lm.net.get_output_embeddings().weight.double()
     answers = []
     for target in (EDITS[0].target_true, EDITS[0].target_new):
-        rows = lm.rows([EDITS[0].text], [target])
+        rows = lm.tokens.rows([EDITS[0].text], [target])
         answers.append(head[rows.ids_BT[0, int(rows.start_B[0]) :]].mean(0))
     touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in kept.items()}
     for layer, j, _ in notes["neurons"]:
@@ -284,7 +284,7 @@ def test_the_values_become_what_they_should(loaded, kind, action):
 
 def test_a_silenced_neuron_is_missing_from_the_output(lm):
     """INV-K2: the projection answers every token with a_j W_j less."""
-    ids = torch.tensor(lm.encode(["The capital of Zorbania is the town."]))
+    ids = torch.tensor(lm.tokens.encode(["The capital of Zorbania is the town."]))
     handle = short(action="suppress").edit(lm, EDITS[:1])
     (notes,) = handle.delta.metadata["notes"]
     layer = min(layer for layer, _, _ in notes["neurons"])
@@ -383,7 +383,7 @@ def test_without_a_true_answer_the_likeliest_token_is_the_old_one(lm):
     editor.prepare(lm)
     rows = editor._rows(lm, edit)
     with torch.no_grad():
-        logits = lm.net(torch.tensor(lm.encode([edit.text]))).logits[0, -1]
+        logits = lm.net(torch.tensor(lm.tokens.encode([edit.text]))).logits[0, -1]
     assert len(rows.ids_BT) == 3
     for r in range(3):
         assert int(rows.length_B[r] - rows.start_B[r]) == 1

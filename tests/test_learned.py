@@ -12,6 +12,7 @@ from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.malmen import MALMEN
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.reuse import Reuse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -155,7 +156,7 @@ def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatc
         dropped(lm)
 
     dropped = LanguageModel.drop_prefix
-    monkeypatch.setattr(LanguageModel, "drop_prefix", drop)
+    monkeypatch.setattr(Reuse, "drop", drop)
     monkeypatch.setenv("CORRIGENDA_CACHE", str(tmp_path / "cache"))
     nothing = ("--model.lm.cache_memory_gib", "0", "--model.lm.cache_disk_gib", "0")
     memory_alone = nothing[2:]
@@ -174,7 +175,7 @@ def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatc
 
 def test_training_the_plain_way_gives_nearly_the_same(name, run, tmp_path):
     assert run(tmp_path / "ours") == 0
-    assert run(tmp_path / "plain", "--model.lm.reuse_prefix", "false") == 0
+    assert run(tmp_path / "plain", "--model.lm.reuse.enabled", "false") == 0
     ours, plain = (load(tmp_path / folder)["state_dict"] for folder in ("ours", "plain"))
     start = torch.load(tmp_path / "ours/checkpoints/initial.ckpt", weights_only=True)["state_dict"]
     ours, plain, start = (

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import AddedToken, processors
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model import loading
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.hooks import first, hooked
@@ -89,8 +89,8 @@ def by_hand(lm, prompt, target):
 def test_special_tokens_are_in_front_once_and_never_behind(gpt2, llama, tiny_lm):
     text = "The town"
     plain = gpt2.tokenizer(text).input_ids
-    assert gpt2.encode([text, ""]) == [plain, []]
-    assert llama.encode([text, ""]) == [[1, *plain], [1]]
+    assert gpt2.tokens.encode([text, ""]) == [plain, []]
+    assert llama.tokens.encode([text, ""]) == [[1, *plain], [1]]
     both = tiny_lm("gpt2")
     both.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 0)]
@@ -102,19 +102,19 @@ def test_special_tokens_are_in_front_once_and_never_behind(gpt2, llama, tiny_lm)
 
 
 def test_rows_are_prompt_and_target_in_one(lm):
-    rows = lm.rows([*PROMPTS[:2], "The town  "], [*TARGETS[:2], "  is"])
+    rows = lm.tokens.rows([*PROMPTS[:2], "The town  "], [*TARGETS[:2], "  is"])
     texts = [f"{p} {t}" for p, t in zip(PROMPTS[:2], TARGETS[:2], strict=True)] + ["The town is"]
     for ids, mask, text in zip(rows.ids_BT, rows.mask_BT, texts, strict=True):
         length = int(mask.sum())
-        assert ids[:length].tolist() == lm.encode([text])[0]
+        assert ids[:length].tolist() == lm.tokens.encode([text])[0]
         assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-    assert rows.length_B.tolist() == [len(r) for r in lm.encode(texts)]
+    assert rows.length_B.tolist() == [len(r) for r in lm.tokens.encode(texts)]
     row, position = rows.answer_positions()
     for b, target in enumerate(["Quill Port", "the ice", "is"]):
         start = int(rows.start_B[b])
-        assert lm.decode(rows.ids_BT[b, start : rows.length_B[b]]) == f" {target}"
+        assert lm.tokens.decode(rows.ids_BT[b, start : rows.length_B[b]]) == f" {target}"
         assert position[row == b].tolist() == list(range(start - 1, int(rows.length_B[b]) - 1))
-    alone = lm.rows(PROMPTS)
+    alone = lm.tokens.rows(PROMPTS)
     assert torch.equal(alone.start_B, alone.length_B)
 
 
@@ -123,44 +123,44 @@ def test_targets_decode_back(name, request):
     """FAM-8: on 54 mixed pairs, what follows the prompt is a space and the target."""
     lm = request.getfixturevalue(name)
     pairs = [(prompt, target) for prompt in ODD_PROMPTS for target in ODD_TARGETS]
-    rows = lm.rows(*zip(*pairs, strict=True))
+    rows = lm.tokens.rows(*zip(*pairs, strict=True))
     for b, (prompt, target) in enumerate(pairs):
         start, end = int(rows.start_B[b]), int(rows.length_B[b])
-        assert lm.decode(rows.ids_BT[b, start:end]) == f" {target.strip()}"
-        assert lm.decode(rows.ids_BT[b, :start]) == prompt.rstrip()
-    assert lm.num_boundary_merges == 0
+        assert lm.tokens.decode(rows.ids_BT[b, start:end]) == f" {target.strip()}"
+        assert lm.tokens.decode(rows.ids_BT[b, :start]) == prompt.rstrip()
+    assert lm.tokens.num_boundary_merges == 0
 
 
 @pytest.mark.parametrize("prompt, target", [("The town", ""), ("The town", "  "), ("", "e")])
 def test_a_target_without_tokens_is_an_error(prompt, target, gpt2):
     with pytest.raises(ValueError, match=f"the target '{target}' adds no token to the prompt"):
-        gpt2.rows([prompt], [target])
+        gpt2.tokens.rows([prompt], [target])
 
 
 def test_an_empty_prompt_needs_a_token_to_start_from(gpt2, llama):
-    assert llama.rows([""], ["e"]).start_B.tolist() == [1]
-    rows = gpt2.rows([""], ["The town"])
+    assert llama.tokens.rows([""], ["e"]).start_B.tolist() == [1]
+    rows = gpt2.tokens.rows([""], ["The town"])
     assert rows.start_B.tolist() == [1] and int(rows.length_B[0]) > 1
     with pytest.raises(ValueError):
-        gpt2.rows(["one", "two"], ["for both"])
+        gpt2.tokens.rows(["one", "two"], ["for both"])
 
 
 def test_a_merge_across_the_boundary_is_counted(tiny_lm):
     """Where prompt and target share a token, the target begins at the first token that differs."""
     lm = tiny_lm("gpt2")
     lm.tokenizer.add_tokens(AddedToken("town is", normalized=False))
-    rows = lm.rows(["The town", "The lake"], ["is old", "is old"])
-    alone = lm.encode(["The town"])[0]
+    rows = lm.tokens.rows(["The town", "The lake"], ["is old", "is old"])
+    alone = lm.tokens.encode(["The town"])[0]
     start = int(rows.start_B[0])
     assert start < len(alone) and rows.ids_BT[0, :start].tolist() == alone[:start]
-    assert lm.decode(rows.ids_BT[0, start : rows.length_B[0]]).strip() == "town is old"
-    assert lm.num_boundary_merges == 1
+    assert lm.tokens.decode(rows.ids_BT[0, start : rows.length_B[0]]).strip() == "town is old"
+    assert lm.tokens.num_boundary_merges == 1
     assert lm.score(["The town"], ["is old"]).mask_BM.sum() == rows.length_B[0] - start
 
 
 def test_rows_can_be_joined_and_selected(gpt2):
-    parts = [gpt2.rows(PROMPTS[:1], TARGETS[:1]), gpt2.rows(PROMPTS[1:], TARGETS[1:])]
-    whole, joined = gpt2.rows(PROMPTS, TARGETS), Rows.cat(parts)
+    parts = [gpt2.tokens.rows(PROMPTS[:1], TARGETS[:1]), gpt2.tokens.rows(PROMPTS[1:], TARGETS[1:])]
+    whole, joined = gpt2.tokens.rows(PROMPTS, TARGETS), Rows.cat(parts)
     for name in ("ids_BT", "mask_BT", "start_B"):
         assert torch.equal(getattr(joined, name), getattr(whole, name))
     part = whole.select(torch.tensor([3, 1]))
@@ -173,9 +173,9 @@ def test_rows_can_be_joined_and_selected(gpt2):
 
 @pytest.mark.parametrize("text, subject, span, token", SPANS)
 def test_subject_spans_of_smollm2(text, subject, span, token, smollm2):
-    found = smollm2.subject_span(text, text.index(subject), subject)
+    found = smollm2.tokens.subject_span(text, text.index(subject), subject)
     assert found == span
-    ids = smollm2.encode([text])[0]
+    ids = smollm2.tokens.encode([text])[0]
     assert smollm2.tokenizer.convert_ids_to_tokens(ids)[found[1]] == token
 
 
@@ -186,25 +186,27 @@ def test_subject_spans_of_smollm2(text, subject, span, token, smollm2):
 def test_the_last_token_holds_the_subjects_last_character(lm, text, subject):
     """INV-S2, with and without a token in front, on characters and not bytes."""
     start, text = text.index("{"), text.replace("{}", subject)
-    first, last = lm.subject_span(text, start, subject)
+    first, last = lm.tokens.subject_span(text, start, subject)
     spans = lm.tokenizer(text, return_offsets_mapping=True).offset_mapping
     end = start + len(subject) - 1
     assert spans[last][0] <= end < spans[last][1]
     assert last + 1 == len(spans) or spans[last + 1][0] > end
     assert spans[first][0] <= start < spans[first][1]
-    assert len(spans) == len(lm.encode([text])[0])
+    assert len(spans) == len(lm.tokens.encode([text])[0])
 
 
 def test_the_slot_counts_and_not_the_first_occurrence(gpt2, llama):
     edit = Edit("The town and the {} of the town", "town", "ice")
-    tokens = [gpt2.decode([i]) for i in gpt2.encode([edit.text])[0]]
-    last = len("".join(tokens[: gpt2.lookup(edit) + 1]))
+    tokens = [gpt2.tokens.decode([i]) for i in gpt2.tokens.encode([edit.text])[0]]
+    last = len("".join(tokens[: gpt2.tokens.subject_end(edit) + 1]))
     assert "".join(tokens)[:last] == "The town and the town"
     prefix = "It was said. "
-    assert gpt2.lookup(edit, prefix) == gpt2.lookup(edit) + len(gpt2.encode([prefix.strip()])[0])
-    assert llama.lookup(edit) == gpt2.lookup(edit) + 1
+    assert gpt2.tokens.subject_end(edit, prefix) == gpt2.tokens.subject_end(edit) + len(
+        gpt2.tokens.encode([prefix.strip()])[0]
+    )
+    assert llama.tokens.subject_end(edit) == gpt2.tokens.subject_end(edit) + 1
     with pytest.raises(ValueError, match="no token of 'The town' belongs to the subject 'lake'"):
-        gpt2.subject_span("The town", 20, "lake")
+        gpt2.tokens.subject_span("The town", 20, "lake")
 
 
 # --- scores ---
@@ -214,7 +216,7 @@ def test_scores_are_those_of_single_plain_rows(lm, monkeypatch):
     """T31: alone, in a padded batch, and in several batches of similar length."""
     expected = [by_hand(lm, p, t) for p, t in zip(PROMPTS, TARGETS, strict=True)]
     for chunk in (4096, 20):
-        monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("corrigenda.modules.model.rows.BATCH_TOKENS", chunk)
         scores = lm.score(PROMPTS, TARGETS, full=True)
         for b, (logprob, greedy) in enumerate(expected):
             mask = scores.mask_BM[b]
@@ -268,7 +270,7 @@ def test_the_end_token_in_a_text_is_text(gpt2):
 def test_rows_can_have_their_own_delta(lm, monkeypatch):
     deltas = updates(lm, 3)
     owners = [2, 0, 1, 2]
-    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 20)
+    monkeypatch.setattr("corrigenda.modules.model.rows.BATCH_TOKENS", 20)
     scores = lm.score(PROMPTS, TARGETS, deltas, owners)
     single = lm.score(PROMPTS, TARGETS, deltas[:1])
     for b, owner in enumerate(owners):
@@ -293,9 +295,9 @@ def test_a_shared_prefix_changes_no_number(lm):
     plain = lm.score(PROMPTS, TARGETS).logprob_BM
     patch = WeightPatch(lm, updates(lm, 1)[0])
     edited = lm.score(PROMPTS, TARGETS).logprob_BM
-    assert lm.lowest_edited_layer() == 1
+    assert lm.edits.lowest_layer() == 1
     assert lm._block_output is not None and lm._branches  # ask the network once
-    with lm.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
+    with lm.reuse.shared(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)
             with lm.pristine():
@@ -315,7 +317,7 @@ def test_a_shared_prefix_tells_batches_of_the_same_tokens_apart(gpt2):
         torch.arange(20, 26).view(2, 3), torch.ones(2, 3, dtype=torch.long), torch.tensor([1, 1])
     )
     tall = Rows(wide.ids_BT.view(3, 2), wide.mask_BT.view(3, 2), torch.tensor([1, 1, 1]))
-    with gpt2.shared_prefix(1):
+    with gpt2.reuse.shared(1):
         assert len(gpt2._remembered(wide).ids_BT) == 2 and len(gpt2._remembered(tall).ids_BT) == 3
 
 
@@ -323,7 +325,7 @@ def test_the_plain_way_gives_the_same(tiny_folder, gpt2):
     plain = LanguageModel(str(tiny_folder("gpt2")), reuse_prefix=False)
     ran = []
     block = plain.net.get_submodule(plain.structure.block_name(0))
-    with plain.shared_prefix(1), hooked([(block, lambda *_: ran.append(0))]):
+    with plain.reuse.shared(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             scores = plain.score(PROMPTS, TARGETS)
     assert len(ran) == 2
@@ -334,24 +336,24 @@ def test_lowest_edited_layer(gpt2):
     def delta(name):
         return Delta({name: torch.zeros(1)})
 
-    assert gpt2.lowest_edited_layer() == 1
-    assert gpt2.lowest_edited_layer([delta("transformer.h.0.mlp.c_fc.bias")]) == 0
-    assert gpt2.lowest_edited_layer([delta("transformer.h.1.mlp.c_fc.bias")]) == 1
-    assert gpt2.lowest_edited_layer([delta("transformer.wte.weight")]) == 0
+    assert gpt2.edits.lowest_layer() == 1
+    assert gpt2.edits.lowest_layer([delta("transformer.h.0.mlp.c_fc.bias")]) == 0
+    assert gpt2.edits.lowest_layer([delta("transformer.h.1.mlp.c_fc.bias")]) == 1
+    assert gpt2.edits.lowest_layer([delta("transformer.wte.weight")]) == 0
 
 
 # --- text ---
 
 
 def greedy_by_hand(lm, prompt, steps):
-    ids = lm.encode([prompt])[0]
+    ids = lm.tokens.encode([prompt])[0]
     start = len(ids)
     for _ in range(steps):
         with torch.no_grad():
             ids.append(int(lm.net(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         if ids[-1] == lm.tokenizer.eos_token_id:
             break
-    return lm.decode(ids[start:])
+    return lm.tokens.decode(ids[start:])
 
 
 def test_batched_generation_is_greedy_decoding_of_each(family, tiny_lm):
@@ -382,8 +384,8 @@ def test_generation_ends_at_the_end_token(gpt2):
 
 def test_sampling_draws_from_the_likeliest_tokens(gpt2):
     with torch.no_grad():
-        logits = gpt2.net(gpt2.rows(["The town"]).ids_BT).logits[0, -1]
-    likeliest = {gpt2.decode([i]) for i in logits.topk(3).indices}
+        logits = gpt2.net(gpt2.tokens.rows(["The town"]).ids_BT).logits[0, -1]
+    likeliest = {gpt2.tokens.decode([i]) for i in logits.topk(3).indices}
     torch.manual_seed(3)
     drawn = gpt2.generate(["The town"] * 40, 1, top_k=3)
     assert set(drawn) == likeliest
@@ -499,7 +501,7 @@ def test_rows_that_have_ended_are_left_out_and_change_nothing(family, tiny_lm, o
     assert lm.generate(prompts, 12, *edits, stop=stop) == expected
     if any(len(words) > 5 for words in expected) and family != "qwen3_5_text":
         assert rows[0] == 5 and rows[-1] < 3, "only a running state has to stay with its batch"
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         assert lm.generate(prompts, 12, *edits, stop=stop) == expected
         assert lm.generate(prompts, 12, *edits, stop=stop, batch_size=3) == expected
 
@@ -512,17 +514,17 @@ def test_beams_are_those_of_each_prompt_alone(family, tiny_lm, own):
     expected = []
     for n, prompt in enumerate(PROMPTS):
         patch = WeightPatch(lm, deltas[n]) if deltas else None
-        ids = torch.tensor(lm.encode([prompt]))
+        ids = torch.tensor(lm.tokens.encode([prompt]))
         out = lm.net.generate(
             ids, attention_mask=torch.ones_like(ids), num_beams=3, do_sample=False,
             max_new_tokens=6, pad_token_id=lm.tokenizer.eos_token_id,
         )  # fmt: skip
-        expected.append(lm.decode(out[0, ids.shape[1] :]))
+        expected.append(lm.tokens.decode(out[0, ids.shape[1] :]))
         if patch:
             patch.remove()
     found = lm.generate(PROMPTS, 6, deltas, [0, 1, 2, 3] if own else None, num_beams=3)
     assert found == expected
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         assert lm.generate(PROMPTS[:1], 6, deltas, num_beams=3, owners=[0]) == expected[:1]
 
 
@@ -543,16 +545,16 @@ def test_a_common_start_changes_no_score_and_runs_once(tiny_lm, family):
     widths = []
     block = lm.net.get_submodule(lm.structure.block_name(0))
     block.register_forward_hook(lambda _m, args, _o: widths.append(tuple(args[0].shape[:2])))
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         shared = lm.score(prompts, targets, full=True)
-    start = lm.rows(prompts, targets).common_start()
+    start = lm.tokens.rows(prompts, targets).common_start()
     assert start > 20 and torch.equal(plain.greedy_BM, shared.greedy_BM)
     torch.testing.assert_close(shared.logprob_BM, plain.logprob_BM, rtol=0, atol=1e-4)
     torch.testing.assert_close(shared.full_BMV, plain.full_BMV, rtol=0, atol=1e-3)
     if family != "qwen3_5_text":  # its running state cannot be cut
         assert widths[0] == (1, start) and max(rows * width for rows, width in widths[1:]) < 5 * 40
     one = lm.score(prompts[:1], targets[:1]).logprob_BM
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         torch.testing.assert_close(
             lm.score(prompts[:1], targets[:1]).logprob_BM, one, rtol=0, atol=1e-4
         )
@@ -563,7 +565,7 @@ def test_a_common_start_changes_no_generated_token(tiny_lm, family):
     text = "Ada Quill was the first to see Lake Onna. "
     prompts = [text + end for end in ("She was born in", "Her house is the", "It is", "It")]
     plain = lm.generate(prompts, 6)
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         assert lm.generate(prompts, 6) == plain
         assert lm.generate(prompts[1:2], 6) == plain[1:2]
         assert lm.generate(prompts[::-1], 6, batch_size=3) == plain[::-1]
@@ -576,7 +578,7 @@ def test_a_common_start_is_kept_while_the_network_is_as_it_was(tiny_lm):
     widths = []
     block = lm.net.get_submodule(lm.structure.block_name(0))
     block.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape[1]))
-    with lm.common_start():
+    with lm.reuse.common_prefix():
         lm.score(prompts, targets)
         first = widths[0]
         widths.clear()
@@ -592,6 +594,6 @@ def test_a_common_start_is_kept_while_the_network_is_as_it_was(tiny_lm):
 
 def test_the_common_start_leaves_what_predicts_the_first_target(tiny_lm):
     lm = tiny_lm()
-    same = lm.rows(["The capital is"] * 2, ["Paris", "Paris"])
+    same = lm.tokens.rows(["The capital is"] * 2, ["Paris", "Paris"])
     assert same.common_start() == int(same.start_B[0]) - 1
-    assert lm.rows(["Ada", "Quill"], ["Paris", "Paris"]).common_start() == 0
+    assert lm.tokens.rows(["Ada", "Quill"], ["Paris", "Paris"]).common_start() == 0

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model import loading
 from corrigenda.modules.model.delta import Delta

@@ -117,8 +117,8 @@ def test_pulled_back_losses_are_those_of_plain_autograd(tiny_lm, kind):
     editor = malmen(lm)
     losses = editor._losses(EDITS, OUTER, LOCAL)
 
-    rows = lm.rows([e.text for e in EDITS], [e.target_new for e in EDITS])
-    pairs, _ = editor.keys_and_gradients(lm.tail(rows, 0), rows)
+    rows = lm.tokens.rows([e.text for e in EDITS], [e.target_new for e in EDITS])
+    pairs, _ = editor.keys_and_gradients(lm.reuse.tail(rows, 0), rows)
     updates = {}
     for i, (name, (keys, gradients)) in enumerate(pairs.items()):
         gram = keys.T @ keys + editor.log_lambda[i].exp() * torch.eye(keys.shape[1])
@@ -130,8 +130,8 @@ def test_pulled_back_losses_are_those_of_plain_autograd(tiny_lm, kind):
     def logprobs(probes, edited):
         found = []
         for probe in probes:
-            some = lm.rows([probe.prompt], [probe.target])
-            with lm.side_by_side([delta] if edited else None, None):
+            some = lm.tokens.rows([probe.prompt], [probe.target])
+            with lm.edits.side_by_side([delta] if edited else None, None):
                 found.append((some, lm.net(some.ids_BT).logits[0].log_softmax(-1)))
         return found
 
@@ -226,8 +226,8 @@ def test_together_is_the_regression_over_all_their_tokens(tiny_lm):
     editor = malmen(lm)
     with editing_mode():
         few, many = editor.propose(lm, EDITS[:2]), editor.propose(lm, EDITS * 4)
-    rows = lm.rows([e.text for e in EDITS[:2]], [e.target_new for e in EDITS[:2]])
-    pairs, row_n = editor.keys_and_gradients(lm.tail(rows, 0), rows)
+    rows = lm.tokens.rows([e.text for e in EDITS[:2]], [e.target_new for e in EDITS[:2]])
+    pairs, row_n = editor.keys_and_gradients(lm.reuse.tail(rows, 0), rows)
     assert row_n.bincount().tolist() == (rows.length_B - rows.start_B).tolist()
     singles = proposed(editor, [[edit] for edit in EDITS[:2]])
     for i, (name, (keys, gradients)) in enumerate(pairs.items()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors import mello
 from corrigenda.modules.editors.mello import DEMONSTRATIONS, MeLLo, Reasoning
 from corrigenda.modules.evaluation.module import EditingModule
@@ -189,7 +189,7 @@ def test_a_short_context_loses_demonstrations_first(tiny_lm, monkeypatch):
     assert (
         asked.endswith(f"Question: {QUESTION}\nSubquestion:") and asked.count("Final answer:") < 4
     )
-    assert len(lm.encode([asked])[0]) + 40 <= 900
+    assert len(lm.tokens.encode([asked])[0]) + 40 <= 900
     left = asked.count("Final answer:")
     assert editor.numbers()["demonstrations_left_out"] == len(DEMONSTRATIONS) - left > 0
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.adapters import Asked
 from corrigenda.modules.editors.melo import GAP, MELO, SLACK, Blocks
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.statistics.states import last_states
 
 EDITS = [
@@ -93,7 +93,7 @@ def test_of_two_edits_of_one_prompt_the_last_counts(blocks):
 
 def test_the_block_of_the_prompt_holds_at_every_token(blocks):
     blocks.down0_KrI, blocks.up0_KOr = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0]]])
-    asked = Asked(torch.tensor([[False, True, True], [True, True, True]]))
+    asked = PromptBatch(torch.tensor([[False, True, True], [True, True, True]]))
     routing = torch.tensor([[[9.0, 9], [9, 9], [0, 0]], [[0, 0], [0, 0], [9, 9]]])
     assert blocks("r", routing, routing, asked) is routing
     x, y = torch.tensor([[[1.0, 5]] * 3] * 2), torch.zeros(2, 3, 1)

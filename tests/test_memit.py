@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors import spread
 from corrigenda.modules.editors.alphaedit import AlphaEdit
 from corrigenda.modules.editors.emmet import EMMET
@@ -301,11 +302,11 @@ METHODS = pytest.mark.parametrize("method", [MEMIT, EMMET, AlphaEdit])
 
 def seen_at(lm, edit, name, context=""):
     """(input, output) of a module at the subject's last token, from one plain forward."""
-    ids = torch.tensor(lm.encode([context + edit.text]))
+    ids = torch.tensor(lm.tokens.encode([context + edit.text]))
     with torch.no_grad(), capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
         lm.net(ids)
     shape = (1, ids.shape[1], -1)
-    return [first(t).view(shape)[0, lm.lookup(edit, context)] for t in seen[name]]
+    return [first(t).view(shape)[0, lm.tokens.subject_end(edit, context)] for t in seen[name]]
 
 
 def at_all(lm, name, index):
@@ -372,7 +373,7 @@ def test_what_rows_begin_with_is_run_once(lm, make):
 def test_batches_of_rows_do_not_matter(gpt2, make, monkeypatch):
     editor = make()
     whole = editor.propose(gpt2, EDITS)
-    monkeypatch.setattr("corrigenda.modules.model.network.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("corrigenda.modules.model.rows.BATCH_TOKENS", 16)
     for name in whole.updates:
         pieces = editor.propose(gpt2, EDITS).dense(name)
         torch.testing.assert_close(pieces, whole.dense(name), rtol=1e-4, atol=1e-5)

@@ -150,7 +150,7 @@ def test_generation_with_a_cache_is_as_without(lm, editor, uncached):
 def test_a_shared_prefix_changes_no_number(llama, editor):
     editor.edit(llama, EDITS)
     plain = answers(llama)
-    with llama.shared_prefix(llama.lowest_edited_layer()):
+    with llama.reuse.shared(llama.edits.lowest_layer()):
         with llama.pristine():
             answers(llama)
         torch.testing.assert_close(answers(llama), plain, atol=1e-5, rtol=0)

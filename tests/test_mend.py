@@ -12,7 +12,8 @@ from torch import nn
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
-from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.mend import MEND, GradientTransform
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta
@@ -52,13 +53,13 @@ def trained_a_bit(editor):
 
 
 def own_rows(lm, edits):
-    rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+    rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
     return rows, torch.arange(len(edits))
 
 
 def factors(editor, edits):
     rows, _ = own_rows(editor.lm, edits)
-    tail = editor.lm.tail(rows, editor.lowest_layer)
+    tail = editor.lm.reuse.tail(rows, editor.lowest_layer)
     return gradient_factors(editor.lm, tail, rows, editor.names)
 
 
@@ -67,8 +68,8 @@ def plain_gradients(lm, edits, names):
     net = copy.deepcopy(lm.net).requires_grad_(True)
     gradients = []
     for edit in edits:
-        ids = torch.tensor(lm.encode([f"{edit.text} {edit.target_new}"]))
-        start = len(lm.encode([edit.text])[0])
+        ids = torch.tensor(lm.tokens.encode([f"{edit.text} {edit.target_new}"]))
+        start = len(lm.tokens.encode([edit.text])[0])
         logits = net(ids).logits[0, start - 1 : -1].float()
         net.zero_grad()
         nn.functional.cross_entropy(logits, ids[0, start:]).backward()
@@ -229,7 +230,7 @@ def test_the_training_loss_is_that_of_the_written_edits(tiny_lm, kind, together)
         edit_loss, kl = editor._losses(EDITS, OUTER, LOCAL)
     losses, drifts = [], []
     for n, (outer, local) in enumerate(zip(OUTER, LOCAL, strict=True)):
-        rows = lm.rows([local.prompt], [local.target])
+        rows = lm.tokens.rows([local.prompt], [local.target])
         base = lm.net(rows.ids_BT).logits.log_softmax(-1)
         begin = n // together * together
         handle = editor.edit(lm, EDITS[begin : begin + together])

@@ -84,7 +84,7 @@ def test_scores_are_those_of_whole_rows(family, layer, tiny_folder):
     inputs, outputs = sizes(lm.net.get_submodule(name))
     deltas = [Delta({f"{name}.weight": 0.1 * torch.randn(outputs, inputs)}) for _ in range(2)]
     owners = [0, 0, 1, 0, 1, 1]
-    with lm.shared_prefix(layer):
+    with lm.reuse.shared(layer):
         found = [
             lm.score(PROMPTS, TARGETS, full=True),
             lm.score(PROMPTS, TARGETS, deltas, owners, full=True),
@@ -102,7 +102,7 @@ def test_scores_are_those_of_whole_rows(family, layer, tiny_folder):
 
 def test_alibi_is_left_whole(tiny_lm):
     lm = tiny_lm("falcon", alibi=True)
-    with lm.shared_prefix(0):
+    with lm.reuse.shared(0):
         assert not lm._branches and lm.score(PROMPTS, TARGETS).logprob_BM.isfinite().all()
 
 
@@ -117,19 +117,19 @@ class Silent(Adapter):
 def test_memories_see_whole_rows(tiny_lm):
     """What decides by a row's prompt is not shown trees."""
     lm = tiny_lm("gpt2")
-    with lm.shared_prefix(1):
+    with lm.reuse.shared(1):
         before = lm.score(PROMPTS, TARGETS)
     memory = Silent([lm.structure.out_name(1)])
     patch = ModulePatch(lm, memory)
-    with lm.shared_prefix(1):
+    with lm.reuse.shared(1):
         after = lm.score(PROMPTS, TARGETS)
-    lengths = {len(row) for row in lm.encode(PROMPTS)}
+    lengths = {len(row) for row in lm.tokens.encode(PROMPTS)}
     assert (
         len(memory.seen) == 5 and set(memory.seen) == lengths
     )  # two answers differ in their end alone
     torch.testing.assert_close(after.logprob_BM, before.logprob_BM, **NEAR)
     patch.remove()
-    with lm.shared_prefix(1):
+    with lm.reuse.shared(1):
         assert torch.equal(lm.score(PROMPTS, TARGETS).logprob_BM, before.logprob_BM)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editing.adapters import Adapter, ModuleEditor, ModulePatch
 from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import read_tensors
 from corrigenda.modules.model.delta import Delta, EditError, LowRank
 from corrigenda.modules.model.lm import LanguageModel
@@ -67,7 +68,7 @@ def answers(lm, prompts=PROMPTS, targets=TARGETS):
 
 
 def odd(lm, prompts=PROMPTS):
-    return torch.tensor([len(row) % 2 == 1 for row in lm.encode(prompts)])
+    return torch.tensor([len(row) % 2 == 1 for row in lm.tokens.encode(prompts)])
 
 
 def test_it_changes_answers_and_no_weight(lm):
@@ -99,7 +100,7 @@ def test_targets_are_no_part_of_the_prompt(lm):
         patch.adapter.told.clear()
         lm.score(PROMPTS, targets)
         prompts = [p for told, _ in patch.adapter.told for p in told.sum(1).tolist()]
-        assert sorted(prompts) == sorted(len(row) for row in lm.encode(PROMPTS))
+        assert sorted(prompts) == sorted(len(row) for row in lm.tokens.encode(PROMPTS))
         for prompt_BT, last_B in patch.adapter.told:
             assert torch.equal(last_B, prompt_BT.sum(1) - 1)
 
@@ -139,19 +140,19 @@ def test_what_is_decided_on_the_prompt_holds_for_every_beam(lm):
 
 
 def test_a_pass_that_nobody_announced_is_left_alone(llama):
-    ids = torch.tensor(llama.encode(PROMPTS[:1]))
+    ids = torch.tensor(llama.tokens.encode(PROMPTS[:1]))
     with torch.no_grad():
         base = llama.net(ids).logits
         Marker().edit(llama, EDITS[:1])
         assert torch.equal(llama.net(ids).logits, base)
-    assert llama.asked is None
+    assert llama.edits.batch is None
 
 
 def test_a_shared_prefix_and_the_plain_way_change_no_number(tiny_folder, lm):
     Marker().edit(lm, EDITS)
-    assert lm.lowest_edited_layer() == 1
+    assert lm.edits.lowest_layer() == 1
     plain = answers(lm)
-    with lm.shared_prefix(lm.lowest_edited_layer()):
+    with lm.reuse.shared(lm.edits.lowest_layer()):
         with lm.pristine():
             base = answers(lm)
         first, second = answers(lm), answers(lm)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from corrigenda.modules import files
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.statistics import corpus as corpus_module
@@ -59,7 +59,7 @@ def by_hand(lm, layer, length=512, tokens=TOKENS):
     module = {"out": lm.net.get_submodule(lm.structure.out_name(layer))}
     keys, left = [], tokens
     for text in TEXTS:
-        ids = lm.encode([text])[0][: min(left, length)]
+        ids = lm.tokens.encode([text])[0][: min(left, length)]
         left -= len(ids)
         if ids:
             with torch.no_grad(), capture(module, stop=True) as seen:
@@ -100,8 +100,8 @@ def test_batches_and_padding_do_not_matter(batch, buffer, gather, monkeypatch):
 def test_long_texts_are_cut(gather, monkeypatch):
     monkeypatch.setattr(moments_module, "MAX_LENGTH", 6)
     moments = gather(tokens=200)
-    ids = [moments.lm.encode([text])[0][:6] for text in TEXTS]
-    assert max(map(len, moments.lm.encode(TEXTS))) > 6 and sum(map(len, ids)) > 200
+    ids = [moments.lm.tokens.encode([text])[0][:6] for text in TEXTS]
+    assert max(map(len, moments.lm.tokens.encode(TEXTS))) > 6 and sum(map(len, ids)) > 200
     near(moments.moment(0), by_hand(moments.lm, 0, length=6, tokens=200))
 
 
@@ -307,13 +307,13 @@ def test_no_text_is_longer_than_the_model_takes(tiny_lm, source, tmp_path):
     lm = tiny_lm("gpt2", max_position_embeddings=24)
     assert lm.max_length == 24
     texts = sampled_texts(lm, seed=0)
-    sampled = lm.encode([next(texts) for _ in range(70)])
+    sampled = lm.tokens.encode([next(texts) for _ in range(70)])
     assert max(map(len, sampled)) > 20
     own = Moments(lm, Corpus("model", tokens=300), tmp_path).moment(0)
     assert torch.isfinite(own).all()
     source.write_text("\n".join([" ".join(TEXTS)] * 20), encoding="utf-8")
     moments = Moments(lm, Corpus(str(source), tokens=400), tmp_path)
-    ids = lm.encode([" ".join(TEXTS)])[0][:24]
+    ids = lm.tokens.encode([" ".join(TEXTS)])[0][:24]
     module = {"out": lm.net.get_submodule(lm.structure.out_name(1))}
     with torch.no_grad(), capture(module, stop=True) as seen:
         lm.net(torch.tensor([ids]))
@@ -337,7 +337,7 @@ def test_the_share_of_first_tokens_is_kept(gather):
     first = every = 0.0
     left = TOKENS
     for text in TEXTS:
-        ids = lm.encode([text])[0][:left]
+        ids = lm.tokens.encode([text])[0][:left]
         left -= len(ids)
         if ids:
             with torch.no_grad(), capture(module, stop=True) as seen:
@@ -419,7 +419,6 @@ def test_a_corpus_without_sense_is_refused():
 PROCESS = """
 import sys
 import torch
-from pathlib import Path
 from corrigenda.modules.statistics import moments
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.model.lm import LanguageModel

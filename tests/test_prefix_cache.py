@@ -37,8 +37,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def kept(lm, texts, layer=2):
-    rows = lm.rows(texts)
-    states_BTD = first(lm.tail(rows, layer).stored)
+    rows = lm.tokens.rows(texts)
+    states_BTD = first(lm.reuse.tail(rows, layer).stored)
     return [state_TD[:n].clone() for state_TD, n in zip(states_BTD, rows.length_B, strict=True)]
 
 
@@ -57,29 +57,29 @@ def test_no_text_sees_what_is_beside_it(lm, folder, dtype):
     lm.cache_disk_gib = 0
     alone = []
     for text in TEXTS:
-        lm.keep_prefix(1, 2)
+        lm.reuse.keep(1, 2)
         alone += kept(lm, [text])
     lm.cache_disk_gib = 1
-    lm.keep_prefix(1, 2)
+    lm.reuse.keep(1, 2)
     together = kept(lm, TEXTS)
     assert same(alone, together) and cache_of(lm).num_computed == 2 * len(TEXTS)
     assert same(alone[::-1], kept(lm, TEXTS[::-1])) and same(alone[2:4], kept(lm, TEXTS[2:4]))
     assert cache_of(lm).num_computed == 2 * len(TEXTS)
-    lm.keep_prefix(1, 2)  # writes what there is, and begins anew
+    lm.reuse.keep(1, 2)  # writes what there is, and begins anew
     assert same(alone, kept(lm, TEXTS)) and cache_of(lm).num_computed == 0
     assert len(list(folder.glob("*/*.safetensors"))) == 1
 
 
 def test_a_kept_tail_is_the_tail(family, tiny_lm, folder):
     lm = tiny_lm(family)
-    rows = lm.rows(TEXTS)
+    rows = lm.tokens.rows(TEXTS)
     at = torch.arange(len(TEXTS)), rows.length_B - 1
     with torch.no_grad():
         plain = lm.net(rows.ids_BT, attention_mask=rows.mask_BT).logits[at]
-        lm.keep_prefix(1, 2)
+        lm.reuse.keep(1, 2)
         for _ in range(2):
             for layer in (1, 2):  # 2: all blocks, so that norm and head alone are left
-                tail = lm.tail(rows, layer)
+                tail = lm.reuse.tail(rows, layer)
                 torch.testing.assert_close(tail.logits(*at), plain, atol=1e-5, rtol=0)
                 part = tail.select(torch.tensor([1, 0])).trimmed()
                 got = part.logits(torch.tensor([0, 1]), rows.length_B[[1, 0]] - 1)
@@ -88,10 +88,10 @@ def test_a_kept_tail_is_the_tail(family, tiny_lm, folder):
 
 def test_texts_that_were_not_used_for_long_go_first(llama, folder):
     llama.cache_disk_gib = 0
-    llama.keep_prefix(1)
+    llama.reuse.keep(1)
     size = kept(llama, TEXTS[-1:], 1)[0].nbytes
     llama.cache_memory_gib = 1.5 * size / GIB
-    llama.keep_prefix(1)
+    llama.reuse.keep(1)
     cache = cache_of(llama)
     for n in (0, 5, 0, 4):  # the last one needs the place of the second
         kept(llama, [TEXTS[n]], 1)
@@ -126,9 +126,9 @@ def test_shards_that_were_not_used_for_long_go_first(tmp_path):
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "foreign"])
 def test_what_is_damaged_or_foreign_is_computed_anew(llama, folder, harm):
-    llama.keep_prefix(2)
+    llama.reuse.keep(2)
     wanted = kept(llama, TEXTS)
-    llama.drop_prefix()
+    llama.reuse.drop()
     (path,) = folder.glob("*/*.safetensors")
     content = bytearray(path.read_bytes())
     if harm == "flipped":
@@ -141,7 +141,7 @@ def test_what_is_damaged_or_foreign_is_computed_anew(llama, folder, harm):
         content = bytes(content).replace(llama.weights_hash.encode(), b"0" * 16)
     path.unlink()
     path.write_bytes(content)
-    llama.keep_prefix(2)
+    llama.reuse.keep(2)
     assert same(kept(llama, TEXTS), wanted)
     assert cache_of(llama).num_computed == (1 if harm == "flipped" else len(TEXTS))
 
@@ -149,15 +149,15 @@ def test_what_is_damaged_or_foreign_is_computed_anew(llama, folder, harm):
 def test_other_weights_or_threads_are_another_folder(tiny_lm, folder):
     for seed in (0, 1):
         lm = tiny_lm("llama", seed=seed)
-        lm.keep_prefix(1)
+        lm.reuse.keep(1)
         kept(lm, TEXTS, 1)
-        lm.drop_prefix()
+        lm.reuse.drop()
     torch.set_num_threads(2)
     try:
-        lm.keep_prefix(1)
+        lm.reuse.keep(1)
         kept(lm, TEXTS, 1)
         assert cache_of(lm).num_computed == len(TEXTS)
-        lm.drop_prefix()
+        lm.reuse.drop()
     finally:
         torch.set_num_threads(1)
     assert len(list(folder.iterdir())) == 3
@@ -165,13 +165,13 @@ def test_other_weights_or_threads_are_another_folder(tiny_lm, folder):
 
 def test_nothing_is_kept_of_an_edited_model(llama, folder):
     editor = MEND(llama, layers=[1], rank=2)
-    llama.keep_prefix(1, 3)
+    llama.reuse.keep(1, 3)
     handle = editor.edit(llama, EDITS[:1])
-    assert llama.kept(1) and not llama.kept(3)
+    assert llama.reuse.store(1) and not llama.reuse.store(3)
     handle.remove()
-    assert llama.kept(1) and llama.kept(3) and not llama.kept(2)
-    llama.reuse_prefix = False
-    assert not llama.kept(1)
+    assert llama.reuse.store(1) and llama.reuse.store(3) and not llama.reuse.store(2)
+    llama.reuse.enabled = False
+    assert not llama.reuse.store(1)
 
 
 EDITORS = {
@@ -192,9 +192,9 @@ def test_losses_and_gradients_are_those_of_the_plain_way(lm, folder, name, layer
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     found = []
     for way in ("plain", "reused", "kept", "kept"):
-        lm.reuse_prefix = way != "plain"
+        lm.reuse.enabled = way != "plain"
         if way == "kept" and lm._prefix is None:
-            lm.keep_prefix(editor.lowest_layer, lm.structure.num_layers)
+            lm.reuse.keep(editor.lowest_layer, lm.structure.num_layers)
         editor.zero_grad()
         edit_loss, kl = editor._losses(EDITS, OUTER, LOCAL)
         (edit_loss + kl).backward()

@@ -77,9 +77,9 @@ def test_scores_of_a_batch_are_those_of_plain_rows(ways, batch):
     prompts, targets = map(list, zip(*batch, strict=True))
     for lm in ways:
         check(lm, batch, lm.score(prompts, targets))
-        with lm.shared_prefix(1):
+        with lm.reuse.shared(1):
             check(lm, batch, lm.score(prompts, targets))
-        with lm.common_start():
+        with lm.reuse.common_prefix():
             check(lm, batch, lm.score(prompts, targets))
 
 
@@ -127,6 +127,6 @@ def test_generation_is_transformers_own_greedy_search(ways, prompts, count):
 @given(texts=st.lists(TEXTS, min_size=1, max_size=6))
 def test_texts_come_back_from_their_tokens(ways, texts):
     lm = ways[0]
-    for text, row in zip(texts, lm.encode(texts), strict=True):
-        assert row == lm.encode([text])[0]
-        assert lm.decode(row) == text
+    for text, row in zip(texts, lm.tokens.encode(texts), strict=True):
+        assert row == lm.tokens.encode([text])[0]
+        assert lm.tokens.decode(row) == text

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.kn import KN
 from corrigenda.modules.editors.rome import ROME
@@ -239,17 +239,17 @@ def test_rome_writes_its_value(packed, tiny_lm, corpus, kind):
         change = delta.dense(f"{name}.weight")
         assert note["change"] == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-4)
         module = lm.net.get_submodule(name)
-        ids = torch.tensor(lm.encode([edit.text]))
+        ids = torch.tensor(lm.tokens.encode([edit.text]))
         with torch.no_grad(), capture({name: module}, stop=True) as seen:
             lm.net(ids)
-        key = seen[name][0][0, lm.lookup(edit)]
+        key = seen[name][0][0, lm.tokens.subject_end(edit)]
         patch = editor.edit(lm, [edit])
         alone = patch.delta.dense(f"{name}.weight")
         tolerance = 0.2 if kind == "int8" else 1e-3  # rows of a batch share the rounding of inputs
         assert (alone - change).norm() < tolerance * change.norm()
         with torch.no_grad(), capture({name: lm.net.get_submodule(name)}, stop=True) as edited:
             lm.net(ids)
-        got = edited[name][1][0, lm.lookup(edit)]
+        got = edited[name][1][0, lm.tokens.subject_end(edit)]
         bias = module.bias
         torch.testing.assert_close(
             got.double(), (weight + alone) @ key.double() + bias, rtol=0, atol=1e-3

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.prune import PRUNE
 from corrigenda.modules.editors.rect import RECT, largest_changes

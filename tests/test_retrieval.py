@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import read_tensors, write_tensors
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.loading import ModelError
@@ -248,7 +249,7 @@ def test_a_language_model_encodes_with_its_own_unedited_states(tiny_lm, kind):
     vectors_ND = encoder.encode(texts)
     torch.testing.assert_close(vectors_ND.norm(dim=1), torch.ones(3))
     for text, vector_D in zip(texts, vectors_ND, strict=True):
-        ids = torch.tensor(lm.encode([text]))
+        ids = torch.tensor(lm.tokens.encode([text]))
         states_TD = lm.net(ids, output_hidden_states=True).hidden_states[1 + 2][
             0
         ]  # of block 2 of 4

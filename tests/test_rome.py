@@ -10,7 +10,8 @@ import transformers
 
 from corrigenda.datamodules.facts import Facts
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import editing_mode
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors import key_value, rome, value_search
 from corrigenda.modules.editors.key_value import (
     KeyRows,
@@ -161,10 +162,12 @@ def searched(monkeypatch):
 def at_lookup(lm, edit, layer, context=""):
     """(key, output) of the output projection at the subject's last token, from one plain forward."""
     name = lm.structure.out_name(layer)
-    ids = torch.tensor(lm.encode([context + edit.text]))
+    ids = torch.tensor(lm.tokens.encode([context + edit.text]))
     with torch.no_grad(), capture({name: lm.net.get_submodule(name)}, stop=True) as seen:
         lm.net(ids)
-    return [t.view(1, ids.shape[1], -1)[0, lm.lookup(edit, context)] for t in seen[name]]
+    return [
+        t.view(1, ids.shape[1], -1)[0, lm.tokens.subject_end(edit, context)] for t in seen[name]
+    ]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -200,7 +203,7 @@ def test_rows_of_some_edits(gpt2):
     assert torch.equal(part.rows.ids_BT, again.rows.ids_BT)
     assert torch.equal(part.lookup_R, again.lookup_R)
     essence = again.rows.ids_BT[-1][: again.rows.length_B[-1]]
-    assert gpt2.decode(essence) == "Old Humbria is a"
+    assert gpt2.tokens.decode(essence) == "Old Humbria is a"
 
 
 # --- contexts ---
@@ -275,18 +278,22 @@ def test_the_loss_is_what_the_docstring_says(gpt2, make, searched):
 
         handle = site.register_forward_hook(add)
         with torch.no_grad():
-            out = gpt2.net(torch.tensor(gpt2.encode([text]))).logits[0].log_softmax(-1)
+            out = gpt2.net(torch.tensor(gpt2.tokens.encode([text]))).logits[0].log_softmax(-1)
         handle.remove()
         return out
 
     edit, nlls = EDITS[0], []
     for context in short._contexts:
-        rows = gpt2.rows([context + edit.text], [edit.target_new])
+        rows = gpt2.tokens.rows([context + edit.text], [edit.target_new])
         row, position = rows.answer_positions()
-        out = logprobs(f"{context}{edit.text} {edit.target_new}", gpt2.lookup(edit, context), step)
+        out = logprobs(
+            f"{context}{edit.text} {edit.target_new}", gpt2.tokens.subject_end(edit, context), step
+        )
         nlls.append(-out[position].gather(1, rows.ids_BT[row, position + 1][:, None]).mean())
     essence = Edit("{} is a", edit.subject, "x")
-    new, old = (logprobs(essence.text, gpt2.lookup(essence), d)[-1] for d in (step, 0 * step))
+    new, old = (
+        logprobs(essence.text, gpt2.tokens.subject_end(essence), d)[-1] for d in (step, 0 * step)
+    )
     kl = (new.exp() * (new - old)).sum()
     nll = torch.stack(nlls).mean()
     loss = nll + 0.7 * kl + 0.3 * step.norm() / v0.norm() ** 2

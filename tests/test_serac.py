@@ -12,8 +12,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
-from corrigenda.modules.editing.editor import WeightPatch, editing_mode
+from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.lora import LoRA
 from corrigenda.modules.editors.serac import SERAC
 from corrigenda.modules.model.delta import Delta, EditError, LowRank
@@ -153,7 +154,7 @@ def test_out_of_scope_the_base_answers_to_the_bit(lm, make, encoder_folder, tmp_
 
 
 def lm_scores_with(lm, editor, prompts, targets):
-    with lm.pristine(), lm.shared_prefix(0):
+    with lm.pristine(), lm.reuse.shared(0):
         return lm.score(prompts, targets, [editor.counterfactual.delta], full=True)
 
 

@@ -82,7 +82,7 @@ def test_they_are_a_wider_mlp(tiny_lm):
 
 
 def test_a_pass_that_nobody_announced_runs_them_too(llama):
-    ids = torch.tensor(llama.encode(PROMPTS[:1]))
+    ids = torch.tensor(llama.tokens.encode(PROMPTS[:1]))
     with torch.no_grad():
         base = llama.net(ids).logits
         ModulePatch(llama, neurons(llama, 1, 4))
@@ -96,7 +96,7 @@ def test_a_neuron_per_mistake_at_its_own_position(lm, make):
     """INV-T2, INV-T3: the activation on its own input is one; P (2 D + 1) numbers and a layer each."""
     patch = make(max_neurons=3).edit(lm, EDITS[1:])
     made, layer = patch.adapter, lm.structure.num_layers - 1
-    rows = lm.rows(PROMPTS[1:], TARGETS[1:])
+    rows = lm.tokens.rows(PROMPTS[1:], TARGETS[1:])
     with lm.pristine():
         ((_, h),) = read_states(lm, rows, lm.structure.mlp_names(layer)[0])
         greedy = lm.score(PROMPTS[1:], TARGETS[1:])

@@ -27,9 +27,9 @@ def lm(request, loaded):
 
 def by_hand(lm, edit, noise_SKD, names=(), position=None):
     """Mean probability of the answer over the noise, by whole forwards, one sample at a time."""
-    rows = lm.rows([edit.text], [edit.target_true])
+    rows = lm.tokens.rows([edit.text], [edit.target_true])
     start, length = int(rows.start_B[0]), int(rows.length_B[0])
-    begin, end = lm.subject_span(edit.text, edit.subject_start, edit.subject)
+    begin, end = lm.tokens.subject_span(edit.text, edit.subject_start, edit.subject)
     ids = rows.ids_BT
     modules = {name: lm.net.get_submodule(name) for name in names}
     with torch.no_grad(), capture(modules) as clean:
@@ -86,7 +86,7 @@ def test_the_last_state_of_all_holds_the_answer(lm):
     edit = Edit(FACTS[1].prompt, FACTS[1].subject, "x", "a")
     trace = causal_trace(lm, [edit], samples=3)
     (last,) = trace.effect["hidden"][ROLES.index("last token"), -1:]
-    rows = lm.rows([edit.text], ["a"])
+    rows = lm.tokens.rows([edit.text], ["a"])
     assert int(rows.length_B[0] - rows.start_B[0]) == 1
     assert float(last) == pytest.approx(trace.clean - trace.corrupted, rel=1e-4)
     assert trace.effect["hidden"][LAST_SUBJECT, -1].abs() < 1e-6
@@ -126,7 +126,7 @@ def test_the_frozen_prefix_and_the_seed(loaded, monkeypatch):
     lm = loaded("gpt2")
     one, same = (causal_trace(lm, FACTS, samples=2, seed=1) for _ in range(2))
     other = causal_trace(lm, FACTS, samples=2, seed=2)
-    monkeypatch.setattr(lm, "reuse_prefix", False)
+    monkeypatch.setattr(lm.reuse, "enabled", False)
     plain = causal_trace(lm, FACTS, samples=2, seed=1)
     for site in ("hidden", "mlp"):
         assert torch.equal(one.effect[site].nan_to_num(), same.effect[site].nan_to_num())

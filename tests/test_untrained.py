@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from corrigenda.datamodules.counterfact import CounterFact
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta

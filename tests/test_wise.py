@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.adapters import Asked, ModulePatch
+from corrigenda.modules.editing.adapters import ModulePatch
 from corrigenda.modules.editors.wise import WISE, SideMemories, concern, ties
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
 
 EDITS = [
@@ -38,7 +39,7 @@ def concerns(lm, patch, prompts, memory=0):
     """Each prompt alone, from a plain forward."""
     found = []
     for prompt in prompts:
-        ((_, x),) = read_states(lm, lm.rows([prompt]), patch.adapter.sites[0])
+        ((_, x),) = read_states(lm, lm.tokens.rows([prompt]), patch.adapter.sites[0])
         found.append((x[0] @ patch.adapter.delta_SOI[memory].T).norm(dim=-1).mean())
     return torch.stack(found)
 
@@ -69,12 +70,12 @@ def test_a_prompt_goes_where_it_concerns_most(memories):
 
 def test_only_the_prompt_counts_and_its_way_is_kept(memories):
     x = torch.tensor([[[9.0, 9], [2, 0], [0, 9]]])  # padding, prompt, target
-    asked = Asked(torch.tensor([[False, True, False]]))
+    asked = PromptBatch(torch.tensor([[False, True, False]]))
     y = torch.zeros(1, 3, 1)
     assert memories("x", x, y, asked).flatten().tolist() == [9.0, 2.0, 0.0]
     later = torch.tensor([[[1.0, 7.0]]])
     assert memories("x", later, y[:, :1], asked).flatten().tolist() == [1.0]
-    out = Asked(torch.tensor([[False, False, True]]))
+    out = PromptBatch(torch.tensor([[False, False, True]]))
     assert memories("x", torch.zeros(1, 3, 2), y, out) is y
 
 
@@ -168,7 +169,7 @@ def test_the_unit_is_the_size_of_an_output(lm, make):
     editor.prepare(lm)
     site, sizes = lm.structure.out_name(1), []
     for prompt in unrelated_prompts(editor.source, 8):
-        ((_, y),) = read_states(lm, lm.rows([prompt]), site, output=True)
+        ((_, y),) = read_states(lm, lm.tokens.rows([prompt]), site, output=True)
         sizes += y[0].norm(dim=-1).tolist()
     assert editor.unit == pytest.approx(sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-4)
 

@@ -1,7 +1,7 @@
 """Memories beside the network: :class:`Adapter`, :class:`ModulePatch`, :class:`ModuleEditor`.
 
 An adapter sees the outputs of some modules and may replace them; no weight changes. Those that decide by prompt
-are told by the language model where each row's prompt ends (:class:`Asked`).
+are told by the language model where each row's prompt ends (:class:`PromptBatch`).
 
 Shapes: B rows, T tokens, I inputs and O outputs of a module.
 """
@@ -14,48 +14,23 @@ import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from corrigenda.datamodules.records import Edit
-from corrigenda.modules.editing.editor import EditHandle, Editor, editing_mode, require_base
+from corrigenda.modules.editing.editor import Editor, editing_mode
+from corrigenda.modules.editing.weight_patch import require_base
 from corrigenda.modules.files import write_tensors
 from corrigenda.modules.interrupts import uninterrupted
 from corrigenda.modules.model.delta import EditError, read_origin, read_tensors, require_finite
+from corrigenda.modules.model.handle import EditHandle, PromptBatch
 from corrigenda.modules.model.hooks import Hook, remove_all
-
-if TYPE_CHECKING:
-    from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.lm import LanguageModel
 
 MEMORY_FORMAT = "corrigenda-memory-1"
-
-
-@dataclass
-class Asked:
-    """The batch that is running: which of its tokens are prompt, and what adapters decided on those.
-
-    Teacher-forced targets are no part of a prompt, and what was decided on it holds for every token
-    that is generated after it.
-
-    Attributes:
-        prompt_BT: True on the prompt's tokens, in the columns of the batch's first pass. Later passes
-            hold generated tokens alone (with a cache) or all tokens again (without one).
-        decided: by adapter; each decides in the first pass.
-    """
-
-    prompt_BT: Tensor
-    decided: dict[Adapter, Any] = field(default_factory=dict)
-
-    @property
-    def last_B(self) -> Tensor:
-        """Column of each row's last prompt token."""
-        column_T = torch.arange(self.prompt_BT.shape[1], device=self.prompt_BT.device)
-        return (self.prompt_BT * column_T).argmax(1)
 
 
 class Adapter(nn.Module, ABC):
@@ -75,11 +50,11 @@ class Adapter(nn.Module, ABC):
         self.settings = {"sites": list(sites), **settings}
 
     @abstractmethod
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, batch: PromptBatch | None) -> Tensor:
         """The output of module ``site`` for input ``x``, whose own output is ``y``.
 
-        Returns ``y`` itself where nothing changes. ``asked`` is None in passes that nobody announced
-        with :meth:`LanguageModel.asking`; adapters that decide by prompt leave those alone.
+        Returns ``y`` itself where nothing changes. ``batch`` is None in passes that were not announced
+        with :meth:`ActiveEdits.announce`; adapters that decide by prompt leave those alone.
         """
 
     @property
@@ -154,10 +129,12 @@ class ModulePatch(EditHandle):
     newer patch out puts the older one, which nobody has touched, back in force.
     """
 
+    needs_whole_rows = True
+
     def __init__(
         self, lm: LanguageModel, adapter: Adapter, metadata: dict[str, Any] | None = None
     ) -> None:
-        self.metadata = metadata or {}
+        self.lm, self.metadata = lm, metadata or {}
         require_base(lm, self.metadata, "memory")
         for site in adapter.sites:
             try:
@@ -197,12 +174,12 @@ class ModulePatch(EditHandle):
 
     def _at(self, site: str) -> Hook:
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            asked, x, y = self.lm.asked, args[0], output
+            batch, x, y = self.lm.edits.batch, args[0], output
             if any(buffer.device != y.device for buffer in self.adapter.buffers()):
                 self.adapter.to(y.device)
-            if asked is not None and x.dim() == 2:  # rows and tokens flattened
-                x, y = (t.view(len(asked.prompt_BT), -1, t.shape[-1]) for t in (x, y))
-            new = self.adapter(site, x, y, asked)
+            if batch is not None and x.dim() == 2:  # rows and tokens flattened
+                x, y = (t.view(len(batch.prompt_BT), -1, t.shape[-1]) for t in (x, y))
+            new = self.adapter(site, x, y, batch)
             return output if new is y else new.reshape(output.shape)
 
         return hook
@@ -217,9 +194,13 @@ class ModulePatch(EditHandle):
         """How many bytes the memory has grown by."""
         return self.adapter.num_bytes - (self.older.adapter.num_bytes if self.older else 0)
 
+    def can_absorb(self, newer: EditHandle) -> bool:
+        last = self.lm.handles[-2:] == [self, newer]
+        return last and isinstance(newer, ModulePatch) and newer.older is self
+
     def absorb(self, newer: ModulePatch) -> None:
         """Takes over the memory of the newest patch, which extends this one's: one undo for both."""
-        if self.lm.handles[-2:] != [self, newer] or newer.older is not self:
+        if not self.can_absorb(newer):
             raise EditError("only the newest edit can be absorbed, by the one it extends")
         with uninterrupted():
             newer._unhook()
@@ -287,7 +268,7 @@ class ModuleEditor(Editor):
             older = ModulePatch.newest(lm, memory)
             if older is not None:
                 memory = copy.deepcopy(older.adapter)
-            with lm.provisional():
+            with lm.edits.provisional():
                 ModulePatch(lm, memory)
                 notes = self.learn(lm, memory, edits)
             metadata = self.origin(lm, edits) | {"notes": notes}

@@ -19,10 +19,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, Separator, joined
-from corrigenda.modules.editing.editor import Editor, TextPatch, set_aside
+from corrigenda.modules.editing.editor import Editor
+from corrigenda.modules.editing.text_patch import TextPatch, set_aside
 from corrigenda.modules.files import write_tensors
 from corrigenda.modules.interrupts import Reversible, uninterrupted
 from corrigenda.modules.model.delta import EditError, read_origin, read_tensors
+from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.retrieval.retriever import (
     Encoder,
@@ -55,14 +57,14 @@ def fit(
     Raises:
         EditError: the question alone does not fit.
     """
-    lm.require_readable([question])
+    lm.tokens.require_readable([question])
     limit = lm.max_length
 
     def text(dropped: int) -> str:
         return "".join(demonstrations[dropped:]) + question
 
     def fits(dropped: int) -> bool:
-        return limit is None or len(lm.encode([text(dropped)])[0]) + reserve <= limit
+        return limit is None or len(lm.tokens.encode([text(dropped)])[0]) + reserve <= limit
 
     dropped = 0 if fits(0) else bisect_left(range(len(demonstrations) + 1), True, key=fits)
     if dropped > len(demonstrations):
@@ -198,14 +200,23 @@ class MemoryPatch(TextPatch):
         patches = [handle for handle in self.lm.handles if isinstance(handle, MemoryPatch)]
         return set_aside([patch for patch in patches if patch.memory is self.memory])
 
+    def target_lengths(self, targets: Sequence[str]) -> list[int]:
+        """Tokens to leave free for each target."""
+        texts = [self.lm.tokens.join("", target) for target in targets]
+        return [len(row) for row in self.lm.tokens.encode(texts)]
+
     def remove(self) -> None:
         with uninterrupted():
             super().remove()
             self.memory.drop(len(self.edits))
 
+    def can_absorb(self, newer: EditHandle) -> bool:
+        last = self.lm.handles[-2:] == [self, newer]
+        return last and isinstance(newer, MemoryPatch) and newer.memory is self.memory
+
     def absorb(self, newer: MemoryPatch) -> None:
         """Takes a newer patch of the same memory into this one."""
-        if self.lm.handles[-2:] != [self, newer] or newer.memory is not self.memory:
+        if not self.can_absorb(newer):
             raise EditError("only the newest edit can be absorbed, by the one before it")
         with uninterrupted():
             self.edits += newer.edits
@@ -303,7 +314,7 @@ class MemoryEditor(Editor):
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
         self.check_edits(edits)
-        lm.require_readable([sentence(edit) for edit in edits])
+        lm.tokens.require_readable([sentence(edit) for edit in edits])
         self.prepare(lm)
         return self.patch(self, lm, edits)
 

@@ -16,7 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from corrigenda.modules.editing.adapters import Adapter, Asked
+from corrigenda.modules.editing.adapters import Adapter
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 
 
@@ -56,7 +57,7 @@ class SideNeurons(Adapter):
         ]
         return cls(sites, layers, lm.structure.width)
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
         if site not in self._ends:
             self._input = x_BTI
             return y_BTO

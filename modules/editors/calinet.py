@@ -121,7 +121,7 @@ class CaliNET(ModuleEditor):
         pieces = []
         for begin in range(0, len(order), self.batch_size):
             part = [pairs[i] for i in order[begin : begin + self.batch_size]]
-            rows = lm.rows([prompt for prompt, _ in part], [target for _, target in part])
+            rows = lm.tokens.rows([prompt for prompt, _ in part], [target for _, target in part])
             owner_R = torch.arange(len(part), device=lm.device)
             pieces.append(Piece.of(lm, rows, owner_R, self.layers[0], "target"))
         return pieces

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.adapters import Adapter, Asked, ModuleEditor
+from corrigenda.modules.editing.adapters import Adapter, ModuleEditor
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.states import (
@@ -83,7 +84,7 @@ class Codebook(Adapter):
         self.register_buffer("radius_J", torch.zeros(0))
         self.register_buffer("label_JM", torch.zeros(0, 0, dtype=torch.long))  # padded with -1
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
         if asked is None or not len(self.radius_J):
             return y_BTO
         is_first = self not in asked.decided
@@ -99,7 +100,7 @@ class Codebook(Adapter):
         value_BO = self.value_JO[key_B.clamp(min=0)].to(y_BTO.dtype)
         return torch.where(replaced_BT[..., None], value_BO[:, None], y_BTO)
 
-    def _replaced(self, asked: Asked, width: int, is_whole: bool) -> Tensor:
+    def _replaced(self, asked: PromptBatch, width: int, is_whole: bool) -> Tensor:
         """Which of the pass's tokens a value may stand in for; generated ones come alone or behind."""
         all_BT = torch.ones_like(asked.prompt_BT[:, :1]).expand(-1, width)
         if self.replace == "all":
@@ -230,7 +231,7 @@ class GRACE(ModuleEditor):
         for n, (query_I, value_O) in enumerate(zip(*states, strict=True)):
             if right_N[n]:
                 continue
-            rows = lm.rows(prompts[n : n + 1], targets[n : n + 1])
+            rows = lm.tokens.rows(prompts[n : n + 1], targets[n : n + 1])
             label = rows.ids_BT[0, rows.start_B[0] :].tolist()
             key = memory.place(query_I, value_O, label, self.epsilon)
             same = [m for m in members.get(key, []) if targets[m] == targets[n]]
@@ -255,7 +256,7 @@ class GRACE(ModuleEditor):
         edits = [edit for group in groups for edit in group]
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
         owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)
-        rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         piece = Piece.of(lm, rows, owner_R, self.layer, "target")
         index_E = torch.tensor(keys, device=lm.device)
         frozen_JO = memory.value_JO

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Literal, Protocol
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe, Separator, joined
 from corrigenda.modules import checks
 from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch, sentence
-from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.model.handle import GenerationRequest, ScoreRequest
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
 from corrigenda.modules.retrieval.retriever import Encoder, Retriever
@@ -52,24 +54,15 @@ class Demonstrated(MemoryPatch):
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         return self._rewrite(prompts, [0] * len(prompts))
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-        full: bool,
-    ) -> TargetScores:
-        reserves = [
-            len(row) for row in self.lm.encode([self.lm.join("", target) for target in targets])
-        ]
-        with self.lm.common_start():
-            return self.lm.score(self._rewrite(prompts, reserves), targets, deltas, owners, full)
+    def score(self, request: ScoreRequest) -> TargetScores:
+        texts = self._rewrite(request.prompts, self.target_lengths(request.targets))
+        with self.lm.reuse.common_prefix():
+            return self.lm.score_request(replace(request, prompts=texts))
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
-        asked = self._rewrite(prompts, [max_new_tokens] * len(prompts))
-        with self.lm.common_start():
-            return self.lm.generate(asked, max_new_tokens, **options)
+    def generate(self, request: GenerationRequest) -> list[str]:
+        texts = self._rewrite(request.prompts, [request.max_new_tokens] * len(request.prompts))
+        with self.lm.reuse.common_prefix():
+            return self.lm.generate_request(replace(request, prompts=texts))
 
     def _rewrite(self, prompts: Sequence[str], reserves: Sequence[int]) -> list[str]:
         newest = list(self.memory.newest(self.end).values())
@@ -79,7 +72,7 @@ class Demonstrated(MemoryPatch):
         texts = []
         for edit, prompt, reserve in zip(edits, prompts, reserves, strict=True):
             demonstrations = self.editor.demonstrations(self.lm, edit)
-            question = f"New Fact: {sentence(edit, self.lm.separator)}\nPrompt: {prompt}"
+            question = f"New Fact: {sentence(edit, self.lm.tokens.separator)}\nPrompt: {prompt}"
             texts.append(self.shown(demonstrations, question, reserve))
         self.editor.counts["questions"] += len(texts)
         return texts
@@ -128,7 +121,7 @@ class IKE(MemoryEditor):
         self._indices[encoder.hash] = Retriever.cached(facts, encoder)
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
-        lm.require_readable([sentence(edit) for edit in edits])
+        lm.tokens.require_readable([sentence(edit) for edit in edits])
         self.prepare(lm)
         for edit in edits:
             self.demonstrations(lm, edit)
@@ -136,12 +129,12 @@ class IKE(MemoryEditor):
 
     def demonstrations(self, lm: LanguageModel, edit: Edit) -> list[str]:
         """What is shown before questions about this edit, the most similar last, then the edit's own copy."""
-        place = self.encoder(lm).hash, lm.separator, edit
+        place = self.encoder(lm).hash, lm.tokens.separator, edit
         if place not in self._chosen:
             cases = self._similar(place[0], edit)
             roles = _roles(len(cases))
             random.Random(f"{self.seed} {edit.text}").shuffle(roles)
-            between = lm.separator
+            between = lm.tokens.separator
             shown = [
                 self._show(case, role, between) for case, role in zip(cases, roles, strict=True)
             ]

@@ -22,7 +22,7 @@ from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.hooks import capture, first
 from corrigenda.modules.model.kv_cache import can_be_cut, first_tokens, run_start
 from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.rows import Rows, batches
 from corrigenda.modules.model.tail import Tail
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -80,10 +80,12 @@ class KeyRows:
     ) -> KeyRows:
         prompts = [context + edit.text for edit in edits for context in contexts]
         targets = [edit.target_new for edit in edits for _ in contexts]
-        lookups = [lm.lookup(edit, context) for edit in edits for context in contexts]
+        lookups = [lm.tokens.subject_end(edit, context) for edit in edits for context in contexts]
         whole = [Edit(essence, edit.subject, edit.target_new) for edit in edits]
-        lookups += [lm.lookup(edit) for edit in whole]
-        rows = Rows.cat([lm.rows(prompts, targets), lm.rows([edit.text for edit in whole])])
+        lookups += [lm.tokens.subject_end(edit) for edit in whole]
+        rows = Rows.cat(
+            [lm.tokens.rows(prompts, targets), lm.tokens.rows([edit.text for edit in whole])]
+        )
         lookup_R = torch.tensor(lookups, device=lm.device)
         return cls(rows, lookup_R, len(edits), len(contexts))
 
@@ -107,7 +109,7 @@ class KeyRows:
         Nothing reads the last token of an answer.
         """
         answers = self.num_edits * self.num_contexts
-        return lm.tail(self.rows.answers_read(answers), layer, self.lookup_R)
+        return lm.reuse.tail(self.rows.answers_read(answers), layer, self.lookup_R)
 
 
 def keys_and_values(
@@ -146,8 +148,8 @@ class SubjectRows:
     def of(
         cls, lm: LanguageModel, edits: Sequence[Edit], contexts: Sequence[str], weight_Q: Tensor
     ) -> SubjectRows:
-        whole = lm.rows([context + edit.text for edit in edits for context in contexts])
-        lookups = [lm.lookup(edit, context) for edit in edits for context in contexts]
+        whole = lm.tokens.rows([context + edit.text for edit in edits for context in contexts])
+        lookups = [lm.tokens.subject_end(edit, context) for edit in edits for context in contexts]
         last_R = torch.tensor(lookups, device=lm.device)
         width = max(lookups) + 1
         mask_BT = torch.arange(width, device=lm.device) <= last_R[:, None]
@@ -166,14 +168,14 @@ class SubjectRows:
         context begin with is run once. (The plain way, ``reuse_prefix: false``, goes on to the head, one edit at
         a time.)
         """
-        count, reuse = len(group_N), lm.reuse_prefix
+        count, reuse = len(group_N), lm.reuse.enabled
         run = lm.net.get_decoder() if reuse else lm.net
         module = lm.net.get_submodule(name)
         sums: list[Tensor] = []
         for row_b, begun in self._parts(lm, module, deltas) if reuse else self._per_edit(count):
             part, owner_b = self.rows.select(row_b), self.owner_R[row_b]
             start = begun.get_seq_length() if begun else 0
-            branches = lm.side_by_side(deltas, group_N[owner_b.cpu()])
+            branches = lm.edits.side_by_side(deltas, group_N[owner_b.cpu()])
             with branches, capture({name: module}, stop=reuse) as seen:
                 run(
                     input_ids=part.ids_BT[:, start:],
@@ -194,18 +196,22 @@ class SubjectRows:
         self, lm: LanguageModel, module: nn.Module, deltas: Sequence[Delta]
     ) -> Iterator[tuple[Tensor, DynamicCache | None]]:
         """Rows that run together, and the keys and values of what they begin with, where that is shared."""
-        if len(deltas) > 1 or lm.adapted or len(self.rows.ids_BT) == self.num_contexts:
-            yield from ((row_b, None) for row_b in lm.chunks(self.rows))
+        if (
+            len(deltas) > 1
+            or lm.edits.need_whole_rows
+            or len(self.rows.ids_BT) == self.num_contexts
+        ):
+            yield from ((row_b, None) for row_b in batches(self.rows))
             return
         every_R = torch.arange(len(self.rows.ids_BT), device=lm.device)
         for row_n in every_R.view(-1, self.num_contexts).T:
             rows = self.rows.select(row_n)
             start, begun = rows.common_start(), None
             if start > 1:
-                with lm.side_by_side(deltas, None):
+                with lm.edits.side_by_side(deltas, None):
                     begun = run_start(lm.net, rows.ids_BT[:1, :start], until=module)
                 begun = begun if begun and can_be_cut(begun) else None
-            yield from ((row_n[b], begun) for b in lm.chunks(rows, start if begun else 0))
+            yield from ((row_n[b], begun) for b in batches(rows, start if begun else 0))
 
     def _per_edit(self, count: int) -> list[tuple[Tensor, None]]:
         return [((self.owner_R == n).nonzero()[:, 0], None) for n in range(count)]

@@ -165,17 +165,19 @@ class KN(WeightEditor):
         """The prompt in every context with the answer so far behind it: the true one, or the likeliest token."""
         prompts = [context + edit.text for context in self._contexts]
         if edit.target_true is not None:
-            return lm.rows(prompts, [edit.target_true] * len(prompts))
-        bare = lm.rows([edit.text])
+            return lm.tokens.rows(prompts, [edit.target_true] * len(prompts))
+        bare = lm.tokens.rows([edit.text])
         with torch.no_grad():
-            logits_1V = lm.tail(bare, 0).logits(torch.zeros_like(bare.start_B), bare.length_B - 1)
+            logits_1V = lm.reuse.tail(bare, 0).logits(
+                torch.zeros_like(bare.start_B), bare.length_B - 1
+            )
         answer = int(logits_1V.argmax())
-        ids = lm.rows(prompts).unpadded()
-        return lm.pad([[*row, answer] for row in ids], [len(row) for row in ids])
+        ids = lm.tokens.rows(prompts).unpadded()
+        return lm.tokens.pad([[*row, answer] for row in ids], [len(row) for row in ids])
 
     def _towards(self, lm: LanguageModel, rows: Rows, edit: Edit) -> Tensor:
         """What an update adds to a value of norm one: away from the old answer, towards the new one."""
-        new = lm.rows([edit.text], [edit.target_new])
+        new = lm.tokens.rows([edit.text], [edit.target_new])
         old_D, new_D = (_answer_direction(lm, part) for part in (rows, new))
         return self.write_scale * new_D - self.erase_scale * old_D
 
@@ -197,9 +199,9 @@ def attributions(lm: LanguageModel, rows: Rows, points: int, batch_rows: int = 1
     attr_RLF = torch.zeros(count, structure.num_layers, structure.inner_width, device=lm.device)
     row_C = torch.arange(count, device=lm.device).repeat_interleave(points)
     alpha_C = ((torch.arange(points, device=lm.device) + 0.5) / points).repeat(count)
-    tail = lm.tail(rows, 0, rows.start_B - 1)
+    tail = lm.reuse.tail(rows, 0, rows.start_B - 1)
     for layer in range(structure.num_layers):
-        tail = lm.higher(tail, layer)
+        tail = lm.reuse.higher(tail, layer)
         for row_c, alpha_c in zip(row_C.split(batch_rows), alpha_C.split(batch_rows), strict=True):
             part_cF = _part(lm, tail.select(row_c), rows.select(row_c), layer, alpha_c)
             attr_RLF[:, layer].index_add_(0, row_c, part_cF / points)
@@ -238,7 +240,7 @@ def _mean_keys(lm: LanguageModel, rows: Rows) -> Tensor:
     row_N, position_N = rows.answer_positions()
     names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
     with capture({name: lm.net.get_submodule(name) for name in names}, stop=True) as seen:
-        lm.tail(rows, 0).run()
+        lm.reuse.tail(rows, 0).run()
     keys = [seen[name][0].reshape(len(rows.ids_BT), -1, lm.structure.inner_width) for name in names]
     return torch.stack([keys_BTF[row_N, position_N].float().mean(0) for keys_BTF in keys])
 

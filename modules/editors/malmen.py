@@ -201,8 +201,8 @@ class MALMEN(LearnedEditor):
     def observe(self, cases: Sequence[EditCase]) -> None:
         """Takes the statistics of keys and gradients from the first ``num_normalising`` cases."""
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
-        rows = self.lm.rows([e.text for e in edits], [e.target_new for e in edits])
-        pairs, _ = self.keys_and_gradients(self.lm.tail(rows.read, self.lowest_layer), rows)
+        rows = self.lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
+        pairs, _ = self.keys_and_gradients(self.lm.reuse.tail(rows.read, self.lowest_layer), rows)
         for index, (k_nF, g_nO) in enumerate(pairs.values()):
             self.network.normalise_x.update(k_nF, index)
             self.network.normalise_d.update(g_nO, index)
@@ -270,7 +270,7 @@ class MALMEN(LearnedEditor):
         row_N, position_N = rows.select(index).mask_BT.bool().nonzero(as_tuple=True)
         part = tail.select(index).trimmed()
         with torch.no_grad():
-            base_tail = self.lm.higher(part, self.lm.structure.num_layers)
+            base_tail = self.lm.reuse.higher(part, self.lm.structure.num_layers)
             base_NV = base_tail.logits(row_N, position_N)
         drift_N = drift(base_NV, self._edited(part, row_N, position_N, leaves))
         return (drift_N / torch.bincount(row_N, minlength=len(index))[row_N]).sum()
@@ -280,5 +280,5 @@ class MALMEN(LearnedEditor):
     ) -> Tensor:
         """logits_NV under the update."""
         updates: dict[str, Update] = {**leaves}
-        with self.lm.side_by_side([Delta(updates)], None):
+        with self.lm.edits.side_by_side([Delta(updates)], None):
             return tail.logits(row_N, position_N)

@@ -29,14 +29,12 @@ check an answer without the look-up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.editor import EditHandle
 from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch, sentence
-from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.handle import EditHandle, GenerationRequest, Request, ScoreRequest
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
 from corrigenda.modules.retrieval.retriever import Encoder
@@ -162,82 +160,50 @@ class SelfChecked(MemoryPatch):
         self._beside: list[EditHandle] = []
         super().__init__(editor, lm, edits)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-        full: bool,
-    ) -> TargetScores:
-        reserves = [
-            len(row) for row in self.lm.encode([self.lm.join("", target) for target in targets])
-        ]
-        texts = [f"{reasoning.text}{ANSWER}" for reasoning in self._reason(prompts, deltas, owners)]
-        asked = [
+    def score(self, request: ScoreRequest) -> TargetScores:
+        texts = [f"{reasoning.text}{ANSWER}" for reasoning in self._reason(request)]
+        lengths = self.target_lengths(request.targets)
+        prompts = [
             self.shown(DEMONSTRATIONS, text, reserve)
-            for text, reserve in zip(texts, reserves, strict=True)
+            for text, reserve in zip(texts, lengths, strict=True)
         ]
-        with self.lm.common_start():
-            return self.lm.score(asked, targets, deltas, owners, full)
+        with self.lm.reuse.common_prefix():
+            return self.lm.score_request(replace(request, prompts=prompts))
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int,
-        deltas: Sequence[Delta] | None = None,
-        owners: Sequence[int] | None = None,
-        **options: Any,  # noqa: ANN401
-    ) -> list[str]:
+    def generate(self, request: GenerationRequest) -> list[str]:
         """The final answers, whole; an empty one where there is none. The lengths of rounds are the editor's."""
-        return [reasoning.answer or "" for reasoning in self._reason(prompts, deltas, owners)]
+        return [reasoning.answer or "" for reasoning in self._reason(request)]
 
-    def _reason(
-        self,
-        prompts: Sequence[str],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-    ) -> list[Reasoning]:
+    def _reason(self, request: Request) -> list[Reasoning]:
         """What became of each question; worked out once, as it is the same whatever is read off it."""
-        if deltas:
-            return self._work_out(prompts, deltas, owners)
+        if request.deltas:
+            return self._work_out(request)
         if self._beside != self.lm.handles:  # another edit may change what the model writes
             self._beside, self._done = list(self.lm.handles), {}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._done]
-        self._done |= zip(new, self._work_out(new, None, None), strict=True)
-        return [self._done[prompt] for prompt in prompts]
+        new = [prompt for prompt in dict.fromkeys(request.prompts) if prompt not in self._done]
+        self._done |= zip(new, self._work_out(Request(prompts=new)), strict=True)
+        return [self._done[prompt] for prompt in request.prompts]
 
-    def _work_out(
-        self,
-        prompts: Sequence[str],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-    ) -> list[Reasoning]:
-        reasonings = [Reasoning(prompt.strip()) for prompt in prompts]
+    def _work_out(self, request: Request) -> list[Reasoning]:
+        reasonings = [Reasoning(prompt.strip()) for prompt in request.prompts]
         for _ in range(self.editor.rounds):
             still = [n for n, reasoning in enumerate(reasonings) if reasoning.is_open]
             if not still:
                 break
-            own = None if owners is None else [owners[n] for n in still]
-            with self.lm.common_start():
-                self._round([reasonings[n] for n in still], deltas, own)
+            with self.lm.reuse.common_prefix():
+                self._round([reasonings[n] for n in still], request.select(still))
         self.editor.counts["questions"] += len(reasonings)
         self.editor.counts["format_failures"] += sum(reasoning.failed for reasoning in reasonings)
         self.editor.counts["out_of_rounds"] += sum(reasoning.is_open for reasoning in reasonings)
         return reasonings
 
-    def _round(
-        self,
-        reasonings: Sequence[Reasoning],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-    ) -> None:
+    def _round(self, reasonings: Sequence[Reasoning], request: Request) -> None:
         room = self.editor.round_tokens
-        asked = [
+        prompts = [
             self.shown(DEMONSTRATIONS, f"{reasoning.text}{reasoning.cue}", room)
             for reasoning in reasonings
         ]
-        written = self.lm.generate(asked, room, deltas, owners, stop=STOP)
+        written = self.lm.generate(prompts, room, request.deltas, request.owners, stop=STOP)
         steps = [
             (reasoning, step)
             for reasoning, text in zip(reasonings, written, strict=True)
@@ -246,7 +212,7 @@ class SelfChecked(MemoryPatch):
         if steps:
             found = self.nearest([step for _, step in steps])
             for (reasoning, _), (edit, _) in zip(steps, found, strict=True):
-                reasoning.lines += f"{FACT} {sentence(edit, self.lm.separator)}.\n"
+                reasoning.lines += f"{FACT} {sentence(edit, self.lm.tokens.separator)}.\n"
 
 
 class MeLLo(MemoryEditor):

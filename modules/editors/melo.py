@@ -31,7 +31,8 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.adapters import Adapter, Asked, ModuleEditor
+from corrigenda.modules.editing.adapters import Adapter, ModuleEditor
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.states import (
@@ -93,7 +94,7 @@ class Blocks(Adapter):
         """Names of the buffers (down, up) of every projection with factors."""
         return [(f"down{n}_KrI", f"up{n}_KOr") for n in range(len(self.sites) - 1)]
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
         if asked is None:
             return y_BTO
         if site == self.sites[0]:
@@ -110,7 +111,7 @@ class Blocks(Adapter):
         added_RTO = self.scale * (x_RTI @ down_RrI.transpose(1, 2)) @ up_ROr.transpose(1, 2)
         return y_BTO.index_add(0, rows, added_RTO.to(y_BTO.dtype))
 
-    def _decide(self, y_BTH: Tensor, asked: Asked) -> Tensor:
+    def _decide(self, y_BTH: Tensor, asked: PromptBatch) -> Tensor:
         rows = torch.arange(len(y_BTH), device=y_BTH.device)
         if self.forced is not None:
             return torch.full_like(rows, self.forced)
@@ -289,7 +290,7 @@ class MELO(ModuleEditor):
             queries = last_states(lm, [e.text for e in part], memory.sites[0], output=True)
             block = self._learn(lm, memory, part, notes)
             for edit, query_H in zip(part, queries, strict=True):
-                rows = lm.rows([edit.text], [edit.target_new])
+                rows = lm.tokens.rows([edit.text], [edit.target_new])
                 label = rows.ids_BT[0, rows.start_B[0] :].tolist()
                 memory.place(query_H, label, self.epsilon, block)
         return notes
@@ -307,7 +308,7 @@ class MELO(ModuleEditor):
             leaves[down] = drawn_rI.to(lm.device).requires_grad_()
             leaves[up] = torch.zeros(outputs, rank, device=lm.device, requires_grad=True)
         frozen = {name: getattr(memory, name) for name in leaves}
-        rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         owner_R = torch.arange(len(edits), device=lm.device)
         piece = Piece.of(lm, rows, owner_R, self.layer, "target")
         adam = torch.optim.Adam(leaves.values(), self.lr)

@@ -44,7 +44,7 @@ class Clarified(MemoryPatch):
         self.editor.counts["questions"] += len(prompts)
         self.editor.counts["clarified"] += sum(edit is not None for edit in found)
         return [
-            prompt if edit is None else self.editor.clarify(edit, self.lm.separator) + prompt
+            prompt if edit is None else self.editor.clarify(edit, self.lm.tokens.separator) + prompt
             for prompt, edit in zip(prompts, found, strict=True)
         ]
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model.delta import Delta, LowRank, Update, add_deltas, svd
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import read_parameter
@@ -69,7 +70,7 @@ class PRUNE(WeightEditor):
         """What each proposal adds to the restrained update in force, so that the sum is restrained."""
         before = self._in_force(lm)
         given_back = self._change(lm, before, self._loosen)  # before + given_back is D
-        with lm.provisional():
+        with lm.edits.provisional():
             if given_back.updates:
                 WeightPatch(lm, given_back)
             deltas = propose()

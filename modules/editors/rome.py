@@ -33,7 +33,8 @@ from torch.nn.functional import cosine_similarity
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.key_value import (
     KeyRows,
     keys_and_values,
@@ -118,7 +119,7 @@ class ROME(WeightEditor):
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
         """One after the other, each on the model that the ones before it left."""
         deltas: list[Delta] = []
-        with lm.provisional():
+        with lm.edits.provisional():
             for edit in edits:
                 deltas += self._independent(lm, [edit])
                 if len(edits) > 1:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from torch import Tensor
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
 from corrigenda.modules.editing.memory import MemoryEditor, MemoryPatch
-from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.delta import EditError
+from corrigenda.modules.model.handle import GenerationRequest, ScoreRequest
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
 from corrigenda.modules.retrieval.retriever import Encoder, SentenceEncoder
@@ -39,33 +41,27 @@ class ScopePatch(MemoryPatch):
 
     editor: SERAC
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        deltas: Sequence[Delta] | None,
-        owners: Sequence[int] | None,
-        full: bool,
-    ) -> TargetScores:
-        """The base model's scores of everything, with rows within scope replaced.
+    def score(self, request: ScoreRequest) -> TargetScores:
+        """The base model's scores, with rows within scope replaced.
 
-        The base sees the whole batch whatever is within scope, so that the other rows are its own to the bit.
+        The base sees the whole batch whatever is within scope, so that the other rows are its own, bit-exactly.
         """
-        base = self.lm.score(prompts, targets, deltas, owners, full)
-        asked, inside = self._within_scope(prompts)
+        base = self.lm.score_request(request)
+        prompts, inside = self._within_scope(request.prompts)
         if not inside:
             return base
-        other = self.editor.counterfactual.score(asked, [targets[b] for b in inside], full)
+        targets = [request.targets[b] for b in inside]
+        other = self.editor.counterfactual.score(prompts, targets, request.full)
         rows = torch.tensor(inside, device=base.target_BM.device)
         width = other.target_BM.shape[1]
         same = torch.equal(base.target_BM[rows, :width], other.target_BM)
         if not same or not torch.equal(base.mask_BM[rows, :width], other.mask_BM):
             raise EditError(
                 "a target has other tokens where an edit stands in front of its prompt: "
-                f"{[(prompts[b], targets[b]) for b in inside][:3]}"
+                f"{[(request.prompts[b], request.targets[b]) for b in inside][:3]}"
             )
         new = {"logprob_BM": other.logprob_BM, "greedy_BM": other.greedy_BM}
-        if full:
+        if request.full:
             new["full_BMV"] = cast(Tensor, other.full_BMV)
         merged = {}
         for name, values in new.items():
@@ -79,29 +75,26 @@ class ScopePatch(MemoryPatch):
             merged.get("full_BMV"),
         )
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
+    def generate(self, request: GenerationRequest) -> list[str]:
         """Who answers is decided once, on the prompt."""
-        asked, inside = self._within_scope(prompts)
-        outside = [b for b in range(len(prompts)) if b not in set(inside)]
-        texts = [""] * len(prompts)
+        prompts, inside = self._within_scope(request.prompts)
+        outside = [b for b in range(len(request.prompts)) if b not in set(inside)]
+        texts = [""] * len(request.prompts)
         if outside:
-            owners = options.get("owners")
-            own = options | {"owners": [owners[b] for b in outside] if owners is not None else None}
-            found = self.lm.generate([prompts[b] for b in outside], max_new_tokens, **own)
+            found = self.lm.generate_request(request.select(outside))
             for b, text in zip(outside, found, strict=True):
                 texts[b] = text
         if inside:
-            rest = {k: v for k, v in options.items() if k not in ("deltas", "owners")}
-            found = self.editor.counterfactual.generate(asked, max_new_tokens, **rest)
+            found = self.editor.counterfactual.generate(replace(request, prompts=prompts))
             for b, text in zip(inside, found, strict=True):
                 texts[b] = text
         return texts
 
     def _within_scope(self, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-        """What the counterfactual model is asked, and the prompts it is asked in place of."""
+        """Prompts for the counterfactual model, and the rows that it answers."""
         edits = self.route(prompts)
         found = {
-            b: in_front(edit, prompts[b], self.lm.separator)
+            b: in_front(edit, prompts[b], self.lm.tokens.separator)
             for b, edit in enumerate(edits)
             if edit is not None
         }

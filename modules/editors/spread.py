@@ -33,7 +33,8 @@ from torch.linalg import vector_norm
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.editor import WeightEditor, WeightPatch
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.key_value import KeyRows, SubjectRows, sample_contexts
 from corrigenda.modules.editors.value_search import (
     FoundValues,

@@ -101,12 +101,15 @@ class TPatcher(ModuleEditor):
         texts, count = [], 0
         for text in self.corpus.texts(lm):
             texts.append(text)
-            count += len(lm.encode([text])[0])
+            count += len(lm.tokens.encode([text])[0])
             if count >= self.corpus.tokens:
                 break
         with lm.pristine():
-            ids = [row[: lm.max_length] for row in lm.encode([prompt_end(text) for text in texts])]
-            rows = lm.pad(ids, [len(row) for row in ids])
+            ids = [
+                row[: lm.max_length]
+                for row in lm.tokens.encode([prompt_end(text) for text in texts])
+            ]
+            rows = lm.tokens.pad(ids, [len(row) for row in ids])
             self._ordinary_MD = _inputs(lm, rows, self.empty(lm).sites[0])[: self.corpus.tokens]
         self._prepared = lm.weights_hash
 
@@ -120,16 +123,16 @@ class TPatcher(ModuleEditor):
         notes = []
         for edit in edits:
             notes.append(self._learn(lm, memory, edit))
-            rows = lm.rows([lm.join(edit.text, edit.target_new)])
+            rows = lm.tokens.rows([lm.tokens.join(edit.text, edit.target_new)])
             seen_MD = _inputs(lm, rows, memory.sites[0])
             memory.seen_MD = torch.cat([memory.seen_MD, seen_MD])
         return notes
 
     def _learn(self, lm: LanguageModel, memory: Patches, edit: Edit) -> dict[str, Any]:
-        rows = lm.rows([edit.text], [edit.target_new])
+        rows = lm.tokens.rows([edit.text], [edit.target_new])
         owner_R = torch.zeros(1, dtype=torch.long, device=lm.device)
         piece = Piece.of(lm, rows, owner_R, self._layer(lm), "target")
-        with torch.no_grad(), lm.asking(piece.prompt_RT):
+        with torch.no_grad(), lm.edits.announce(piece.prompt_RT):
             answer_N = piece.tail.logits(piece.row_N, piece.position_N).argmax(-1)
         position_P = piece.position_N[answer_N != piece.target_N][: self.max_neurons]
         if not len(position_P):

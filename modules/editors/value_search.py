@@ -43,7 +43,8 @@ def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -
     the others' would be padding.
     """
     tokens = [
-        len(lm.encode_whole([lm.join(edit.text, edit.target_new)])[0]) - lm.lookup(edit)
+        len(lm.tokens.encode_whole([lm.tokens.join(edit.text, edit.target_new)])[0])
+        - lm.tokens.subject_end(edit)
         for edit in edits
     ]
     parts: list[list[int]] = []

@@ -35,8 +35,9 @@ from torch.linalg import vector_norm
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.adapters import Adapter, Asked, ModuleEditor
+from corrigenda.modules.editing.adapters import Adapter, ModuleEditor
 from corrigenda.modules.editors.key_value import sample_contexts
+from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
@@ -71,7 +72,7 @@ class SideMemories(Adapter):
             None  # the update every row runs through, while it is learned
         )
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: Asked | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
         if self.forced_OI is not None:
             return y_BTO + _times(x_BTI, self.forced_OI).to(y_BTO.dtype)
         if asked is None or not len(self.count_S):
@@ -195,7 +196,7 @@ class WISE(ModuleEditor):
         prompts = unrelated_prompts(self.source, self.num_prompts, lm)
         with lm.pristine():
             self._out = _inputs(lm, prompts, site)
-            rows = lm.rows(prompts)
+            rows = lm.tokens.rows(prompts)
             outputs = [
                 states_RTO[rows.select(row_R).prompt_BT]
                 for row_R, states_RTO in read_states(lm, rows, site, output=True)
@@ -229,7 +230,7 @@ class WISE(ModuleEditor):
         prompts = [context + edit.text for edit in edits for context in self._contexts]
         targets = [edit.target_new for edit in edits for _ in self._contexts]
         inside = _inputs(lm, prompts, self.site(lm))
-        rows = lm.rows(prompts, targets)
+        rows = lm.tokens.rows(prompts, targets)
         owner_R = torch.arange(len(rows.ids_BT), device=lm.device)
         piece = Piece.of(lm, rows, owner_R, self.layer, "target")
         mask_OI = self._mask(memory)
@@ -305,7 +306,7 @@ def ties(delta_SOI: Tensor, density: float) -> Tensor:
 
 def _inputs(lm: LanguageModel, prompts: Sequence[str], site: str) -> tuple[Tensor, Tensor]:
     """(x_BTI, prompt_BT): what the projection sees of each prompt, padded on the right."""
-    rows = lm.rows(prompts)
+    rows = lm.tokens.rows(prompts)
     module = lm.net.get_submodule(site)
     x_BTI = torch.zeros(*rows.ids_BT.shape, sizes(module)[0], device=lm.device)
     for row_R, states_RTI in read_states(lm, rows, site):

@@ -343,12 +343,12 @@ class EditingModule(LightningModule):
         own = self.own_delta()
         deltas = self.case_deltas if self.case_deltas is not None else [own] if own else None
         shared = self.case_deltas is None
-        layer = self.lm.lowest_edited_layer(deltas or ())
+        layer = self.lm.edits.lowest_layer(deltas or ())
         for compared in (True, False):
             asked = _Asked.of(cases, compared, self.edited)
             if asked.probe_B:
                 owners = [0] * len(asked.case_B) if shared else asked.case_B
-                with self.lm.shared_prefix(layer):
+                with self.lm.reuse.shared(layer):
                     self._ask(asked, results, deltas, owners, compared)
                 if self.generate_tokens:
                     self._ask_freely(asked, results, deltas, owners)
@@ -389,7 +389,7 @@ class EditingModule(LightningModule):
         for b, (case, criterion, probe) in enumerate(
             zip(asked.case_B, asked.criterion_B, asked.probe_B, strict=True)
         ):
-            answer = self.lm.decode(after.greedy_BM[b][after.mask_BM[b]]).strip()
+            answer = self.lm.tokens.decode(after.greedy_BM[b][after.mask_BM[b]]).strip()
             entry = {"criterion": criterion, "prompt": probe.prompt, "target": probe.target,
                      "rival": probe.rival, "prediction": answer}  # fmt: skip
             results[case].probes.append(entry)

@@ -5,13 +5,17 @@ Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+
+BATCH_TOKENS = 4096  # most padded tokens of one batch
+ENOUGH_TOKENS = 512  # in a batch of more than these, no row is shorter than
+SIMILAR = 7 / 8  # of the longest
 
 
 @dataclass(frozen=True)
@@ -166,3 +170,23 @@ def padded_left(
     column_T = torch.arange(ids_BT.shape[1])
     mask_BT = (column_T < start) | (column_T >= start + padding_B[:, None])
     return ids_BT.to(device), mask_BT.long().to(device)
+
+
+def batches(rows: Rows, start: int = 0, share: int = 1) -> Iterator[Tensor]:
+    """Row indices in batches of similar length, with little padding once there is enough work.
+
+    A batch has at most BATCH_TOKENS padded tokens from ``start`` on, and twice as many with what is kept
+    of those before it; the ``share``-th part of that where so much more is made of each.
+    """
+    tokens = BATCH_TOKENS // share
+    order = rows.length_B.argsort(descending=True, stable=True)
+    lengths = rows.length_B[order].tolist()
+    begin = 0
+    while begin < len(order):
+        longest = lengths[begin] - start
+        most = min(tokens // longest, 2 * tokens // lengths[begin], len(order) - begin)
+        count = max(1, min(ENOUGH_TOKENS // longest, most))
+        while count < most and lengths[begin + count] - start >= SIMILAR * longest:
+            count += 1
+        yield order[begin : begin + count]
+        begin += count

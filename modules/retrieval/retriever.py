@@ -93,7 +93,7 @@ class LanguageModelStates(Encoder):
         vectors = []
         with self._lm.pristine():
             for begin in range(0, len(texts), ENCODED_TOGETHER):
-                rows = self._lm.rows(texts[begin : begin + ENCODED_TOGETHER])
+                rows = self._lm.tokens.rows(texts[begin : begin + ENCODED_TOGETHER])
                 with capture({self._block: block}, stop=True) as seen:
                     self._lm.net(rows.ids_BT, attention_mask=rows.mask_BT, use_cache=False)
                 mask_BT = rows.mask_BT.clone()

@@ -73,7 +73,7 @@ def sampled_texts(
     """
     starts = "The In A It This He She I When For As On There At".split()  # noqa: SIM905  shorter so
     if lm.max_length is not None:
-        length = min(length, lm.max_length - max(map(len, lm.encode(starts))))
+        length = min(length, lm.max_length - max(map(len, lm.tokens.encode(starts))))
     round_ = 0
     while True:
         prompts = [starts[i % len(starts)] for i in range(batch)]

@@ -208,7 +208,7 @@ class Moments:
                 state[f"{layer}.before"] = moment_FF
             if tokens < self.lm.structure.inner_width:
                 change = 1.0
-        # Asked in every round: processes that stay in step are killed at the same buffer.
+        # PromptBatch in every round: processes that stay in step are killed at the same buffer.
         return bool(_largest(int(change <= self.corpus.tolerance)))
 
     def _buffers(self, progress: bool) -> Iterator[list[list[int]]]:
@@ -219,7 +219,7 @@ class Moments:
             task = bar.add_task("second moments", total=self.corpus.tokens)
             for buffer in _batched(self.corpus.texts(self.lm), BUFFER_TEXTS):
                 ids = []
-                for row in self.lm.encode([text for text in buffer if text.strip()]):
+                for row in self.lm.tokens.encode([text for text in buffer if text.strip()]):
                     row = row[: min(limit, self.corpus.tokens - seen)]
                     seen += len(row)
                     ids.append(row)
@@ -362,7 +362,7 @@ def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
     """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
     first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
     every_L = first_L.clone()
-    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.encode(texts)]
+    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.tokens.encode(texts)]
     real: list[Tensor] = []
 
     def measure(layer: int) -> Hook:
@@ -454,7 +454,7 @@ def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
         count = 1
         while begin + count < len(ids) and (count + 1) * len(ids[begin + count]) <= BATCH_TOKENS:
             count += 1
-        yield lm.pad(ids[begin : begin + count], [1] * count)
+        yield lm.tokens.pad(ids[begin : begin + count], [1] * count)
         begin += count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from corrigenda.datamodules.corpus import texts
 from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.rows import Rows, batches
 
 MAX_WORDS = 32  # of an unrelated prompt
 
@@ -25,9 +25,9 @@ def read_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(row_R, states_RTH) in parts: the input (or output) of module ``site`` at every token, float32."""
     module = lm.net.get_submodule(site)
-    for row_R in lm.chunks(rows):
+    for row_R in batches(rows):
         part = rows.select(row_R)
-        with lm.asking(part.prompt_BT), capture({site: module}, stop=True) as seen:
+        with lm.edits.announce(part.prompt_BT), capture({site: module}, stop=True) as seen:
             lm.net.get_decoder()(
                 input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
             )
@@ -38,7 +38,7 @@ def last_states(
     lm: LanguageModel, prompts: Sequence[str], site: str, output: bool = False
 ) -> Tensor:
     """states_RH at every prompt's last token, float32."""
-    rows = lm.rows(prompts)
+    rows = lm.tokens.rows(prompts)
     found, order = [], []
     for row_R, states_RTH in read_states(lm, rows, site, output):
         at_R = rows.length_B[row_R] - 1
@@ -57,7 +57,7 @@ def unrelated_prompts(source: str, count: int, lm: LanguageModel | None = None) 
     for text in islice(texts(source), 10 * count):
         words = text.split()[:MAX_WORDS]
         prompt = " ".join(words[:-1] or words)
-        if lm is None or limit is None or len(lm.encode([prompt])[0]) <= limit:
+        if lm is None or limit is None or len(lm.tokens.encode([prompt])[0]) <= limit:
             prompts[prompt] = None
         if len(prompts) == count:
             break

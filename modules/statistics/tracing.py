@@ -120,8 +120,8 @@ class _Fact:
         if edit.target_true is None:
             raise ValueError(f"{edit.text!r} has no true answer, and only those can be traced")
         self.lm = lm
-        self.rows = lm.rows([edit.text], [edit.target_true])
-        self.first, last = lm.subject_span(edit.text, edit.subject_start, edit.subject)
+        self.rows = lm.tokens.rows([edit.text], [edit.target_true])
+        self.first, last = lm.tokens.subject_span(edit.text, edit.subject_start, edit.subject)
         end = int(self.rows.start_B[0]) - 1
         self.last = min(last, end)
         self.positions = list(range(self.first, end + 1))
@@ -189,7 +189,7 @@ class _Fact:
     def _tail(self, layer: int, sample_B: Tensor) -> Tail:
         rows = self.rows.select(torch.zeros_like(sample_B))
         with hooked([self._noisy(sample_B)]):
-            return self.lm.tail(rows, layer)
+            return self.lm.reuse.tail(rows, layer)
 
     def _probability(
         self, tail: Tail, sample_B: Tensor, hooks: list[tuple[nn.Module, Hook]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -20,6 +20,7 @@ from torch import Tensor
 from corrigenda.datamodules.records import Edit, EditCase, Probe, Separator, joined
 from corrigenda.modules.evaluation.module import UNMOVED
 from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.handle import GenerationRequest
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
 from corrigenda.modules.training.checkpoints import read_checkpoint
@@ -51,7 +52,7 @@ class CounterfactualModel(FineTune):
         draw = random.Random(f"{self.current_epoch} {batch_idx}")
         asked = [draw.choice([p for p in case.phrasings if p.target]) for case in batch]
         prompts = [
-            in_front(case.edits[0], probe.prompt, self.lm.separator)
+            in_front(case.edits[0], probe.prompt, self.lm.tokens.separator)
             for case, probe in zip(batch, asked, strict=True)
         ]
         return self.loss(prompts, [str(probe.target) for probe in asked])
@@ -59,7 +60,7 @@ class CounterfactualModel(FineTune):
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Evaluates what is within the edits' scope; psi is never asked anything else."""
         return super().validation_step(
-            [self.within_scope(case, self.lm.separator) for case in batch], batch_idx
+            [self.within_scope(case, self.lm.tokens.separator) for case in batch], batch_idx
         )
 
     @staticmethod
@@ -95,7 +96,7 @@ class Counterfactual:
         base = checkpoint["base_model"]
         own = lm
         if base["hash"] != lm.weights_hash:
-            own = LanguageModel(base["name"], device=str(lm.device), separator=lm.separator)
+            own = LanguageModel(base["name"], device=str(lm.device), separator=lm.tokens.separator)
             if own.weights_hash != base["hash"]:
                 raise EditError(
                     f"{path} was trained for {base['name']!r} with weights {base['hash']}, and that name now "
@@ -106,12 +107,13 @@ class Counterfactual:
         return cls(own, Delta.from_tensors(tensors, {}))
 
     def score(self, prompts: Sequence[str], targets: Sequence[str], full: bool) -> TargetScores:
-        with self.lm.pristine(), self.lm.shared_prefix(0):  # no state of the base is reused
+        with self.lm.pristine(), self.lm.reuse.shared(0):  # no state of the base is reused
             return self.lm.score(prompts, targets, [self.delta], full=full)
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:  # noqa: ANN401
+    def generate(self, request: GenerationRequest) -> list[str]:
+        """Continuations under psi alone; the request's own deltas are not used."""
         with self.lm.pristine():
-            return self.lm.generate(prompts, max_new_tokens, deltas=[self.delta], **options)
+            return self.lm.generate_request(replace(request, deltas=[self.delta], owners=None))
 
 
 def _require_same_words(one: LanguageModel, other: LanguageModel) -> None:

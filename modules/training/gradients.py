@@ -82,12 +82,12 @@ def _nll(tail: Tail, rows: Rows) -> Tensor:
 
 def _kept_back(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Tensor | None:
     """back_BTD, the gradient of each row's summed NLL in what enters block ``top``, where it can be kept."""
-    cache = lm.kept(lm.structure.num_layers)
+    cache = lm.reuse.store(lm.structure.num_layers)
     if cache is None:
         return None
 
     def run(part: Rows) -> Tensor:
-        tail = lm.higher(lm.tail(part.read, layer), top)
+        tail = lm.reuse.higher(lm.reuse.tail(part.read, layer), top)
         with torch.enable_grad():
             states_BTD = first(tail.stored).requires_grad_()
             return torch.autograd.grad(_nll(tail, part).sum(), states_BTD)[0]

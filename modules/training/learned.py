@@ -111,10 +111,10 @@ class LearnedEditor(EditingModule, WeightEditor):
     def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
         owners = [e for e, group in enumerate(edits) for _ in group]
         flat = [edit for group in edits for edit in group]
-        rows = lm.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
+        rows = lm.tokens.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
         owner_B = torch.tensor(owners, device=lm.device)
         with torch.no_grad():
-            tail = lm.tail(rows.read, self.lowest_layer)
+            tail = lm.reuse.tail(rows.read, self.lowest_layer)
         deltas = self.deltas(tail, rows, owner_B, len(edits))
         return [delta.detach().scaled(self.scale) for delta in deltas]
 
@@ -147,10 +147,10 @@ class LearnedEditor(EditingModule, WeightEditor):
                 f"{type(self).__name__} makes one update for several training cases here, of which each process "
                 "would see a part: train it with --trainer.devices 1"
             )
-        self.lm.keep_prefix(self.lowest_layer, self.lm.structure.num_layers)
+        self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
 
     def on_fit_end(self) -> None:
-        self.lm.drop_prefix()
+        self.lm.reuse.drop()
 
     def on_train_start(self) -> None:
         """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
@@ -263,13 +263,13 @@ class LearnedEditor(EditingModule, WeightEditor):
         deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, num_updates)
         asked_rows, asked_tail = rows.select(asked), tail.select(asked).trimmed()
         answer_N, local_N = _training_positions(asked_rows, count)
-        with self.lm.side_by_side(deltas, torch.cat([owner_E, owner_E])):
+        with self.lm.edits.side_by_side(deltas, torch.cat([owner_E, owner_E])):
             logits = asked_tail.logits(*torch.cat([answer_N, local_N], 1))
         answer_NV, local_NV = logits.split([answer_N.shape[1], local_N.shape[1]])
         with torch.no_grad():
             row_N, position_N = local_N
             local_tail = asked_tail.select(index[count : 2 * count])
-            base_tail = self.lm.higher(local_tail, self.lm.structure.num_layers)
+            base_tail = self.lm.reuse.higher(local_tail, self.lm.structure.num_layers)
             base_NV = base_tail.logits(row_N - count, position_N)
         row_N, position_N = answer_N
         target_N = asked_rows.ids_BT[row_N, position_N + 1]
@@ -283,8 +283,8 @@ class LearnedEditor(EditingModule, WeightEditor):
         """Rows of edits, outer and local probes, in this order; the last token of local ones alone is read."""
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
-        rows = self.lm.rows(prompts, targets)
-        tail = self.lm.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
+        rows = self.lm.tokens.rows(prompts, targets)
+        tail = self.lm.reuse.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
         return rows, tail
 
 

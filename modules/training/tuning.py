@@ -156,11 +156,11 @@ class Piece:
         target_N = rows.ids_BT[row_N, position_N + 1]
         if loss == "prompt_last":
             position_N = rows.start_B[row_N] - 1
-        return cls(lm.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
+        return cls(lm.reuse.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
 
     def losses(self, lm: LanguageModel, deltas: Sequence[Delta] = ()) -> Tensor:
         """loss_R: mean over each row's target tokens, under its problem's update."""
-        with lm.asking(self.prompt_RT), lm.side_by_side(deltas, self.owner_R.cpu()):
+        with lm.edits.announce(self.prompt_RT), lm.edits.side_by_side(deltas, self.owner_R.cpu()):
             logits_NV = self.tail.logits(self.row_N, self.position_N)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), self.target_N, reduction="none")
         total_R = nll_N.new_zeros(len(self.owner_R)).index_add(0, self.row_N, nll_N)
@@ -207,7 +207,7 @@ class Problems:
         if not all(groups):
             raise ValueError("there is nothing to learn: a group of edits is empty")
         edits = [edit for group in groups for edit in group]
-        rows = lm.rows([e.text for e in edits], [e.target_new for e in edits])
+        rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
         owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)
         layer = editor.lowest_layer(lm)
@@ -315,7 +315,7 @@ class FineTune(EditingModule):
 
     def loss(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Mean loss of the targets after their prompts under the present update, logged."""
-        rows = self.lm.rows(prompts, targets)
+        rows = self.lm.tokens.rows(prompts, targets)
         owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
         layer = self.method.lowest_layer(self.lm)
         piece = Piece.of(self.lm, rows, owner_R, layer, self.method.loss)

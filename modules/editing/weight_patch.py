@@ -1,0 +1,177 @@
+"""Updates of weights that are active: :class:`WeightPatch`.
+
+Shapes: O outputs, I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corrigenda.modules.interrupts import uninterrupted
+from corrigenda.modules.model.delta import Delta, EditError, add_deltas
+from corrigenda.modules.model.handle import EditHandle
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.structure import (
+    exchange,
+    is_quantised,
+    read_weight,
+    sizes,
+    to_storage,
+    with_weight,
+)
+
+log = logging.getLogger(__name__)
+
+
+def require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> None:
+    base = metadata.get("base")
+    if base is not None and base != lm.weights_hash:
+        raise EditError(
+            f"this {kind} belongs to a model with weights {base}, not to {lm.name!r} with weights "
+            f"{lm.weights_hash}: load the model it was made for, with its dtype and quantization"
+        )
+
+
+class WeightPatch(EditHandle):
+    """A delta written into the weights; the original tensors are kept and exchanged, never recomputed.
+
+    A packed map is exchanged as a whole, for a plain one or, with ``lm.requantize``, for one packed
+    the same way. How far what is written then is from the update goes into the metadata, under
+    ``requantized``: |written - wanted| / |wanted| by parameter. ``edited`` holds edited parameters that are
+    known already, as :meth:`state` gives them.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, delta: Delta, edited: Mapping[str, Tensor] | None = None
+    ) -> None:
+        require_base(lm, delta.metadata, "delta")
+        self.lm, self.delta = lm, delta
+        self.lowest_layer = min((lm.structure.layer_of(name) for name in delta.updates), default=0)
+        self._lost: dict[str, float] = {}
+        written = _named_once(lm, delta)
+        self._spare = {name: self._edited(lm, name, written) for name in written.updates}
+        for name, known in (edited or {}).items():
+            module = lm.net.get_submodule(name.rpartition(".")[0])
+            whole = isinstance(self._spare[name], nn.Module)
+            self._spare[name] = with_weight(module, known, lm.requantize) if whole else known
+        if self._lost:
+            self.delta = Delta(delta.updates, delta.metadata | {"requantized": [self._lost]})
+        super().__init__(lm)
+
+    def _edited(self, lm: LanguageModel, name: str, delta: Delta) -> Tensor | nn.Module:
+        """What takes the parameter's place: its data with the update added, or a whole module."""
+        module_name, _, kind = name.rpartition(".")
+        try:
+            module = lm.net.get_submodule(module_name)
+            parameter = getattr(module, kind)
+        except AttributeError:
+            parameter = None
+        if parameter is None:  # also a bias that the module goes without
+            raise EditError(f"the model {lm.name!r} has no parameter {name}")
+        packed = kind == "weight" and is_quantised(module)
+        update = to_storage(module, delta.dense(name).to(parameter.device))
+        shape = sizes(module)[::-1] if packed else tuple(parameter.shape)
+        if tuple(update.shape) != shape:
+            raise EditError(
+                f"the update of {name} has shape {tuple(update.shape)}, the parameter {shape}"
+            )
+        if packed:
+            return self._repacked(lm, name, module, update)
+        return (parameter.data.double() + update).to(parameter.dtype)
+
+    def _repacked(
+        self, lm: LanguageModel, name: str, module: nn.Module, update_OI: Tensor
+    ) -> nn.Module:
+        """The edited map that takes a packed one's place."""
+        weight_OI = read_weight(module)
+        wanted_OI = weight_OI.double() + update_OI
+        if not lm.requantize:
+            return with_weight(module, wanted_OI.to(lm.net.dtype), pack=False)
+        edited = with_weight(module, wanted_OI.to(weight_OI.dtype), pack=True)
+        missing = (read_weight(edited).double() - wanted_OI).norm() / update_OI.norm()
+        self._lost[name] = missing.item()
+        log.info(
+            "%s: packed again, what is written is %.2f of the update away from it", name, missing
+        )
+        return edited
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        with uninterrupted():
+            for name, spare in self._spare.items():
+                self._spare[name] = exchange(self.lm.net, name, spare)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.delta.num_parameters
+
+    @property
+    def num_bytes(self) -> int:
+        return self.delta.num_bytes
+
+    def save(self, path: Path) -> None:
+        self.delta.save(path)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit.
+
+        Of a map that is packed again these are the numbers that it stands for.
+        """
+        edited = {name: self._written(name) for name in self._spare}
+        return {
+            "edited": edited,
+            "delta": self.delta.tensors(),
+            "metadata": json.dumps(self.delta.metadata),
+        }
+
+    def _written(self, name: str) -> Tensor:
+        """The parameter as this patch left it: in force, or kept by the next patch that changed it."""
+        for later in self.lm.handles[self.lm.handles.index(self) + 1 :]:
+            if isinstance(later, WeightPatch) and name in later._spare:
+                kept = later._spare[name]
+                return read_weight(kept) if isinstance(kept, nn.Module) else kept
+        module = self.lm.net.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and is_quantised(module):
+            return read_weight(module)
+        return self.lm.net.get_parameter(name).data
+
+    @classmethod
+    def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
+        """The edit of :meth:`state`, on a model without it."""
+        tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
+        delta = Delta.from_tensors(tensors, json.loads(state["metadata"]))
+        return cls(lm, delta, state["edited"])
+
+    def can_absorb(self, newer: EditHandle) -> bool:
+        return isinstance(newer, WeightPatch) and self.lm.handles[-2:] == [self, newer]
+
+    def absorb(self, newer: WeightPatch) -> None:
+        """Takes a newer patch into this one: one undo for both, one spare copy per matrix."""
+        if not self.can_absorb(newer):
+            raise EditError("only the newest edit can be absorbed, by the one before it")
+        delta = add_deltas([self.delta, newer.delta])
+        with uninterrupted():
+            for name, original in newer._spare.items():
+                self._spare.setdefault(name, original)
+            self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
+            self.delta = delta
+            self.lm.handles.pop()
+
+
+def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
+    """The delta with tied parameters under the one name that the network lists them by."""
+    listed = {id(parameter): name for name, parameter in lm.net.named_parameters()}
+    every = {
+        name: listed[id(parameter)]
+        for name, parameter in lm.net.named_parameters(remove_duplicate=False)
+    }
+    return add_deltas(
+        [Delta({every.get(name, name): update}) for name, update in delta.updates.items()]
+    )

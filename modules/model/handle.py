@@ -1,0 +1,190 @@
+"""The contract between a language model and the edits that are active on it.
+
+A handle answers for itself: what it changes, from which block on, whether rows must run whole, whether it answers in
+the model's place. Model code imports this file and no concrete kind of edit; those are in ``modules/editing``.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from corrigenda.modules.interrupts import uninterrupted
+from corrigenda.modules.model.delta import Delta, EditError
+from corrigenda.modules.model.rows import TargetScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Prompts, and updates beside the active edits.
+
+    Attributes:
+        prompts: B texts.
+        deltas: further updates, side by side; row b sees ``deltas[owners[b]]``, all see a single one.
+        owners: for each row the index of its delta.
+    """
+
+    prompts: Sequence[str]
+    deltas: Sequence[Delta] | None = None
+    owners: Sequence[int] | None = None
+
+    @property
+    def owner_B(self) -> Tensor:
+        """The delta of each row; raises ValueError where it is not given and there is a choice."""
+        if self.owners is None and self.deltas and len(self.deltas) > 1:
+            raise ValueError("several deltas need owners, the delta of each row")
+        return torch.tensor(self.owners if self.owners is not None else [0] * len(self.prompts))
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """The same for some of the prompts."""
+        owners = None if self.owners is None else [self.owners[row] for row in rows]
+        return replace(self, prompts=[self.prompts[row] for row in rows], owners=owners)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(Request):
+    """What is scored.
+
+    Attributes:
+        targets: B continuations.
+        full: also return log-probabilities of the whole vocabulary.
+    """
+
+    targets: Sequence[str]
+    full: bool = False
+
+    def select(self, rows: Sequence[int]) -> Self:
+        return replace(super().select(rows), targets=[self.targets[row] for row in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(Request):
+    """What is continued, and how.
+
+    Attributes:
+        max_new_tokens: length of a continuation at most.
+        top_k: sample from so many of the likeliest tokens; greedy without it.
+        batch_size: prompts run together.
+        stop: a continuation ends before the first of these texts.
+        num_beams: width of a beam search; 1 is greedy.
+    """
+
+    max_new_tokens: int
+    top_k: int | None = None
+    batch_size: int = 32
+    stop: Sequence[str] = ()
+    num_beams: int = 1
+
+
+@dataclass
+class PromptBatch:
+    """The batch that is running: which of its tokens are prompt, and what adapters decided on those.
+
+    Teacher-forced targets are no part of a prompt, and what was decided on it holds for every token
+    that is generated after it.
+
+    Attributes:
+        prompt_BT: True on the prompt's tokens, in the columns of the batch's first pass. Later passes
+            hold generated tokens alone (with a cache) or all tokens again (without one).
+        decided: by adapter; each decides in the first pass.
+    """
+
+    prompt_BT: Tensor
+    decided: dict[nn.Module, Any] = field(default_factory=dict)
+
+    @property
+    def last_B(self) -> Tensor:
+        """Column of each row's last prompt token."""
+        column_T = torch.arange(self.prompt_BT.shape[1], device=self.prompt_BT.device)
+        return (self.prompt_BT * column_T).argmax(1)
+
+
+class Answering(Protocol):
+    """An active edit that scores and generates in the model's place."""
+
+    def set_aside(self) -> AbstractContextManager:
+        """Inside, the model answers as if this edit were not there."""
+
+    def score(self, request: ScoreRequest) -> TargetScores: ...
+
+    def generate(self, request: GenerationRequest) -> list[str]: ...
+
+
+class Editable(Protocol):
+    """What a handle needs of the language model: the list of active edits, oldest first."""
+
+    @property
+    def handles(self) -> list[EditHandle]: ...
+
+
+class EditHandle(ABC):
+    """An active edit on a language model. Edits are removed in reverse order."""
+
+    lowest_layer: int = 0  # nothing below this block is changed
+    changes_network: ClassVar[bool] = True  # otherwise only prompts or answers are changed
+    needs_whole_rows: ClassVar[bool] = (
+        False  # it decides by prompt: rows are neither cut nor merged
+    )
+
+    def __init__(self, lm: Editable) -> None:
+        """Activates the edit: the last thing a subclass does, once :meth:`swap` has all it needs."""
+        self._active_on = lm.handles
+        with uninterrupted():
+            self.swap()
+            self._active_on.append(self)
+
+    @property
+    def answering(self) -> Answering | None:
+        """The edit itself where it answers in the model's place right now."""
+        return None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the edit touches in the network or adds beside it."""
+        return 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What has to be kept for the edit to stay active."""
+        return 0
+
+    @abstractmethod
+    def swap(self) -> None:
+        """Exchanges edited and original; twice is a no-op."""
+
+    def save(self, path: Path) -> None:  # noqa: B027  optional
+        """Writes what the edit consists of into one safetensors file; nothing, unless the class does."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and JSON from which the edit is activated again in a resumed run; empty if it cannot be."""
+        return {}
+
+    def can_absorb(self, newer: EditHandle) -> bool:
+        """Whether :meth:`absorb` takes this newer edit."""
+        return False
+
+    def absorb(self, newer: Self) -> None:
+        """Takes the newest edit into this one, so that one removal undoes both."""
+        raise EditError(f"{type(self).__name__} holds one edit")
+
+    def remove(self) -> None:
+        """Removes the edit for good, bit-exactly; raises EditError while later edits depend on it."""
+        if self not in self._active_on:
+            raise EditError("this edit has already been removed")
+        later = len(self._active_on) - 1 - self._active_on.index(self)
+        if later:
+            raise EditError(
+                f"{later} later edit(s) depend on this one: remove them first, newest first"
+            )
+        with uninterrupted():
+            self.swap()
+            self._active_on.pop()

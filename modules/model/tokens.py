@@ -1,0 +1,163 @@
+"""Text to token ids and back: the only place that tokenises.
+
+Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`); the target is
+what follows their longest common prefix with the prompt alone, so no rule about leading spaces or begin-of-text
+tokens depends on the model's family.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from corrigenda.datamodules.records import Edit, Separator, joined, prompt_end
+from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.model.rows import Rows, common_prefix
+
+MOST_CHARACTERS = 1_000_000  # of a text, where the model sets no limit to its tokens
+SHOWN = 60  # characters of a text in a message
+
+
+class Tokens:
+    """A model's tokenizer, with the model's limits.
+
+    Args:
+        tokenizer: of ``transformers``.
+        net: the network that reads the tokens.
+        name: the model's, for messages.
+        separator: what stands between a prompt and its target, see :class:`LanguageModel`.
+    """
+
+    def __init__(self, tokenizer: Any, net: Any, name: str, separator: Separator) -> None:  # noqa: ANN401
+        self.tokenizer, self.net, self.name = tokenizer, net, name
+        self.separator: Separator = separator
+        self.num_boundary_merges = 0  # rows in which a token spans the end of the prompt
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens a text may have, None where the model sets no limit."""
+        config = self.net.config.get_text_config(decoder=True)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        found = [getattr(config, name, None) for name in names]
+        return min((n for n in found if isinstance(n, int) and n > 0), default=None)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with the tokenizer's own special tokens in front, none behind."""
+        rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
+        special = set(self.tokenizer.all_special_ids)
+        rows = [
+            row[:-1] if len(row) > 1 and row[-1] in special and self.appends else row
+            for row in rows
+        ]
+        known = self.net.get_input_embeddings().weight.shape[0]
+        if (most := max(map(max, filter(None, rows)), default=0)) >= known:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            raise ModelError(
+                f"the tokenizer of {self.name!r} does not fit the model: its token {token!r} has number {most}, "
+                f"and the model embeds {known} tokens; load both as they were published together"
+            )
+        return rows
+
+    def encode_whole(self, texts: Sequence[str], reserve: int = 0) -> list[list[int]]:
+        """As :meth:`encode`, of texts that are read whole.
+
+        Raises ValueError for a text that has more tokens than the model reads at once, ``reserve`` tokens that are
+        to follow it included.
+        """
+        self.require_readable(texts)
+        rows = self.encode(texts)
+        limit = self.max_length
+        for text, row in zip(texts, rows, strict=True):
+            if limit is not None and len(row) + reserve > limit:
+                more = f", and {reserve} are to follow" if reserve else ""
+                raise ValueError(
+                    f"{_beginning(text)} has {len(row)} tokens{more}: more than the {limit} that {self.name!r} "
+                    "reads at once; shorten it or choose a model with a longer context"
+                )
+        return rows
+
+    def require_readable(self, texts: Sequence[str]) -> None:
+        """Raises ValueError for a text so long that it need not be tokenised to know that it is too long."""
+        limit = self.max_length
+        most = MOST_CHARACTERS if limit is None else limit * self._longest_token
+        for text in texts:
+            if len(text) > most:
+                reads = f"{most:,} characters" if limit is None else f"{limit} tokens"
+                raise ValueError(
+                    f"{_beginning(text)} has {len(text):,} characters: more than the {reads} that {self.name!r} "
+                    "reads at once; shorten it"
+                )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token, as the tokenizer writes it."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def appends(self) -> bool:
+        """Whether the tokenizer puts a special token behind a text."""
+        return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
+
+    def join(self, prompt: str, target: str) -> str:
+        """A prompt and its target as one text, see :func:`corrigenda.datamodules.records.joined`."""
+        return joined(prompt, target, self.separator)
+
+    def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
+        """Encodes prompts, each with its target behind it.
+
+        Raises ValueError for an empty target, and for what is longer than the model reads at once.
+        """
+        prompts = [prompt_end(prompt) for prompt in prompts]
+        if targets is None:
+            ids = self.encode_whole(prompts)
+            return self.pad(ids, [len(row) for row in ids])
+        joint = [self.join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+        encoded = self.encode_whole(prompts + joint)
+        alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
+        starts = []
+        for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
+            start = common_prefix(left, row)
+            self.num_boundary_merges += start < len(left)
+            start = max(start, 1)  # nothing predicts a row's first token
+            if start >= len(row) or not target.strip():
+                raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
+            starts.append(start)
+        return self.pad(ids, starts)
+
+    def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
+        """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""
+        return Rows.of(ids, starts, self.net.get_input_embeddings().weight.device)
+
+    def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
+        """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
+        self.require_readable([text])
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        end = start + len(subject)
+        inside = [
+            i for i, (a, b) in enumerate(encoded.offset_mapping) if b > a and a < end and b > start
+        ]
+        if not inside:
+            raise ValueError(f"no token of {text!r} belongs to the subject {subject!r}")
+        return inside[0], inside[-1]
+
+    def subject_end(self, edit: Edit, prefix: str = "") -> int:
+        """Index of the subject's last token in ``prefix`` + the edit's prompt."""
+        return self.subject_span(
+            prefix + edit.text, len(prefix) + edit.subject_start, edit.subject
+        )[1]
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of token ids, special tokens left out, spaces as they are."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def _beginning(text: str) -> str:
+    """How a text is named in a message."""
+    return f"the text {text if len(text) <= SHOWN else text[:SHOWN] + '...'!r}"
