@@ -26,7 +26,7 @@ from corrigenda.modules.model.tail import Tail
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     last = lm.structure.num_layers
-    lm.cache_disk_gib = 0
+    lm.reuse.limits = replace(lm.reuse.limits, disk_gib=0)
     for layers in ([last - n for n in (6, 5, 4, 3)], [last - n for n in (3, 2, 1)]):
         editor = MEND(lm, layers)
         editor.observe(cases)

@@ -208,7 +208,7 @@ def fit_or_validate(args: list[str]) -> None:
 
 def _import_methods() -> None:
     """Imports every editor and data module, so that YAML can name classes without their path."""
-    for package in ("corrigenda.modules.editors", "datamodules"):
+    for package in ("corrigenda.modules.editors", "corrigenda.datamodules"):
         folder = importlib.import_module(package).__path__
         for module in pkgutil.iter_modules(folder, f"{package}."):
             importlib.import_module(module.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,8 @@ KNOWN_CLASSES = (
     "torch.optim.lr_scheduler",
     "torchmetrics",
 )
-OURS = ("modules", "datamodules", "pipeline")
+OURS = ("corrigenda",)
+OLD_CLASS_PATH = re.compile(r"(modules|datamodules|pipeline)(\.[a-z_]+)+\.[A-Z]\w*")
 REFUSED = ("LambdaCallback",)  # a class that only calls functions that it is given
 ONLY_KNOWN = (
     "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, torchmetrics and of modules "
@@ -110,8 +112,13 @@ def check_yaml(text: str) -> None:
 
 
 def at_home(value: Any) -> Any:  # noqa: ANN401
-    """``value`` with every text in it that begins with ``~/`` made a path in the user's home folder."""
+    """``value`` with every text in it that begins with ``~/`` made a path in the user's home folder.
+
+    Class paths of version 0.1, before everything was imported as ``corrigenda``, become short names.
+    """
     if isinstance(value, str):
+        if OLD_CLASS_PATH.fullmatch(value):
+            return value.rpartition(".")[2]
         return str(Path(value).expanduser()) if value.startswith("~/") else value
     if isinstance(value, list):
         return [at_home(item) for item in value]

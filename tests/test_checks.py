@@ -21,8 +21,8 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.retrieval.encoder import TextEncoder
 from corrigenda.modules.statistics.corpus import Corpus
 
-for package in ("modules", "corrigenda.modules.editors", "datamodules"):
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+for package in ("corrigenda.modules", "corrigenda.datamodules"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
 
 
@@ -33,7 +33,7 @@ def descendants(cls):
 
 
 def is_ours(cls):
-    return cls.__module__.startswith(("modules.", "datamodules."))
+    return cls.__module__.startswith("corrigenda.")
 
 
 bases = (Editor, LightningModule, LightningDataModule)

@@ -140,7 +140,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny):
     command = [
         sys.executable,
         "-m",
-        "pipeline",
+        "corrigenda",
         "validate",
         *map(str, tiny),
         "--edit.editor.stpes",

@@ -16,8 +16,9 @@ import torch
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import interrupts
 from corrigenda.modules.editing.adapters import ModulePatch
-from corrigenda.modules.editing.editor import TextPatch, WeightPatch
 from corrigenda.modules.editing.memory import MemoryPatch
+from corrigenda.modules.editing.text_patch import TextPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.grace import GRACE
 from corrigenda.modules.editors.ike import IKE
@@ -31,7 +32,7 @@ from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.statistics.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
-OURS = tuple(str(ROOT / package) for package in ("modules", "datamodules"))
+OURS = tuple(str(ROOT / "corrigenda" / package) for package in ("modules", "datamodules"))
 EDITS = [Edit("{} was made in", "Ada Quill", "Paris"), Edit("{} is", "Lake Onna", "red")]
 
 
@@ -93,11 +94,11 @@ def looks(lm):
         if module._forward_hooks or module._forward_pre_hooks
     }
     kinds = [type(module).__name__ for module in modules.values()]
-    texts = [(h._in_force, h._aside) for h in lm.handles if isinstance(h, TextPatch)]
+    texts = [(h._active, h._aside) for h in lm.handles if isinstance(h, TextPatch)]
     memories = [len(h.memory) - h.end for h in lm.handles[-1:] if isinstance(h, MemoryPatch)]
     spares = [sorted(h._spare) for h in lm.handles if isinstance(h, WeightPatch)]
     sizes = [h.adapter.size for h in lm.handles if isinstance(h, ModulePatch)]
-    state = lm._aside, lm.edits.batch, lm._memo, lm._shares_start
+    state = lm.edits._suspended, lm.edits.batch, lm.reuse._shared, lm.reuse._finds_prefixes
     handles = list(map(type, lm.handles))
     return hash_weights(lm.net), hooks, kinds, handles, texts, memories, spares, sizes, state
 

@@ -152,7 +152,7 @@ def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatc
     counts = []
 
     def drop(lm):
-        counts.append(lm._prefix[1].num_computed if lm._prefix else None)
+        counts.append(lm.reuse._store.num_computed if lm.reuse._store else None)
         dropped(lm)
 
     dropped = LanguageModel.drop_prefix

@@ -296,7 +296,7 @@ def test_a_shared_prefix_changes_no_number(lm):
     patch = WeightPatch(lm, updates(lm, 1)[0])
     edited = lm.score(PROMPTS, TARGETS).logprob_BM
     assert lm.edits.lowest_layer() == 1
-    assert lm._block_output is not None and lm._branches  # ask the network once
+    assert lm.reuse._block_output is not None and lm.reuse._takes_trees  # ask the network once
     with lm.reuse.shared(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)
@@ -308,7 +308,7 @@ def test_a_shared_prefix_changes_no_number(lm):
         assert len(ran) == 2
     lm.score(PROMPTS, TARGETS)
     patch.remove()
-    assert lm._memo is None and len(ran) == 2
+    assert lm.reuse._shared is None and len(ran) == 2
 
 
 def test_a_shared_prefix_tells_batches_of_the_same_tokens_apart(gpt2):
@@ -318,7 +318,10 @@ def test_a_shared_prefix_tells_batches_of_the_same_tokens_apart(gpt2):
     )
     tall = Rows(wide.ids_BT.view(3, 2), wide.mask_BT.view(3, 2), torch.tensor([1, 1, 1]))
     with gpt2.reuse.shared(1):
-        assert len(gpt2._remembered(wide).ids_BT) == 2 and len(gpt2._remembered(tall).ids_BT) == 3
+        assert (
+            len(gpt2.reuse.tail_of(wide, None).ids_BT) == 2
+            and len(gpt2.reuse.tail_of(tall, None).ids_BT) == 3
+        )
 
 
 def test_the_plain_way_gives_the_same(tiny_folder, gpt2):
@@ -412,12 +415,12 @@ def test_weights_hash_is_the_identity_of_every_weight(tiny_lm):
     for parameter in lm.net.parameters():
         value = parameter.view(-1)[-1].item()
         parameter.data.view(-1)[-1] = value + 1e-6
-        del lm.weights_hash
+        del lm.edits.weights_hash
         seen.add(lm.weights_hash)
         parameter.data.view(-1)[-1] = value
     assert len(seen) == 1 + len(list(lm.net.parameters()))
     lm.net.double()
-    del lm.weights_hash
+    del lm.edits.weights_hash
     assert lm.weights_hash not in seen
 
 

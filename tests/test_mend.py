@@ -241,7 +241,7 @@ def test_the_training_loss_is_that_of_the_written_edits(tiny_lm, kind, together)
         handle.remove()
     torch.testing.assert_close(edit_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(kl, torch.stack(drifts).mean(), atol=1e-5, rtol=1e-4)
-    del lm.weights_hash
+    del lm.edits.weights_hash
     assert lm.weights_hash == before
 
 
@@ -365,7 +365,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert moved == [True, False, True]
     assert editor.num_skipped == 1
     assert all(torch.isfinite(value).all() for value in last.values())
-    del editor.lm.weights_hash
+    del editor.lm.edits.weights_hash
     assert editor.lm.weights_hash == base
 
 

@@ -79,7 +79,7 @@ def test_places_are_read_once():
 def test_scores_are_those_of_whole_rows(family, layer, tiny_folder):
     lm = LanguageModel(str(tiny_folder(family)))
     plain = LanguageModel(str(tiny_folder(family)), reuse_prefix=False)
-    assert lm._branches == (family in BRANCHING)
+    assert lm.reuse._takes_trees == (family in BRANCHING)
     name = lm.structure.out_name(1)
     inputs, outputs = sizes(lm.net.get_submodule(name))
     deltas = [Delta({f"{name}.weight": 0.1 * torch.randn(outputs, inputs)}) for _ in range(2)]
@@ -103,7 +103,7 @@ def test_scores_are_those_of_whole_rows(family, layer, tiny_folder):
 def test_alibi_is_left_whole(tiny_lm):
     lm = tiny_lm("falcon", alibi=True)
     with lm.reuse.shared(0):
-        assert not lm._branches and lm.score(PROMPTS, TARGETS).logprob_BM.isfinite().all()
+        assert not lm.reuse._takes_trees and lm.score(PROMPTS, TARGETS).logprob_BM.isfinite().all()
 
 
 class Silent(Adapter):

@@ -81,7 +81,7 @@ def test_it_changes_answers_and_no_weight(lm):
     with lm.pristine():
         assert torch.equal(answers(lm), base)
     assert torch.equal(answers(lm), changed)
-    del lm.weights_hash
+    del lm.edits.weights_hash
     assert lm.weights_hash == kept
     patch.remove()
     assert torch.equal(answers(lm), base) and not lm.handles

@@ -260,7 +260,7 @@ def test_every_weight_and_setting_counts_in_the_folders_name(tiny_lm, source):
     assert Moments(tiny_lm("llama"), Corpus(str(source), TOKENS)).folder == folders[0]
     for parameter in lm.net.parameters():
         parameter.data.view(-1)[0] += 1e-3
-        del lm.weights_hash
+        del lm.edits.weights_hash
         folders.append(Moments(lm, corpus).folder)
     for other in (Corpus(str(source), TOKENS + 1), Corpus(str(source), TOKENS, seed=1), Corpus()):
         folders.append(Moments(lm, other).folder)

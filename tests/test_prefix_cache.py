@@ -1,6 +1,7 @@
 """What is kept of a text is what would be computed, to the bit, whatever else was asked and wherever it is."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,19 +48,19 @@ def same(one, other):
 
 
 def cache_of(lm):
-    return lm._prefix[1]
+    return lm.reuse._store
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_text_sees_what_is_beside_it(lm, folder, dtype):
     """Alone, in another order, from memory, from disk."""
     lm.net.to(dtype)
-    lm.cache_disk_gib = 0
+    lm.reuse.limits = replace(lm.reuse.limits, disk_gib=0)
     alone = []
     for text in TEXTS:
         lm.reuse.keep(1, 2)
         alone += kept(lm, [text])
-    lm.cache_disk_gib = 1
+    lm.reuse.limits = replace(lm.reuse.limits, disk_gib=1)
     lm.reuse.keep(1, 2)
     together = kept(lm, TEXTS)
     assert same(alone, together) and cache_of(lm).num_computed == 2 * len(TEXTS)
@@ -87,10 +88,10 @@ def test_a_kept_tail_is_the_tail(family, tiny_lm, folder):
 
 
 def test_texts_that_were_not_used_for_long_go_first(llama, folder):
-    llama.cache_disk_gib = 0
+    llama.reuse.limits = replace(llama.reuse.limits, disk_gib=0)
     llama.reuse.keep(1)
     size = kept(llama, TEXTS[-1:], 1)[0].nbytes
-    llama.cache_memory_gib = 1.5 * size / GIB
+    llama.reuse.limits = replace(llama.reuse.limits, memory_gib=1.5 * size / GIB)
     llama.reuse.keep(1)
     cache = cache_of(llama)
     for n in (0, 5, 0, 4):  # the last one needs the place of the second
@@ -193,7 +194,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way(lm, folder, name, layer
     found = []
     for way in ("plain", "reused", "kept", "kept"):
         lm.reuse.enabled = way != "plain"
-        if way == "kept" and lm._prefix is None:
+        if way == "kept" and lm.reuse._store is None:
             lm.reuse.keep(editor.lowest_layer, lm.structure.num_layers)
         editor.zero_grad()
         edit_loss, kl = editor._losses(EDITS, OUTER, LOCAL)

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corrigenda.datamodules.records import joined, prompt_end
-from corrigenda.modules.editing.editor import WeightPatch
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 

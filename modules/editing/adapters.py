@@ -113,6 +113,8 @@ def _known(path: object) -> type[Adapter] | None:
     A name from a file is compared with those of the classes that there are, and nothing is imported by it.
     """
     package = importlib.import_module("corrigenda.modules.editors")
+    if isinstance(path, str) and path.startswith("modules."):
+        path = f"corrigenda.{path}"  # files of version 0.1
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
     kinds: list[type[Adapter]] = [Adapter]  # type: ignore[type-abstract]
