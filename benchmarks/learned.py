@@ -9,6 +9,7 @@ Cached ones have been seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch

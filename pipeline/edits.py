@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.checks import at_least
-from corrigenda.modules.editing.editor import WeightPatch
 from corrigenda.modules.editing.memory import FORMAT as REMEMBERED
 from corrigenda.modules.editing.memory import Remembered
 from corrigenda.modules.editing.weight_patch import WeightPatch

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editing.adapters import Adapter, ModuleEditor, ModulePatch
-from corrigenda.modules.editing.editor import WeightPatch
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import read_tensors
 from corrigenda.modules.model.delta import Delta, EditError, LowRank

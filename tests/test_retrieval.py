@@ -8,7 +8,6 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from corrigenda.modules.editing.editor import WeightPatch
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import read_tensors, write_tensors
 from corrigenda.modules.model.delta import Delta
