@@ -8,7 +8,7 @@ from benchmarks.side_by_side import corpus, ratio, require_close
 from corrigenda.datamodules.records import EditCase
 from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editors.rome import ROME
-from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.model.lm import LanguageModel
 
 
@@ -22,13 +22,13 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         lm.reuse.enabled = False
         results = []
         for case, delta in zip(cases, deltas, strict=True):
-            module.case_deltas = [delta]
+            module.conditions = Conditions(case_deltas=[delta])
             results += [result.metrics for result in module.evaluate([case])]
         return results
 
     def ours() -> list[dict[str, float]]:
         lm.reuse.enabled = True
-        module.case_deltas = deltas
+        module.conditions = Conditions(case_deltas=deltas)
         return [result.metrics for result in module.evaluate(cases)]
 
     for a, b in zip(plain(), ours(), strict=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
@@ -21,11 +22,12 @@ from corrigenda.modules.editing.adapters import ModulePatch
 from corrigenda.modules.editing.editor import Editor, WeightEditor, editing_mode
 from corrigenda.modules.editing.memory import MemoryEditor
 from corrigenda.modules.editing.weight_patch import WeightPatch
-from corrigenda.modules.evaluation.module import CaseResult, EditingModule
+from corrigenda.modules.evaluation.module import CaseResult, Conditions, EditingModule
 from corrigenda.modules.files import file_name
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.handle import EditHandle
+from corrigenda.pipeline.cost import Cost
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +54,11 @@ class EditCallback(Callback):
     ) -> None:
         self.editor, self.schedule, self.save_edits = editor, schedule, save_edits
         self.num_edits = 0  # in force on the model that is evaluated
-        self.made, self.seconds, self.touched = 0, 0.0, 0  # edits made, time they took, size of one
-        self.bytes = 0  # of all edits made
-        self._queries = [0.0, 0.0, 0.0]  # queries, their seconds with the edits and without
-        self.prepare_seconds = 0.0
-        self._peak_gib = 0.0  # before an interruption
+        self.cost = Cost()  # of this process, and of those before an interruption
         self.current: list[CaseResult] = []  # of the stream's last step
         self._handles: list[EditHandle] = []
         self._done: dict[str, None] = {}  # case ids edited so far, in order
+        self._edited: frozenset[str] = frozenset()  # their prompts
         self._forgotten = FactsForgotten()
         self._on_an_axis: set[str] = set()  # metrics whose x axis W&B knows
         self._restored: dict[str, Any] | None = None
@@ -67,7 +66,7 @@ class EditCallback(Callback):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
-        pl_module.has_schedule = True
+        pl_module.conditions = Conditions()
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
         if self.editor:
@@ -86,7 +85,7 @@ class EditCallback(Callback):
             if pl_module.trains_on != "edits":
                 raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
                                  "--model EditingModule and --edit.editor")  # fmt: skip
-            pl_module.only_cases = set(self._done)
+            pl_module.conditions = Conditions(only_cases=self._done.keys())
             # Without a limit Lightning would make the same edits again and again.
             trainer.fit_loop.max_epochs = 1
 
@@ -99,7 +98,7 @@ class EditCallback(Callback):
         start = time.perf_counter()
         with editing_mode():
             editor.prepare(pl_module.lm)
-        self.prepare_seconds += time.perf_counter() - start
+        self.cost += Cost(prepare_seconds=time.perf_counter() - start)
         return editor
 
     # ------------------------------------------------------------------ each
@@ -108,19 +107,21 @@ class EditCallback(Callback):
         editor = self._prepare(module)
         # What packing weights again loses shows only where they are written.
         if not isinstance(editor, WeightEditor) or module.lm.requantize:
-            module.around_case = lambda case: self._in_force(trainer, module, case)
+            module.conditions = Conditions(
+                around_case=lambda case: self._in_force(trainer, module, case)
+            )
             return
         for case in batch:
             editor.check_edits(case.edits)
         with self._timed(len(batch)), editing_mode():
             deltas = editor.propose_each(module.lm, [case.edits for case in batch])
-        module.case_deltas = [
+        stamped = [
             editor.stamp(module.lm, delta, case.edits)
             for delta, case in zip(deltas, batch, strict=True)
         ]
-        for delta, case in zip(module.case_deltas, batch, strict=True):
-            self.touched = max(self.touched, delta.num_parameters)
-            self.bytes += delta.num_bytes
+        module.conditions = Conditions(case_deltas=stamped)
+        for delta, case in zip(stamped, batch, strict=True):
+            self.cost += Cost(touched=delta.num_parameters, bytes=delta.num_bytes)
             self._save(trainer, delta, case.case_id)
 
     @contextmanager
@@ -141,8 +142,7 @@ class EditCallback(Callback):
         with self._timed(len(cases)), editing_mode():
             handle = editor.edit(module.lm, edits)
         self._time_queries(module, edits)
-        self.touched = max(self.touched, handle.num_parameters)
-        self.bytes += handle.num_bytes
+        self.cost += Cost(touched=handle.num_parameters, bytes=handle.num_bytes)
         self._save(trainer, handle, name)
         return handle
 
@@ -155,15 +155,15 @@ class EditCallback(Callback):
         middle = _now()
         with module.lm.pristine():
             module.lm.score(prompts, targets)
-        spent = [len(some), middle - start, _now() - middle]
-        self._queries = [a + b for a, b in zip(self._queries, spent, strict=True)]
+        self.cost += Cost(
+            queries=len(some), query_seconds=middle - start, base_query_seconds=_now() - middle
+        )
 
     @contextmanager
     def _timed(self, count: int) -> Iterator[None]:
         start = _now()
         yield
-        self.seconds += _now() - start
-        self.made += count
+        self.cost += Cost(made=count, seconds=_now() - start)
 
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
         # Several processes edit different cases under these two schedules, else all the same.
@@ -180,7 +180,7 @@ class EditCallback(Callback):
         if self.schedule != "epoch" and not is_tuned:
             return
         cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
-        pl_module.edited = _prompts(cases)
+        pl_module.conditions = Conditions(edited=_prompts(cases))
         if self.schedule == "epoch" if self.editor else is_tuned:
             self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
             if self.editor:
@@ -195,7 +195,7 @@ class EditCallback(Callback):
         *_: object,
     ) -> None:
         if self.schedule == "batch":
-            pl_module.edited = _prompts(batch)
+            pl_module.conditions = Conditions(edited=_prompts(batch))
         if self.editor is None or trainer.sanity_checking:
             return
         left = pl_module.unmeasured(batch)
@@ -215,9 +215,10 @@ class EditCallback(Callback):
         outputs: Any,  # noqa: ANN401
         *_: object,
     ) -> None:
-        pl_module.case_deltas = pl_module.around_case = None
         if self.schedule == "batch":
             self._remove()
+        elif self.schedule == "each":
+            pl_module.conditions = Conditions()
         elif self.schedule == "stream" and not trainer.sanity_checking:
             self._remember(outputs["results"], "retention")
 
@@ -227,8 +228,8 @@ class EditCallback(Callback):
         if self.editor is None or trainer.sanity_checking:
             return
         pl_module.log("edit/num_edits", float(self.num_edits))
-        pl_module.log("edit/seconds", self.seconds / max(self.made, 1))
-        pl_module.log("edit/peak_gib", self.peak_gib())
+        pl_module.log("edit/seconds", self.cost.seconds / max(self.cost.made, 1))
+        pl_module.log("edit/peak_gib", max(peak_gib(), self.cost.peak_gib))
         if self.schedule == "stream":
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
@@ -250,45 +251,27 @@ class EditCallback(Callback):
                 with suppress(Exception):  # the logger tells by itself that it has failed
                     board.experiment.define_metric(name, step_metric=axis)
 
-    def budget(self) -> dict[str, Any]:
+    def total_cost(self) -> Cost:
         """What edits and queries have cost so far, of all processes and of all runs before an interruption.
 
         Every process calls this: those that share the cases add up what they have spent.
         """
-        spent = [self.made, self.seconds, self.bytes, *self._queries]
+        cost = replace(self.cost, peak_gib=max(peak_gib(), self.cost.peak_gib))
         is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         if is_shared and self.schedule in ("each", "batch"):
             every: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, spent)  # each has made edits of its own
-            spent = [sum(column) for column in zip(*every, strict=True)]
-        made, seconds, size, *queries = spent
-        return {
-            "made": made,
-            "seconds": seconds,
-            "touched": self.touched,
-            "bytes": size,
-            "queries": queries,
-            "prepare_seconds": self.prepare_seconds,
-            "peak_gib": self.peak_gib(),
-            "counts": dict(self.editor.counts) if self.editor else {},
-        }
+            torch.distributed.all_gather_object(every, cost)  # each has made edits of its own
+            cost = replace(sum(every, Cost()), prepare_seconds=cost.prepare_seconds)
+        return replace(cost, counts=dict(self.editor.counts) if self.editor else {})
 
-    def add_budget(self, earlier: Mapping[str, Any], is_global_zero: bool = True) -> None:
+    def add_cost(self, earlier: Cost, is_global_zero: bool = True) -> None:
         """Adds what was spent before an interruption, in the first of processes that add up."""
-        self.touched = max(self.touched, earlier["touched"])
-        self._peak_gib = max(self._peak_gib, earlier.get("peak_gib", 0.0))
         if is_global_zero or self.schedule not in ("each", "batch"):
-            self.made += earlier["made"]
-            self.seconds += earlier["seconds"]
-            self.bytes += earlier["bytes"]
-            self.prepare_seconds += earlier.get("prepare_seconds", 0.0)
-            self._queries = [a + b for a, b in zip(self._queries, earlier["queries"], strict=True)]
+            self.cost += earlier
             if self.editor:
-                self.editor.counts.update(earlier.get("counts", {}))
-
-    def peak_gib(self) -> float:
-        """Largest memory so far, see :func:`peak_gib`, also before an interruption."""
-        return max(peak_gib(), self._peak_gib)
+                self.editor.counts.update(earlier.counts)
+        else:
+            self.cost += Cost(touched=earlier.touched, peak_gib=earlier.peak_gib)
 
     def _remove(self) -> None:
         while self._handles:
@@ -303,14 +286,14 @@ class EditCallback(Callback):
             return
         new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
         last = self._handles[-1] if self._handles else None
-        if type(last) is type(new) and hasattr(last, "absorb"):
+        if last is not None and last.can_absorb(new):
             last.absorb(new)
         else:
             self._handles.append(new)
         self._done |= {case.case_id: None for case in batch}
         self.num_edits = len(self._done)
-        pl_module.only_cases = set(self._done)
-        pl_module.edited |= _prompts(batch)
+        self._edited |= _prompts(batch)
+        pl_module.conditions = Conditions(only_cases=self._done.keys(), edited=self._edited)
         self.current = pl_module.evaluate(batch)
         self._remember(self.current, "current")
         names = {name for result in self.current for name in result.metrics}
@@ -337,10 +320,10 @@ class EditCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on: its budget, and of a stream its edits, bit-exact, and what was lost."""
-        state = self.budget()
+        state = self.total_cost().state()
         if self.schedule != "stream" or not self._handles:
             return state
-        patches = [h.state() for h in self._handles if hasattr(h, "state")]
+        patches = [handle.state() for handle in self._handles]
         return state | {
             "patches": patches,
             "done": list(self._done),
@@ -354,17 +337,17 @@ class EditCallback(Callback):
         state, self._restored = self._restored, None
         if state is None:
             return
-        self.add_budget(state, is_global_zero)
+        self.add_cost(Cost.from_state(state), is_global_zero)
         if self.schedule != "stream" or "patches" not in state:
             return
         self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
         self.num_edits = len(self._done)
         self._forgotten.load_state_dict(state["forgotten"])
-        pl_module.only_cases = set(self._done)
         if self._done:
             cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
-            pl_module.edited = _prompts([case for case in cases if case.case_id in self._done])
+            self._edited = _prompts([case for case in cases if case.case_id in self._done])
+        pl_module.conditions = Conditions(only_cases=self._done.keys(), edited=self._edited)
 
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:
@@ -377,7 +360,7 @@ class EditCallback(Callback):
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException
     ) -> None:
         """Leaves the model as it was for whoever goes on with it in the same process."""
-        pl_module.case_deltas = pl_module.around_case = None
+        pl_module.conditions = Conditions()
         pl_module.lm.reuse.drop()
         if self.schedule != "stream":
             self._remove()

@@ -23,6 +23,7 @@ from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingM
 from corrigenda.modules.files import write_text
 from corrigenda.modules.interrupts import uninterrupted
 from corrigenda.pipeline.callbacks import EditCallback, wandb_loggers
+from corrigenda.pipeline.cost import Cost
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.lightning_parts import evaluates_now, values_to_log
 from corrigenda.pipeline.report.logs import read_training
@@ -149,7 +150,7 @@ class RunWriter(Callback):
         self._seconds_before = budget["run_seconds"]
         edit = _edit_callback(trainer)
         if trainer.is_global_zero and edit.schedule != "epoch":  # whose edits are made again
-            edit.add_budget(budget)
+            edit.add_cost(Cost.from_state(budget))
 
     def _measured(self) -> dict[str, dict[str, float | None]]:
         """Case means by fingerprint, as they stand in cases.jsonl; None where one was not finite."""
@@ -168,7 +169,7 @@ class RunWriter(Callback):
 
     def _keep_progress(self, trainer: Trainer) -> None:
         """What an interrupted validation is compared with before it goes on, and what it has cost so far."""
-        budget = _edit_callback(trainer).budget() | {"run_seconds": self._run_seconds}
+        budget = _edit_callback(trainer).total_cost().state() | {"run_seconds": self._run_seconds}
         if trainer.is_global_zero:
             progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._size}
             write_text(self.folder / "progress.json", _json(progress, indent=1))
@@ -251,9 +252,7 @@ class RunWriter(Callback):
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
         edit = _edit_callback(trainer)
-        spent = edit.budget()
-        made, seconds, size = spent["made"], spent["seconds"], spent["bytes"]
-        asked, asked_seconds, plain_seconds = spent["queries"]
+        cost = edit.total_cost()
         return {
             "format": FORMAT,
             "run": self.folder.name,
@@ -272,14 +271,7 @@ class RunWriter(Callback):
             },
             "means": module.means,
             "budget": {
-                "num_edits": made or None,
-                "seconds_per_edit": seconds / made if made else None,
-                "prepare_seconds": edit.prepare_seconds or None,
-                "peak_gib": spent["peak_gib"],
-                "parameters_touched": edit.touched or None,
-                "bytes_per_edit": size / made if made else None,
-                "seconds_per_query": asked_seconds / asked if asked else None,
-                "query_overhead": asked_seconds / plain_seconds if asked else None,
+                **cost.row(),
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": self._run_seconds,
             },

@@ -41,11 +41,12 @@ class Spy(Callback):
         self.seen, self.edited, self.fail_at, self.steps = [], [], fail_at, 0
 
     def on_validation_batch_start(self, trainer, module, batch, *_):
-        deltas = module.case_deltas and [len(delta.updates) for delta in module.case_deltas]
+        under = module.conditions
+        deltas = under.case_deltas and [len(delta.updates) for delta in under.case_deltas]
         kept = [getattr(handle, "delta", handle) for handle in module.lm.handles]
         edits = [edit.metadata["edits"] for edit in kept]
         self.seen.append((len(batch), deltas, [len(made) for made in edits]))
-        self.edited.append(len(module.edited))
+        self.edited.append(len(under.edited))
         if self.fail_at == "validation":
             raise RuntimeError("on purpose")
 
@@ -188,7 +189,7 @@ def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_ed
     assert unchanged(lm, kept)
     assert [row["num_edits"] for row in rows(tmp_path / "run")] == num_edits
     module = trainer.lightning_module
-    assert module.case_deltas is None and module.around_case is None
+    assert module.conditions.case_deltas is None and module.conditions.around_case is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
-from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingModule
+from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, Conditions, EditingModule
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
@@ -101,7 +101,7 @@ def test_every_value_is_what_the_logits_say(tiny_folder, cases, way, reuse_prefi
         wanted.append(expected(case, before, answers(lm, [case])))
         handle.remove()
     if way == "side by side":
-        module.case_deltas = deltas
+        module.conditions = Conditions(case_deltas=deltas)
         results = module.evaluate(cases)
     else:
         handle = WeightPatch(lm, deltas[0])
@@ -230,7 +230,7 @@ def test_free_answers_see_their_own_case(lm, cases):
         return said[-1]
 
     lm.generate = noted
-    module.case_deltas = deltas
+    module.conditions = Conditions(case_deltas=deltas)
     module.evaluate(cases)
     beside, before, rest = said  # efficacy and locality, these without an edit, generality
     alone = []
@@ -246,10 +246,10 @@ def test_free_answers_see_their_own_case(lm, cases):
 def test_only_some_cases_are_asked(lm, cases):
     module = EditingModule(lm)
     assert len(module.validation_step(cases, 0)["results"]) == len(cases)
-    module.only_cases = {cases[1].case_id}
+    module.conditions = Conditions(only_cases={cases[1].case_id})
     (result,) = module.validation_step(cases, 0)["results"]
     assert result.case is cases[1]
-    module.only_cases = set()
+    module.conditions = Conditions(only_cases=set())
     assert module.validation_step(cases, 0) == {"results": []}
 
 
@@ -257,14 +257,14 @@ def test_what_must_stay_is_not_asked_where_it_is_edited(lm, cases):
     module = EditingModule(lm)
     case = cases[0]
     kept = [probe.prompt for probe in case.probes["locality"]]
-    module.edited = {kept[0], case.edits[0].text}
+    module.conditions = Conditions(edited={kept[0], case.edits[0].text})
 
     def asked(criterion):
         (result,) = module.evaluate([case])
         return [p["prompt"] for p in result.probes if p["criterion"] == criterion]
 
     assert asked("locality") == kept[1:] and asked("efficacy") == [case.edits[0].text]
-    module.edited = set(kept)
+    module.conditions = Conditions(edited=set(kept))
     assert not asked("locality") and "locality/agreement" not in module.evaluate([case])[0].metrics
 
 

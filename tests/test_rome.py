@@ -21,7 +21,7 @@ from corrigenda.modules.editors.key_value import (
 )
 from corrigenda.modules.editors.rome import ROME, _rank_one
 from corrigenda.modules.editors.value_search import searched_together
-from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.statistics.corpus import Corpus
@@ -637,7 +637,9 @@ def test_facts_that_smollm2_knows_are_rewritten_and_their_neighbours_stay(smollm
     cases = [case for case, yes in zip(cases, module.known(cases), strict=True) if yes][:4]
     editor = ROME(3, contexts=[(5, 3)], corpus=Corpus("facts", 20_000))
     with editing_mode():
-        module.case_deltas = editor.propose_each(smollm2, [case.edits for case in cases])
+        module.conditions = Conditions(
+            case_deltas=editor.propose_each(smollm2, [case.edits for case in cases])
+        )
     module.evaluate(cases)
     means = module.compute_means()
     assert means["efficacy/exact"] == 1

@@ -3,7 +3,7 @@
 What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
 ``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
 ``agreement``, ``kl`` and ``drawdown`` follow. With several edits in force, what must stay for one of them and is
-the prompt of another is not asked. With ``generate_tokens`` answers are also generated freely
+the prompt of another is not questions. With ``generate_tokens`` answers are also generated freely
 (``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
 the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
 
@@ -97,7 +97,7 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Questions:
     """The probes of some cases with a target, flattened: B questions."""
 
     case_B: list[int]
@@ -105,7 +105,7 @@ class _Asked:
     probe_B: list[Probe]
 
     @classmethod
-    def of(cls, cases: Sequence[EditCase], compared: bool, edited: Set[str]) -> _Asked:
+    def of(cls, cases: Sequence[EditCase], compared: bool, edited: Set[str]) -> _Questions:
         flat = [
             (c, criterion, probe)
             for c, case in enumerate(cases)
@@ -118,6 +118,26 @@ class _Asked:
 
     def of_criteria(self, *criteria: str) -> list[int]:
         return [b for b, name in enumerate(self.criterion_B) if name in criteria]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What cases are evaluated under, beside the edits that are active on the model.
+
+    Whoever edits (the EditCallback) hands one value of this to :attr:`EditingModule.conditions`; the module by
+    itself evaluates everything on the model as it is.
+
+    Attributes:
+        case_deltas: one update per case of the batch, side by side.
+        around_case: a context for each case of the batch, which are then evaluated one by one.
+        only_cases: ids of the cases that are evaluated; None for all. A stream has not edited the others yet.
+        edited: prompts of the active edits. A locality fact that is one of them is not evaluated.
+    """
+
+    case_deltas: Sequence[Delta] | None = None
+    around_case: Callable[[EditCase], AbstractContextManager] | None = None
+    only_cases: Set[str] | None = None
+    edited: Set[str] = frozenset()
 
 
 def require_own_dtype(trainer: Trainer) -> None:
@@ -159,15 +179,11 @@ class EditingModule(LightningModule):
         self.lm, self.generate_tokens, self.perplexity = lm, generate_tokens, perplexity
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the base model out
-        self.case_deltas: list[Delta] | None = None  # one update per case of the batch
-        self.has_schedule = False  # whether an EditCallback decides what is edited
+        self.conditions: Conditions | None = None  # given by whoever edits
         self._told = False
-        self.around_case: Callable[[EditCase], AbstractContextManager] | None = None
-        self.only_cases: set[str] | None = None  # others are not asked (not edited yet)
         self.measured: dict[
             str, dict[str, float | None]
-        ] = {}  # by fingerprint, before an interruption
-        self.edited: Set[str] = frozenset()  # prompts of the edits in force, which are to move
+        ] = {}  # before an interruption, by fingerprint
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._metrics: dict[str, metrics.CaseMetric] = {}
         self._text_means: dict[str, float] = {}
@@ -203,7 +219,7 @@ class EditingModule(LightningModule):
         if self.trained is False:
             warn_untrained(self)
         edits = self.lm.handles or self.own_delta() is not None
-        if not (self.has_schedule or edits):
+        if not (self.conditions or edits):
             log.warning("the unedited model is evaluated, as nothing edits it: give the Trainer an EditCallback, "
                         "or edit the model before")  # fmt: skip
 
@@ -222,11 +238,15 @@ class EditingModule(LightningModule):
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Evaluates a batch of cases; its results are the ``results`` of the output."""
-        if self.only_cases is not None:
-            batch = [case for case in batch if case.case_id in self.only_cases]
+        if self._under.only_cases is not None:
+            batch = [case for case in batch if case.case_id in self._under.only_cases]
         for case in batch:
             self._count_again(self.measured.get(case.fingerprint, {}))
         return {"results": self.evaluate(self.unmeasured(batch))}
+
+    @property
+    def _under(self) -> Conditions:
+        return self.conditions or Conditions()
 
     def unmeasured(self, cases: Sequence[EditCase]) -> list[EditCase]:
         """Those that were not measured before an interruption."""
@@ -330,10 +350,10 @@ class EditingModule(LightningModule):
     @torch.no_grad()
     def evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
         """Asks every probe of every case under the edits in force and adds to the running metrics."""
-        if self.around_case is not None:
+        if self._under.around_case is not None:
             results = []
             for case in cases:
-                with self.around_case(case):
+                with self._under.around_case(case):
                     results += self._evaluate([case])
             return results
         return self._evaluate(cases)
@@ -341,33 +361,34 @@ class EditingModule(LightningModule):
     def _evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
         results = [CaseResult(case) for case in cases]
         own = self.own_delta()
-        deltas = self.case_deltas if self.case_deltas is not None else [own] if own else None
-        shared = self.case_deltas is None
+        each = self._under.case_deltas
+        deltas = each if each is not None else [own] if own else None
+        shared = each is None
         layer = self.lm.edits.lowest_layer(deltas or ())
         for compared in (True, False):
-            asked = _Asked.of(cases, compared, self.edited)
-            if asked.probe_B:
-                owners = [0] * len(asked.case_B) if shared else asked.case_B
+            questions = _Questions.of(cases, compared, self._under.edited)
+            if questions.probe_B:
+                owners = [0] * len(questions.case_B) if shared else questions.case_B
                 with self.lm.reuse.shared(layer):
-                    self._ask(asked, results, deltas, owners, compared)
+                    self._ask(questions, results, deltas, owners, compared)
                 if self.generate_tokens:
-                    self._ask_freely(asked, results, deltas, owners)
+                    self._ask_freely(questions, results, deltas, owners)
         return results
 
     def _ask(
         self,
-        asked: _Asked,
+        questions: _Questions,
         results: list[CaseResult],
-        deltas: list[Delta] | None,
+        deltas: Sequence[Delta] | None,
         owners: list[int],
         compared: bool,
     ) -> None:
-        prompts = [probe.prompt for probe in asked.probe_B]
-        targets = [str(probe.target) for probe in asked.probe_B]
-        with_rival = [b for b, probe in enumerate(asked.probe_B) if probe.rival]
+        prompts = [probe.prompt for probe in questions.probe_B]
+        targets = [str(probe.target) for probe in questions.probe_B]
+        with_rival = [b for b, probe in enumerate(questions.probe_B) if probe.rival]
         both = self.lm.score(
             [*prompts, *(prompts[b] for b in with_rival)],
-            [*targets, *(str(asked.probe_B[b].rival) for b in with_rival)],
+            [*targets, *(str(questions.probe_B[b].rival) for b in with_rival)],
             deltas,
             [*owners, *(owners[b] for b in with_rival)],
             full=compared,
@@ -377,17 +398,17 @@ class EditingModule(LightningModule):
         if compared:
             with self.lm.pristine():
                 before = self.lm.score(prompts, targets, full=True)
-        table = _measure(after, before, rival, with_rival, asked)
-        start = self._add_probes(asked, results, after)
-        self._count(asked, results, table, start)
+        table = _measure(after, before, rival, with_rival, questions)
+        start = self._add_probes(questions, results, after)
+        self._count(questions, results, table, start)
 
     def _add_probes(
-        self, asked: _Asked, results: list[CaseResult], after: TargetScores
+        self, questions: _Questions, results: list[CaseResult], after: TargetScores
     ) -> list[dict]:
         """Every question and the greedy answer, under its case."""
         entries = []
         for b, (case, criterion, probe) in enumerate(
-            zip(asked.case_B, asked.criterion_B, asked.probe_B, strict=True)
+            zip(questions.case_B, questions.criterion_B, questions.probe_B, strict=True)
         ):
             answer = self.lm.tokens.decode(after.greedy_BM[b][after.mask_BM[b]]).strip()
             entry = {"criterion": criterion, "prompt": probe.prompt, "target": probe.target,
@@ -398,19 +419,19 @@ class EditingModule(LightningModule):
 
     def _count(
         self,
-        asked: _Asked,
+        questions: _Questions,
         results: list[CaseResult],
         table: dict[str, dict[int, float]],
         entries: list[dict] | None = None,
     ) -> None:
         """Adds probe values to the running metrics, to their case's means and to their entries."""
         for measure, value_of in table.items():
-            for criterion in dict.fromkeys(asked.criterion_B):
-                rows = [b for b in asked.of_criteria(criterion) if b in value_of]
+            for criterion in dict.fromkeys(questions.criterion_B):
+                rows = [b for b in questions.of_criteria(criterion) if b in value_of]
                 if not rows:
                     continue
                 values_B = torch.tensor([value_of[b] for b in rows])
-                case_B = torch.tensor([asked.case_B[b] for b in rows])
+                case_B = torch.tensor([questions.case_B[b] for b in rows])
                 for name, reduce in _reductions(criterion, measure):
                     self._running(name).update(values_B, case_B)
                     values_C = reduce(values_B, case_B, len(results))
@@ -428,13 +449,13 @@ class EditingModule(LightningModule):
 
     def _ask_freely(
         self,
-        asked: _Asked,
+        questions: _Questions,
         results: list[CaseResult],
-        deltas: list[Delta] | None,
+        deltas: Sequence[Delta] | None,
         owners: list[int],
     ) -> None:
         """Generates an answer to every question and compares it with the acceptable ones."""
-        prompts = [probe.prompt for probe in asked.probe_B]
+        prompts = [probe.prompt for probe in questions.probe_B]
         after = self.lm.generate(prompts, self.generate_tokens, deltas, owners)
         table: dict[str, dict[int, float]] = {}
         measures = {
@@ -443,18 +464,18 @@ class EditingModule(LightningModule):
             "wild_prefix": metrics.wild_prefix,
             "wild_f1": metrics.wild_f1,
         }
-        for b, (probe, text) in enumerate(zip(asked.probe_B, after, strict=True)):
+        for b, (probe, text) in enumerate(zip(questions.probe_B, after, strict=True)):
             answers = [str(probe.target), *probe.aliases]
             for measure, compare in measures.items():
                 table.setdefault(measure, {})[b] = compare(metrics.wild_answer(text), answers)
-        local = asked.of_criteria(*UNMOVED)
+        local = questions.of_criteria(*UNMOVED)
         if local:
             with self.lm.pristine():
                 before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
             table["wild_same"] = {
                 b: float(after[b] == t) for b, t in zip(local, before, strict=True)
             }
-        self._count(asked, results, table)
+        self._count(questions, results, table)
 
 
 def _reductions(criterion: str, measure: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -478,10 +499,10 @@ def _measure(
     before: TargetScores | None,
     rival: TargetScores,
     with_rival: list[int],
-    asked: _Asked,
+    questions: _Questions,
 ) -> dict[str, dict[int, float]]:
     """Measure to probe index to value."""
-    everything = range(len(asked.probe_B))
+    everything = range(len(questions.probe_B))
     answers = (after.greedy_BM, after.target_BM, after.mask_BM, after.logprob_BM)
     table = {
         "accuracy": _numbered(everything, metrics.token_accuracy(*answers)),
@@ -492,13 +513,13 @@ def _measure(
         both = (*own, rival.logprob_BM, rival.mask_BM)
         table["preference"] = _numbered(with_rival, metrics.preference(*both))
         table["margin"] = _numbered(with_rival, metrics.margin(*both))
-    local = asked.of_criteria(*UNMOVED)
+    local = questions.of_criteria(*UNMOVED)
     if before is None:
         return table
     exact_before_B = metrics.exact_match(
         before.greedy_BM, before.target_BM, before.mask_BM, before.logprob_BM
     )
-    edited = asked.of_criteria("efficacy")
+    edited = questions.of_criteria("efficacy")
     table["known_before"] = _numbered(edited, exact_before_B[edited])
     if local:
         now, then = (scores[local] for scores in (after, before))
