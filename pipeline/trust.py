@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+import corrigenda
 from corrigenda.pipeline.errors import UserError
 
 MAX_CHARACTERS = 1_000_000  # of a file or an option
@@ -172,7 +173,8 @@ def known_classes() -> dict[str, type]:
                 continue
             if cls.__name__ not in REFUSED and not short.startswith("_"):
                 known[f"{name}.{short}"] = known[f"{cls.__module__}.{cls.__qualname__}"] = cls
-    return known
+    ours = {cls.__name__: cls for cls in known.values() if cls.__module__.startswith("corrigenda.")}
+    return known | {f"corrigenda.{name}": ours[name] for name in dir(corrigenda) if name in ours}
 
 
 def take_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -113,14 +113,16 @@ def _known(path: object) -> type[Adapter] | None:
     A name from a file is compared with those of the classes that there are, and nothing is imported by it.
     """
     package = importlib.import_module("corrigenda.modules.editors")
-    if isinstance(path, str) and path.startswith("modules."):
-        path = f"corrigenda.{path}"  # files of version 0.1
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
     kinds: list[type[Adapter]] = [Adapter]  # type: ignore[type-abstract]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    return next((kind for kind in kinds[1:] if kind.path() == path), None)
+    named = {kind.path(): kind for kind in kinds[1:]}
+    if isinstance(path, str) and path.startswith("modules."):  # of version 0.1: by the class's own name
+        ours = {name.rpartition(".")[2]: name for name in named if name.startswith("corrigenda.")}
+        path = ours.get(path.rpartition(".")[2])
+    return named.get(path) if isinstance(path, str) else None
 
 
 class ModulePatch(EditHandle):
