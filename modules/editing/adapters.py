@@ -119,7 +119,9 @@ def _known(path: object) -> type[Adapter] | None:
     for kind in kinds:
         kinds += kind.__subclasses__()
     named = {kind.path(): kind for kind in kinds[1:]}
-    if isinstance(path, str) and path.startswith("modules."):  # of version 0.1: by the class's own name
+    if isinstance(path, str) and path.startswith(
+        "modules."
+    ):  # of version 0.1: by the class's own name
         ours = {name.rpartition(".")[2]: name for name in named if name.startswith("corrigenda.")}
         path = ours.get(path.rpartition(".")[2])
     return named.get(path) if isinstance(path, str) else None
