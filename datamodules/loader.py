@@ -37,8 +37,9 @@ class CaseLoader:
             training, where processes step together (up to one case per process sits out an epoch);
             "each_once": whole batches in turn, none left out or repeated, for evaluation; "same":
             everything, for edits that must be made alike everywhere.
-        num_replicas, rank: processes among which cases are shared and the place of this one; by
-            default all processes of torch.distributed, if it is running.
+        num_replicas: processes among which cases are shared; by default all processes of
+            torch.distributed, if it is running.
+        rank: the place of this process among them.
         processed: number of batches of this epoch whose step has finished, where the caller knows;
             a batch handed out but not finished when the checkpoint was written is then repeated.
     """
