@@ -77,7 +77,12 @@ def fit_or_validate(args: list[str]) -> None:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+    # jsonargparse's null logger makes a record of each of the names that may not be imported, 80,000 of them.
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric",
+        "jsonargparse_null_logger",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()
     plugins, args = take_plugins(args)

@@ -25,7 +25,6 @@ import torch
 import yaml
 
 from modules.corpus import Corpus
-from pipeline import cli
 from pipeline.compare import read_study
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +38,8 @@ BLOCK = re.compile(
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"\]\(([^)#\s]+?)(?:#[^)\s]*)?\)")
 TARGETS = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-# TODO: always true once everything imports as `corrigenda` and the command line knows --plugin.
+# TODO: always true once everything imports as `corrigenda`.
 IMPORTABLE = importlib.util.find_spec("corrigenda") is not None
-HAS_PLUGINS = "--plugin" in cli.USAGE
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,14 @@ class Reader:
 
     def yaml(self, block: Block) -> None:
         if "runs" in yaml.safe_load(block.text):
-            self.study(Path(block.title))
+            self.study(block.text)
         elif not block.title:  # a titled one is read by the command that uses it
             Path("block.yaml").write_text(block.text, encoding="utf-8")
             self.command("corrigenda validate -c block.yaml")
 
-    def study(self, file: Path) -> None:
-        """A study that the document writes: all its runs. (Those that are shipped have a test of their own.)"""
-        if not file.exists():
-            assert (ROOT / file).is_file(), f"there is no study {file}"
-            return
-        for run in read_study(file).runs:
+    def study(self, text: str) -> None:
+        Path("study.yaml").write_text(text, encoding="utf-8")
+        for run in read_study(Path("study.yaml")).runs:
             self.run([word.replace("{out}", "runs/out") for word in run.args])
 
     def shell(self, block: Block) -> None:
@@ -153,7 +148,7 @@ class Reader:
 
     def run(self, args: list[str]) -> None:
         """The configuration of ``fit`` or ``validate``, with everything in it checked; nothing is loaded."""
-        if "--plugin" in args and not HAS_PLUGINS:
+        if "--plugin" in args and not IMPORTABLE:
             return
         printing = [] if "--print_config" in args else ["--print_config"]
         status = self.corrigenda(*args, *printing)
@@ -165,7 +160,7 @@ class Reader:
             (folder / "config.yaml").write_text(told.out, encoding="utf-8")
 
     def parse(self, args: list[str]) -> None:
-        """The arguments of any other command; of ``compare`` also the study file."""
+        """The arguments of any other command; the study file of ``compare`` is there."""
         original = jsonargparse.ArgumentParser.parse_args
 
         def stop(parser: object, *a: object, **k: object) -> None:
@@ -180,7 +175,7 @@ class Reader:
             else:
                 pytest.fail(f"corrigenda {shlex.join(args)}: {status}, {self.capsys.readouterr()}")
         if args[0] == "compare":
-            self.study(Path(given.file))
+            assert any(Path(at, given.file).is_file() for at in (".", ROOT)), f"no {given.file}"
 
     def benchmarks(self, args: list[str]) -> None:
         from benchmarks.__main__ import SCRIPTS, main
@@ -286,7 +281,7 @@ def summary_of(reader: Reader, *args: object) -> dict:
     return json.loads(Path("run/summary.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(not (IMPORTABLE and HAS_PLUGINS), reason="needs `corrigenda` and --plugin")
+@pytest.mark.skipif(not IMPORTABLE, reason="needs `corrigenda`")
 def test_the_example_method_edits(reader):
     written("CONTRIBUTING.md", "rescale.py", "rescale.yaml")
     files = ["-c", "rescale.yaml", "-c", "configs/data/facts.yaml", "--data.known_only", "false"]
@@ -296,7 +291,7 @@ def test_the_example_method_edits(reader):
     assert found["means"]["efficacy/preference"] == 1
 
 
-@pytest.mark.skipif(not (IMPORTABLE and HAS_PLUGINS), reason="needs `corrigenda` and --plugin")
+@pytest.mark.skipif(not IMPORTABLE, reason="needs `corrigenda`")
 def test_the_example_dataset_is_evaluated(reader):
     written("docs/add-a-dataset.md", "songs.py", "songs.yaml", "songs.jsonl")
     files = ["-c", "configs/base/smollm2.yaml", "-c", "songs.yaml"]
