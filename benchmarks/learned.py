@@ -74,7 +74,8 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
 def backward_through_all(
     lm: LanguageModel, _tail: Tail, rows: Rows, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What :func:`corrigenda.modules.training.gradients.gradient_factors` gives, as a by-product of ``loss.backward()``."""
+    """What :func:`corrigenda.modules.training.gradients.gradient_factors` gives, as a by-product of
+    ``loss.backward()``."""
     row_N, position_N = rows.answer_positions()
     target_N = rows.ids_BT[row_N, position_N + 1]
     weight_N = 1 / (rows.length_B - rows.start_B)[row_N]

@@ -109,7 +109,8 @@ def _last(config: Namespace) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a ``fit`` keeps up to date, see :class:`~corrigenda.pipeline.run_writer.LastCheckpoint`."""
+    """The checkpoint that a ``fit`` keeps up to date, see
+    :class:`~corrigenda.pipeline.run_writer.LastCheckpoint`."""
     return folder / "checkpoints" / "last.ckpt"
 
 

@@ -10,7 +10,6 @@ A document is read from top to bottom in an empty folder, as a reader would foll
 """
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
@@ -24,8 +23,8 @@ import pytest
 import torch
 import yaml
 
-from modules.corpus import Corpus
-from pipeline.compare import read_study
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.pipeline.compare import read_study
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -39,7 +38,6 @@ TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"\]\(([^)#\s]+?)(?:#[^)\s]*)?\)")
 TARGETS = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 # TODO: always true once everything imports as `corrigenda`.
-IMPORTABLE = importlib.util.find_spec("corrigenda") is not None
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Reader:
 
     def python(self, block: Block) -> None:
         code = compile(block.text.replace('"smollm2"', repr(str(self.model))), "document", "exec")
-        if block.reason is None and IMPORTABLE:
+        if block.reason is None:
             exec(code, self.names)
 
     def json(self, block: Block) -> None:
@@ -148,8 +146,6 @@ class Reader:
 
     def run(self, args: list[str]) -> None:
         """The configuration of ``fit`` or ``validate``, with everything in it checked; nothing is loaded."""
-        if "--plugin" in args and not IMPORTABLE:
-            return
         printing = [] if "--print_config" in args else ["--print_config"]
         status = self.corrigenda(*args, *printing)
         told = self.capsys.readouterr()
@@ -281,7 +277,6 @@ def summary_of(reader: Reader, *args: object) -> dict:
     return json.loads(Path("run/summary.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(not IMPORTABLE, reason="needs `corrigenda`")
 def test_the_example_method_edits(reader):
     written("CONTRIBUTING.md", "rescale.py", "rescale.yaml")
     files = ["-c", "rescale.yaml", "-c", "configs/data/facts.yaml", "--data.known_only", "false"]
@@ -291,7 +286,6 @@ def test_the_example_method_edits(reader):
     assert found["means"]["efficacy/preference"] == 1
 
 
-@pytest.mark.skipif(not IMPORTABLE, reason="needs `corrigenda`")
 def test_the_example_dataset_is_evaluated(reader):
     written("docs/add-a-dataset.md", "songs.py", "songs.yaml", "songs.jsonl")
     files = ["-c", "configs/base/smollm2.yaml", "-c", "songs.yaml"]
@@ -300,7 +294,6 @@ def test_the_example_dataset_is_evaluated(reader):
     assert {"efficacy/preference", "generality/exact", "locality/agreement"} <= {*found["means"]}
 
 
-@pytest.mark.skipif(not IMPORTABLE, reason="needs `corrigenda`")
 def test_the_first_example_prints_what_it_says(smollm2, capsys):
     """With less text and fewer contexts than by default, which would take a minute."""
     (block,) = [b for b in blocks(ROOT / "README.md") if b.language == "python"]

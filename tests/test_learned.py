@@ -56,7 +56,8 @@ def run(name, corrigenda, tiny_folder, data_files, tmp_path):
             "data": {"class_path": "ZsRE", "init_args": {
                 "path": data_files.zsre, "train_path": data_files.zsre_train, "batch_size": 2,
                 "val_fraction": 0.2}},
-            "trainer": {"max_steps": 6, "max_epochs": 100, "val_check_interval": 2, "check_val_every_n_epoch": None,
+            "trainer": {"max_steps": 6, "max_epochs": 100, "val_check_interval": 2, "check_val_every_n_epoch":
+            None,
                         "enable_progress_bar": False, "accelerator": "cpu"},
             "wandb": "off",
         }  # fmt: skip

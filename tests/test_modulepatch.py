@@ -311,9 +311,9 @@ def test_what_does_not_fit_the_model_is_refused(llama, tmp_path):
     ("description", "message"),
     [
         ({"class": "torn.Memory", "settings": {}}, "no adapter torn.Memory"),
-        ({"class": "corrigenda.modules.editors.grace.GRACE", "settings": {}}, "no adapter corrigenda.modules.editors.grace.GRACE"),
+        ({"class": "corrigenda.modules.editors.grace.GRACE", "settings": {}}, "no adapter corr.*grace.GRACE"),
         ({"class": ["x"], "settings": {}}, "no adapter"),
-        ({"class": "corrigenda.modules.editing.adapters.Adapter", "settings": {}}, "no adapter corrigenda.modules.editing.adapters.Adapter"),
+        ({"class": "corrigenda.modules.editing.adapters.Adapter", "settings": {}}, "no adapter corr.*Adapter"),
         ({"class": "{codebook}", "settings": {}}, "damaged"),
         ({"class": "{codebook}", "settings": {"sites": "x"}}, "sites are not a list"),
         ({"class": "{codebook}", "settings": {"sites": [], "inputs": -1}}, "damaged"),

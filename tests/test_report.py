@@ -639,7 +639,10 @@ def test_out_must_not_be_a_file(two_runs, tmp_path):
 
 def test_it_starts_without_the_heavy_libraries():
     heavy = ["torch", "lightning", "transformers", "matplotlib"]
-    code = f"import sys, corrigenda.pipeline.report, corrigenda.pipeline.compare; print([*set({heavy}) & set(sys.modules)])"
+    code = (
+        "import sys, corrigenda.pipeline.report, corrigenda.pipeline.compare; "
+        f"print([*set({heavy}) & set(sys.modules)])"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,6 +1,8 @@
-"""Edit files, memories, checkpoints and configurations of version 0.1, from before everything moved under one name.
+"""Edit files, memories, checkpoints and configurations of version 0.1, from before everything moved under one
+name.
 
-``assets/version-0.1`` was written by that version: a random model, edits of it by eight methods, three runs, and in
+``assets/version-0.1`` was written by that version: a random model, edits of it by eight methods, three runs,
+and in
 ``expected.json`` the log-probabilities and means that version got with them.
 """
 
@@ -75,7 +77,8 @@ def test_the_edits_of_a_stream(old_lm):
     """What the checkpoint of an interrupted stream holds of them."""
     checkpoint = torch.load("stream/checkpoints/last.ckpt", weights_only=True)
     ModulePatch.restore(old_lm, checkpoint["callbacks"]["EditCallback"]["patches"][0])
-    rows = [json.loads(line)["requested_rewrite"] for line in open("counterfact.jsonl")]
+    lines = Path("counterfact.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line)["requested_rewrite"] for line in lines]
     prompts = [row["prompt"].format(row["subject"]) for row in rows]
     found = old_lm.score(prompts, [row["target_new"]["str"] for row in rows])
     torch.testing.assert_close(found.logprob_BM.sum(1), torch.tensor(EXPECTED["stream"]), **NEAR)

@@ -1,6 +1,7 @@
 """Methods: :class:`Editor` and :class:`WeightEditor`.
 
-An edit is active through one of three kinds of handle: :class:`WeightPatch` (parameters), :class:`ModulePatch` (outputs
+An edit is active through one of three kinds of handle: :class:`WeightPatch` (parameters), :class:`ModulePatch`
+(outputs
 of modules, through an adapter) and :class:`TextPatch` (prompts and answers).
 """
 

@@ -5,7 +5,7 @@ moment C whose eigenvalues are smallest, and P the keys of the edits in force,
 
     Delta = R K_q' (K_q K_q' + P_q P_q' + l2 I)^-1 Q',   K_q = Q' K,   P_q = Q' P
 
-so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (:mod:`corrigenda.modules.editors.spread`). Keys of an
+so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (``spread.py``). Keys of an
 edit are read on the model that it left, and are kept with the edit.
 
 Departures from the authors' code: the system is solved in the basis Q, where it is symmetric, in float64 (equal

@@ -1,7 +1,8 @@
 """What locate-then-edit methods share: contexts, keys, and the one ridge solver.
 
 An MLP output projection is read as a memory that answers a key k (its input at the subject's last token) with
-a value v (its output there). ROME and its kin choose a new value (:mod:`corrigenda.modules.editors.value_search`) and write
+a value v (its output there). ROME and its kin choose a new value
+(:mod:`corrigenda.modules.editors.value_search`) and write
 it in closed form.
 
 Shapes: N edits, Q context templates per edit (the bare prompt first), R = N * Q rows, F key width, D value

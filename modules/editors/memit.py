@@ -1,7 +1,8 @@
 """MEMIT: mass-editing memory (Meng et al., 2023, arXiv 2210.07229).
 
 Each of some consecutive MLP output projections takes an equal share of what the edits' values still lack
-(:mod:`corrigenda.modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over the second
+(:mod:`corrigenda.modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over
+the second
 moment C of the keys of ordinary text:
 
     Delta = R K' (lambda C + K K')^-1

@@ -6,7 +6,7 @@ least change of what it answers to ordinary text (second moment C):
     W' = W + Lambda (C^-1 k*)',   Lambda = (v* - W k1) / ((C^-1 k*)' k1)
 
 k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
-value that makes the new target likely (:mod:`corrigenda.modules.editors.value_search`), so that W' k1 = v* exactly.
+value that makes the new target likely (``value_search.py``), so that W' k1 = v* exactly.
 
     ROME     ROME(layer)              k* gives the direction, k1 is where the value holds
     r-ROME   ROME(layer, key="mean")  k* is both: Lambda = (v* - W k*) / (C^-1 k*)' k*   (arXiv 2403.07175)

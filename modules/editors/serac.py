@@ -6,7 +6,8 @@ edit e, and the model that answers is
     base(x)                 if the memory is empty or max_e phi(e, x) is not above the threshold
     psi(e*, x)              else, with e* the edit of the largest phi
 
-phi (:class:`~corrigenda.modules.training.scope.ScopeClassifier`) and psi (:class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`) are
+phi (:class:`~corrigenda.modules.training.scope.ScopeClassifier`) and psi
+(:class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`) are
 trained by two runs of ``fit``; their departures from the paper are told there.
 
 Departures from the authors' code: the decision reads the prompt alone, once, so that a teacher-forced target
@@ -114,7 +115,8 @@ class SERAC(MemoryEditor):
 
     Args:
         scope: checkpoint of a trained :class:`~corrigenda.modules.training.scope.ScopeClassifier`.
-        counterfactual: checkpoint of a trained :class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`.
+        counterfactual: checkpoint of a trained
+        :class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`.
         threshold: a prompt is within scope above this; the one found in validation if not given.
     """
 

@@ -202,7 +202,8 @@ def read_tensors(
 
 
 def read_origin(text: str) -> dict[str, Any]:
-    """Metadata of an edit from JSON: what :meth:`~corrigenda.modules.editing.editor.Editor.origin` wrote and what was added to it.
+    """Metadata of an edit from JSON: what :meth:`~corrigenda.modules.editing.editor.Editor.origin` wrote and
+    what was added to it.
 
     Raises:
         EditError: a value of another type than ours.

@@ -1,6 +1,7 @@
 """The contract between a language model and the edits that are active on it.
 
-A handle answers for itself: what it changes, from which block on, whether rows must run whole, whether it answers in
+A handle answers for itself: what it changes, from which block on, whether rows must run whole, whether it
+answers in
 the model's place. Model code imports this file and no concrete kind of edit; those are in ``modules/editing``.
 
 Shapes: B rows, T tokens.

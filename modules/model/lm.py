@@ -1,6 +1,7 @@
 """A Hugging Face causal language model and its tokenizer: text goes in, numbers or text come out.
 
-:class:`LanguageModel` is made of parts that can be read alone: :mod:`tokens` (text to ids), :mod:`active_edits` (the
+:class:`LanguageModel` is made of parts that can be read alone: :mod:`tokens` (text to ids), :mod:`active_edits`
+(the
 network and its edits), :mod:`reuse` (what is computed once), :mod:`scoring` and :mod:`generation`.
 """
 

@@ -66,7 +66,8 @@ class Reuse:
                               for the calls of one tail
     :meth:`shared`            inside: those states, token by token,  where an adapter decides by prompt (whole rows
                               for all calls; rows merged to trees    alone); in networks that take no trees
-    :meth:`common_prefix`     inside: keys and values of what all    beside deltas side by side, adapters, and layers
+    :meth:`common_prefix`     inside: keys and values of what all    beside deltas side by side, adapters, and
+    layers
                               rows of a call begin with; for the     with a running state
                               next call too, while only prompts are
                               edited

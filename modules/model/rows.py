@@ -26,7 +26,8 @@ class Rows:
         ids_BT: token ids.
         mask_BT: 1 on real tokens.
         start_B: index of each row's first target token (the row's length where it has no target).
-        depth_BT: where rows are trees (:mod:`corrigenda.modules.model.merging`), how many tokens each token comes after.
+        depth_BT: where rows are trees (:mod:`corrigenda.modules.model.merging`), how many tokens each token
+        comes after.
     """
 
     ids_BT: Tensor

@@ -1,6 +1,7 @@
 """Text to token ids and back: the only place that tokenises.
 
-Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`); the target is
+Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`); the
+target is
 what follows their longest common prefix with the prompt alone, so no rule about leading spaces or begin-of-text
 tokens depends on the model's family.
 

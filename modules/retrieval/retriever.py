@@ -1,7 +1,8 @@
 """Texts by likeness: encoders of sentences, and one retriever for whatever is looked up.
 
 A text becomes a unit vector (mean of its tokens' last states, normalised), so that the dot product of two is
-their cosine. Search is exact up to EXACT_UP_TO entries, and by :class:`~corrigenda.modules.retrieval.search.Cells` beyond.
+their cosine. Search is exact up to EXACT_UP_TO entries, and by
+:class:`~corrigenda.modules.retrieval.search.Cells` beyond.
 
 Shapes: N entries, B queries, D width of a vector, K results.
 """

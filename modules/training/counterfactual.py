@@ -36,7 +36,8 @@ class CounterfactualModel(FineTune):
     """psi: answers prompts with the edit's text in front. Train it with ``fit``.
 
     ``lm`` may be any small causal LM with the tokenizer of the model to be edited. An update of it is learned
-    from training cases (:class:`~corrigenda.modules.training.tuning.FineTune`) and validated on held-out ones: ``efficacy`` and
+    from training cases (:class:`~corrigenda.modules.training.tuning.FineTune`) and validated on held-out ones:
+    ``efficacy`` and
     ``generality`` ask for an edit's prompt and its paraphrases, with the edit in front. Its checkpoint with the
     best ``val/generality/exact`` is what SERAC takes.
     """
