@@ -56,9 +56,8 @@ def run(name, corrigenda, tiny_folder, data_files, tmp_path):
             "data": {"class_path": "ZsRE", "init_args": {
                 "path": data_files.zsre, "train_path": data_files.zsre_train, "batch_size": 2,
                 "val_fraction": 0.2}},
-            "trainer": {"max_steps": 6, "max_epochs": 100, "val_check_interval": 2, "check_val_every_n_epoch":
-            None,
-                        "enable_progress_bar": False, "accelerator": "cpu"},
+            "trainer": {"max_steps": 6, "max_epochs": 100, "val_check_interval": 2,
+                        "check_val_every_n_epoch": None, "enable_progress_bar": False, "accelerator": "cpu"},
             "wandb": "off",
         }  # fmt: skip
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
@@ -152,11 +151,11 @@ def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatc
     """A run that keeps nothing, one that keeps all, one that finds all on disk: the same bits."""
     counts = []
 
-    def drop(lm):
-        counts.append(lm.reuse._store.num_computed if lm.reuse._store else None)
-        dropped(lm)
+    def drop(reuse):
+        counts.append(reuse._store.num_computed if reuse._store else None)
+        dropped(reuse)
 
-    dropped = LanguageModel.drop_prefix
+    dropped = Reuse.drop
     monkeypatch.setattr(Reuse, "drop", drop)
     monkeypatch.setenv("CORRIGENDA_CACHE", str(tmp_path / "cache"))
     nothing = ("--model.lm.cache_memory_gib", "0", "--model.lm.cache_disk_gib", "0")
@@ -176,7 +175,7 @@ def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatc
 
 def test_training_the_plain_way_gives_nearly_the_same(name, run, tmp_path):
     assert run(tmp_path / "ours") == 0
-    assert run(tmp_path / "plain", "--model.lm.reuse.enabled", "false") == 0
+    assert run(tmp_path / "plain", "--model.lm.reuse_prefix", "false") == 0
     ours, plain = (load(tmp_path / folder)["state_dict"] for folder in ("ours", "plain"))
     start = torch.load(tmp_path / "ours/checkpoints/initial.ckpt", weights_only=True)["state_dict"]
     ours, plain, start = (

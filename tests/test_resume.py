@@ -207,24 +207,30 @@ def test_what_a_killed_process_was_writing_is_removed(corrigenda, stream, tmp_pa
 # ---------------------------------------------------------------------------- going on for longer
 
 
-@pytest.mark.parametrize("kind", ["stream", "tuning"])
-def test_a_finished_fit_goes_on_for_longer(request, corrigenda, refused, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "first", "then", "evaluated"),
+    [("stream", 3, 5, 1), ("tuning", 3, 5, 1), ("tuning", 5, 8, 2)],
+    ids=["a stream", "within an epoch", "at the end of an epoch"],
+)
+def test_a_finished_fit_goes_on_for_longer(
+    request, corrigenda, refused, tmp_path, kind, first, then, evaluated
+):
     """As if it had been given as many steps at once, also where it ended within an epoch."""
-    args = request.getfixturevalue(kind)
-    assert corrigenda(*args, "--run_dir", "whole", "--trainer.max_steps", "5") == 0
-    assert corrigenda(*args, "--run_dir", "a", "--trainer.max_steps", "3") == 0
+    args = [*request.getfixturevalue(kind), "--trainer.check_val_every_n_epoch", evaluated]
+    assert corrigenda(*args, "--run_dir", "whole", "--trainer.max_steps", then) == 0
+    assert corrigenda(*args, "--run_dir", "a", "--trainer.max_steps", first) == 0
     short = summary(tmp_path / "a")
     more = [*args, "--run_dir", "a", *ONE_MORE, "--trainer.max_steps"]
     assert "leave nothing to do: give more --trainer.max_steps" in refused(
-        *more, "3", folder=tmp_path / "a"
+        *more, first, folder=tmp_path / "a"
     )
-    assert "nothing left to do" in refused(*more, "2", folder=tmp_path / "a")
-    assert corrigenda(*more, "5") == 0
+    assert "nothing left to do" in refused(*more, first - 1, folder=tmp_path / "a")
+    assert corrigenda(*more, then) == 0
     whole, longer = (summary(tmp_path / name) for name in ("whole", "a"))
     assert whole["means"] == longer["means"]
     assert longer["budget"]["run_seconds"] > short["budget"]["run_seconds"]
     saved = [checkpoint(tmp_path / name) for name in ("whole", "a")]
-    assert saved[0]["global_step"] == saved[1]["global_step"] == 5
+    assert saved[0]["global_step"] == saved[1]["global_step"] == then
     for name, value in saved[0]["state_dict"].items():
         assert torch.equal(value, saved[1]["state_dict"][name])
     assert "holds a finished run" in refused(*args, "--run_dir", "a", folder=tmp_path / "a")
