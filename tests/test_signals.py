@@ -198,7 +198,7 @@ def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
     process.terminate()
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    assert [line for line in error.splitlines() if line] == [
-        "corrigenda: terminated; what was written is kept"
-    ]
+    lines = [line for line in error.splitlines() if line]
+    assert lines[-1] == "corrigenda: terminated; what was written is kept"
+    assert lines[:-1] in ([], ["corrigenda: stopping after this step; once more stops at once"])
     assert not (tmp_path / "a" / "summary.json").exists()
