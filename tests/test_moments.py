@@ -703,6 +703,16 @@ def test_two_programs_gather_once(
     near(found[1], by_hand(gather().lm, 1))
 
 
+def test_what_a_killed_process_left_is_removed_though_nothing_is_missing(gather, counted):
+    """It was killed after the file was complete, before its temporary folder was removed."""
+    gather().gather([0])
+    left = gather().folder / f".layer0.safetensors{files.UNFINISHED}"
+    left.mkdir()
+    made = len(counted)
+    gather().gather([0])
+    assert not left.exists() and len(counted) == made
+
+
 def test_keys_that_are_not_finite_are_not_kept(tiny_lm, source, tmp_path):
     lm = tiny_lm("llama")
     lm.net.get_submodule(lm.structure.mlp_names(0)[0]).weight.data[0, 0] = torch.nan

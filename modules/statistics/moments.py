@@ -99,7 +99,8 @@ class Moments:
         Where torch.distributed is initialised, all processes must call it, with the same layers.
         """
         found = self._found(layers)
-        if _lacking(layers, found):
+        left = any(self.folder.glob(f".*{files.UNFINISHED}"))  # by a process that was killed
+        if _lacking(layers, found) or _largest(int(left)):
             with self._alone():  # another program may have gathered them meanwhile
                 found = self._found(layers)
                 if missing := _lacking(layers, found):
