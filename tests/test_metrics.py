@@ -286,6 +286,12 @@ PORTABILITY = (
 )
 
 
+def test_portability_of_one_kind_in_several_cases():
+    values = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    means = metrics.two_level_means(values, ["alias"] * 4, cases(0, 0, 1, 2), 3)
+    assert means.tolist() == near([0.5, 0.0, 1.0])
+
+
 def test_t10_portability_has_two_levels():
     means = metrics.two_level_means(*PORTABILITY, cases(0, 0, 0, 1, 1, 1), 3)
     assert means.tolist() == near([0.75, 0.33333, NAN])
