@@ -11,7 +11,6 @@ from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.malmen import MALMEN
 from corrigenda.modules.editors.mend import MEND
-from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.reuse import Reuse
 
 pytestmark = [
