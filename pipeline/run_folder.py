@@ -110,7 +110,7 @@ def _last(config: Namespace) -> Path | None:
 
 def last_checkpoint(folder: Path) -> Path:
     """The checkpoint that a ``fit`` keeps up to date, see
-    :class:`~corrigenda.pipeline.run_writer.LastCheckpoint`."""
+    :class:`~corrigenda.pipeline.checkpointing.LastCheckpoint`."""
     return folder / "checkpoints" / "last.ckpt"
 
 

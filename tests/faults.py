@@ -104,10 +104,10 @@ class Bench:
 
         def prepare() -> None:
             import corrigenda.modules.statistics.moments
-            import corrigenda.pipeline.run_writer
+            import corrigenda.pipeline.checkpointing
 
             # Checkpoints and sums are kept after every step, not every minute.
-            corrigenda.pipeline.run_writer.KEPT_EVERY = (
+            corrigenda.pipeline.checkpointing.SAVE_EVERY = (
                 corrigenda.modules.statistics.moments.WRITE_SECONDS
             ) = 0.0
             corrigenda.modules.statistics.moments.BUFFER_TEXTS = 32

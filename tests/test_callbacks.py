@@ -24,9 +24,10 @@ from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline.callbacks import EditCallback
+from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.report.comparison import join
 from corrigenda.pipeline.report.runs import read_run
-from corrigenda.pipeline.run_writer import LastCheckpoint, RunWriter
+from corrigenda.pipeline.run_writer import RunWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -114,7 +115,7 @@ def lm(tiny_lm):
 @pytest.fixture
 def run(lm, data, tmp_path, monkeypatch):
     """``run(editor, schedule)``: a whole run in ``tmp_path / name``; returns its spy and its trainer."""
-    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("corrigenda.pipeline.checkpointing.SAVE_EVERY", 0.0)
 
     def run(
         editor, schedule, verb="validate", name="run", fail_at=None, model=lm, module=None, **rest

@@ -413,7 +413,7 @@ def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny)
 def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, monkeypatch):
     """The checkpoints of the default settings serve a stream of edits, too."""
     args = ["fit", *tiny, "--run_dir", "a", "--edit.schedule", "stream", "--data.batch_size", "1"]
-    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0)
+    monkeypatch.setattr("corrigenda.pipeline.checkpointing.SAVE_EVERY", 0)
     score, calls = LanguageModel.score, []
 
     def stop(*args, **kwargs):

@@ -18,7 +18,7 @@ import transformers
 from safetensors import safe_open
 
 from corrigenda.modules.statistics import moments
-from corrigenda.pipeline import run_writer
+from corrigenda.pipeline import checkpointing
 from tests.processes import Process, import_everything
 
 KILLS = int(os.environ.get("CORRIGENDA_KILLS", "1"))
@@ -75,7 +75,7 @@ def start(names, tmp_path):
     """``start(kind, folder)``: the process of a run that is kept after every step, with a cache of its own."""
 
     def keep_everything():
-        run_writer.KEPT_EVERY = moments.WRITE_SECONDS = 0.0
+        checkpointing.SAVE_EVERY = moments.WRITE_SECONDS = 0.0
 
     def process(kind, folder, *more):
         (tmp_path / folder).mkdir(exist_ok=True)

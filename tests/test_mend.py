@@ -473,7 +473,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     run_mend, tmp_path, monkeypatch, where, call, kept_every, kept
 ):
     """Stopped in the second or third epoch, in a step or in an evaluation, which is then made."""
-    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", kept_every)
+    monkeypatch.setattr("corrigenda.pipeline.checkpointing.SAVE_EVERY", kept_every)
     assert run_mend(tmp_path / "whole") == 0
     calls, stopped = iter(range(99)), getattr(MEND, where)
 

@@ -15,7 +15,7 @@ from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import locked
 from corrigenda.modules.training.tuning import FineTune
-from corrigenda.pipeline import run_writer
+from corrigenda.pipeline import checkpointing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -56,7 +56,7 @@ def tuning(base):
 
 @pytest.fixture(autouse=True)
 def every_step_is_kept(monkeypatch):
-    monkeypatch.setattr(run_writer, "KEPT_EVERY", 0.0)
+    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 0.0)
 
 
 @pytest.fixture
@@ -440,7 +440,7 @@ def test_infinite_values_are_null_and_are_counted_again(
 def test_a_signal_waits_for_the_step_and_keeps_it(
     request, corrigenda, tmp_path, monkeypatch, capfd, kind, number
 ):
-    monkeypatch.setattr(run_writer, "KEPT_EVERY", 60.0)
+    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 60.0)
     args = request.getfixturevalue(kind)
     owner = EditingModule if kind == "stream" else FineTune
     calls, step = [], owner.training_step
@@ -461,7 +461,7 @@ def test_a_signal_waits_for_the_step_and_keeps_it(
 
 
 def test_a_second_signal_does_not_wait(corrigenda, tuning, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_writer, "KEPT_EVERY", 60.0)
+    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 60.0)
     after = []
 
     def interrupted(*_):

@@ -596,7 +596,7 @@ def test_a_stream_keeps_one_memory_and_an_interrupted_one_finds_it_again(
 ):
     stream = ("fit", "-c", "serac.yaml", "--edit.schedule", "stream",
               "--trainer.limit_val_batches", 1)  # fmt: skip
-    monkeypatch.setattr("corrigenda.pipeline.run_writer.KEPT_EVERY", 0)
+    monkeypatch.setattr("corrigenda.pipeline.checkpointing.SAVE_EVERY", 0)
     assert corrigenda(*stream, "--run_dir", "whole") == 0
     calls, edit = [], SERAC.edit
 
