@@ -18,11 +18,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.modules import processes
 from corrigenda.modules.editing.adapters import ModulePatch
 from corrigenda.modules.editing.editor import Editor, WeightEditor, editing_mode
 from corrigenda.modules.editing.memory import MemoryEditor
 from corrigenda.modules.editing.weight_patch import WeightPatch
-from corrigenda.modules.evaluation.module import CaseResult, Conditions, EditingModule
+from corrigenda.modules.evaluation.measures import CaseResult
+from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.files import file_name
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta
@@ -257,10 +259,8 @@ class EditCallback(Callback):
         Every process calls this: those that share the cases add up what they have spent.
         """
         cost = replace(self.cost, peak_gib=max(peak_gib(), self.cost.peak_gib))
-        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if is_shared and self.schedule in ("each", "batch"):
-            every: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, cost)  # each has made edits of its own
+        if processes.are_several() and self.schedule in ("each", "batch"):
+            every = processes.gather(cost)  # each has made edits of its own
             cost = replace(sum(every, Cost()), prepare_seconds=cost.prepare_seconds)
         return replace(cost, counts=dict(self.editor.counts) if self.editor else {})
 

@@ -23,7 +23,8 @@ from corrigenda.modules.files import replacing, write_text
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import is_linear, is_quantised, sizes
 from corrigenda.modules.statistics.corpus import Corpus
-from corrigenda.modules.statistics.moments import Moments, first_token_shares
+from corrigenda.modules.statistics.first_tokens import first_token_shares
+from corrigenda.modules.statistics.moments import Moments
 from corrigenda.modules.statistics.tracing import (
     LAST_SUBJECT,
     ROLES,

@@ -13,11 +13,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, EditingModule
+from corrigenda.modules import processes
+from corrigenda.modules.evaluation.measures import PROTOCOLS, CaseResult
+from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import write_text
 from corrigenda.pipeline.callbacks import EditCallback, wandb_loggers
 from corrigenda.pipeline.cost import Cost
@@ -193,9 +194,7 @@ class RunWriter(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         """Gathers once, in the order of the data: processes had its batches in turn, some one batch less."""
         if trainer.world_size > 1 and not trainer.sanity_checking:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self._waiting)
-            turns = zip_longest(*gathered, fillvalue=[])
+            turns = zip_longest(*processes.gather(self._waiting), fillvalue=[])
             self._append(trainer, [row for turn in turns for rows in turn for row in rows])
             self._waiting = []
 

@@ -11,7 +11,8 @@ from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
-from corrigenda.modules.evaluation.module import PROTOCOLS, CaseResult, Conditions, EditingModule
+from corrigenda.modules.evaluation.measures import PROTOCOLS, CaseResult
+from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
@@ -355,6 +356,6 @@ def test_what_was_measured_before_counts_as_it_did_then(tiny_lm):
     (left,) = parts.validation_step(cases, 0)["results"]
     assert left.case is cases[1] and "multihop/any_exact" in first.metrics
     assert parts.compute_means() == whole.compute_means()
-    assert {name: type(m) for name, m in parts._metrics.items()} == {
-        name: type(m) for name, m in whole._metrics.items()
+    assert {name: type(m) for name, m in parts._running.metrics.items()} == {
+        name: type(m) for name, m in whole._running.metrics.items()
     }

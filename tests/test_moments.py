@@ -19,7 +19,10 @@ from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.statistics import corpus as corpus_module
 from corrigenda.modules.statistics import moments as moments_module
 from corrigenda.modules.statistics.corpus import IMPORTED, Corpus, sampled_texts
-from corrigenda.modules.statistics.moments import Moments, cholesky, first_token_shares, read_npz
+from corrigenda.modules.statistics.first_tokens import first_token_shares
+from corrigenda.modules.statistics.matrices import cholesky
+from corrigenda.modules.statistics.moments import Moments
+from corrigenda.modules.statistics.published import read_npz
 
 TEXTS = [
     f"{start} {middle} {end}"

@@ -9,7 +9,8 @@ import torch
 from corrigenda.datamodules.files import DataError
 from corrigenda.datamodules.mquake import MQuAKE
 from corrigenda.modules import metrics
-from corrigenda.modules.evaluation.module import PROTOCOLS, EditingModule
+from corrigenda.modules.evaluation.measures import PROTOCOLS
+from corrigenda.modules.evaluation.module import EditingModule
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "mquake"
 FILES = {"MQuAKE-CF-3k_subset354.jsonl": (354, {1, 2, 3}), "MQuAKE-hard.jsonl": (429, {4})}

@@ -406,7 +406,7 @@ def test_cases_of_another_make_are_refused(corrigenda, refused, validate, tmp_pa
 def test_infinite_values_are_null_and_are_counted_again(
     corrigenda, validate, tmp_path, monkeypatch
 ):
-    measure = "corrigenda.modules.evaluation.module.metrics.kl"
+    measure = "corrigenda.modules.metrics.kl"
     monkeypatch.setattr(measure, lambda before, after, mask: torch.full((len(mask),), torch.inf))
     assert corrigenda(*validate, "--run_dir", "whole") == 0
     with monkeypatch.context() as patch:

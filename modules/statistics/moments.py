@@ -23,20 +23,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
-from corrigenda.modules import files
+from corrigenda.modules import files, processes
 from corrigenda.modules.model.delta import require_finite
-from corrigenda.modules.model.hooks import Hook, capture, hooked
+from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.loading import cache_dir
 from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.statistics.corpus import IMPORTED, Corpus
+from corrigenda.modules.statistics.matrices import cholesky, eigen, gram
+from corrigenda.modules.statistics.published import read_npz
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Moments:
 
     def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
         """(values_F, vectors_FF) of C, ascending, one vector per column, float64; kept beside C."""
-        stored = self._derived(layer, "eigen", _eigen)
+        stored = self._derived(layer, "eigen", eigen)
         return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
 
     def _derived(
@@ -138,7 +138,7 @@ class Moments:
                 f"no statistics of layer {layers[0]} of {self.lm.name!r} have been imported: run "
                 f"corrigenda moments --lm.name {self.lm.name} --import FILE --layers {layers[0]}"
             )
-        rank, world = _world()
+        rank, world = processes.rank_and_number()
         number = f".rank{rank}of{world}" if world > 1 else ""
         partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
         state, written = self._begin(partial, layers), time.monotonic()
@@ -158,7 +158,7 @@ class Moments:
                 self._write(partial, state)
                 written = time.monotonic()
         width = self.lm.structure.inner_width
-        tokens = _total(state["tokens"])
+        tokens = processes.total(state["tokens"])
         if tokens < width:
             raise ValueError(
                 f"the corpus {self.corpus.source!r} has {int(tokens)} tokens, fewer than the key "
@@ -166,13 +166,13 @@ class Moments:
             )
         found = {}
         for layer in layers:
-            moment_FF = _total(state[str(layer)]) / tokens
+            moment_FF = processes.total(state[str(layer)]) / tokens
             if not moment_FF.isfinite().all():
                 raise ValueError(
                     f"the keys of block {layer} of {self.lm.name!r} on the corpus {self.corpus.source!r} are not "
                     f"finite in {self._dtype}: choose another --lm.dtype, or check the model"
                 )
-            share = _total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
+            share = processes.total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
             found[layer] = {"moment": moment_FF, "tokens": tokens, "first_share": share}
             log.info("layer %d: %.1f %% of trace(C) is of first tokens", layer, 100 * share)
             self._write(self._path(layer), found[layer])
@@ -201,9 +201,9 @@ class Moments:
         """Whether C has changed little since half as much text; looked at after 1, 2, 4, ... rounds."""
         change = 1.0
         if self.corpus.tolerance and not rounds & (rounds - 1):
-            change, tokens = 0.0, _total(state["tokens"])
+            change, tokens = 0.0, processes.total(state["tokens"])
             for layer in layers:
-                moment_FF = _total(state[str(layer)]) / tokens
+                moment_FF = processes.total(state[str(layer)]) / tokens
                 moved = (moment_FF - state[f"{layer}.before"]).norm() / moment_FF.norm()
                 change = max(change, float(moved))
                 state[f"{layer}.before"] = moment_FF
@@ -236,7 +236,7 @@ class Moments:
         """Adds one buffer's keys."""
         names = {self.lm.structure.out_name(layer): layer for layer in layers}
         modules = {name: self.lm.net.get_submodule(name) for name in names}
-        for rows in _padded(self.lm, ids):
+        for rows in padded_batches(self.lm, ids):
             with capture(modules, stop=True) as seen:
                 self.lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
             real = rows.mask_BT.bool().flatten()
@@ -245,7 +245,7 @@ class Moments:
                 first_BF = keys_NF[:: rows.ids_BT.shape[1]]
                 state[f"{layer}.first"] += first_BF.double().square().sum()
                 keys_nF = keys_NF[real]
-                state[str(layer)] += _gram(keys_nF).double()
+                state[str(layer)] += gram(keys_nF).double()
             state["tokens"] += int(real.sum())
 
     # ------------------------------------------------------------------ files
@@ -332,7 +332,7 @@ class Moments:
         with ExitStack() as stack:
             for attempt in count():
                 held = 0
-                if _world()[0] == 0:
+                if processes.rank_and_number()[0] == 0:
                     wait = WAIT_SECONDS if attempt else 0.0
                     try:
                         stack.enter_context(files.locked(lock, f"the folder {self.folder}", wait))
@@ -353,101 +353,7 @@ def _lacking(layers: Sequence[int], found: dict[int, dict[str, Tensor]]) -> list
     return [layer for layer in sorted(set(layers)) if _largest(int(layer not in found))]
 
 
-def _eigen(moment_FF: Tensor) -> dict[str, Tensor]:
-    values_F, vectors_FF = torch.linalg.eigh(moment_FF)
-    return {"values": values_F.clamp(min=0), "vectors": vectors_FF}
-
-
-@torch.no_grad()
-def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
-    """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
-    first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
-    every_L = first_L.clone()
-    ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.tokens.encode(texts)]
-    real: list[Tensor] = []
-
-    def measure(layer: int) -> Hook:
-        def hook(_module: nn.Module, args: tuple, _output: Tensor) -> None:
-            mask_BT = real[0]
-            keys_BTF = args[0].reshape(*mask_BT.shape, -1)
-            squares_BT = keys_BTF.float().square().sum(-1).double() * mask_BT
-            first_L[layer] += float(squares_BT[:, 0].sum())
-            every_L[layer] += float(squares_BT.sum())
-
-        return hook
-
-    names = [lm.structure.out_name(layer) for layer in range(lm.structure.num_layers)]
-    pairs = [(lm.net.get_submodule(name), measure(layer)) for layer, name in enumerate(names)]
-    with lm.pristine(), hooked(pairs):
-        for rows in _padded(lm, ids):
-            real[:] = [rows.mask_BT]
-            lm.net.get_decoder()(input_ids=rows.ids_BT, use_cache=False)
-    return (first_L / every_L).tolist()
-
-
-def read_npz(path: str | Path) -> tuple[Tensor, int]:
-    """(C_FF in float64, tokens) of a statistics file of the ROME or MEMIT authors.
-
-    It holds the sum over tokens (``mom2.mom2``) and their number (``mom2.count``); files of other programs
-    that hold the same two are read as well. Raises ValueError for anything else, FileNotFoundError for none.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such statistics file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = sorted(file.files)
-            if not {"mom2.mom2", "mom2.count"} <= set(names):
-                raise ValueError(f"it holds {', '.join(names)}, not mom2.mom2 and mom2.count")
-            total, count = np.asarray(file["mom2.mom2"], np.float64), int(file["mom2.count"])
-    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of second moments ({error})") from None
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or count < total.shape[0]:
-        raise ValueError(
-            f"{path}: not a usable second moment: {total.shape} from {count} tokens; it must be square and "
-            "come from at least as many tokens"
-        )
-    if not np.abs(total - total.T).max() <= 1e-3 * np.abs(total).max():  # NaN is not, either
-        raise ValueError(f"{path}: the second moment is damaged: not finite, or not symmetric")
-    return torch.from_numpy(total / count), count
-
-
-def cholesky(moment_FF: Tensor) -> Tensor:
-    """Lower factor in float64; adds to the diagonal, with a warning, only what it must.
-
-    Sums of float32 products are positive definite up to their rounding only, which the least eigenvalues of a
-    second moment can fall below.
-    """
-    moment_FF = moment_FF.double()
-    diagonal_F = moment_FF.diagonal()
-    for share in (0.0, 1e-8, 1e-7, 1e-6, 1e-5):
-        jitter = share * diagonal_F.mean()
-        factor, failed = torch.linalg.cholesky_ex(
-            moment_FF + torch.diag(jitter.expand_as(diagonal_F))
-        )
-        if not failed:
-            if share:
-                log.warning(
-                    "the second moment is singular to rounding: added %.1e to its diagonal", jitter
-                )
-            return factor
-    raise ValueError(
-        "the second moment cannot be factored: it is not finite, or of too little text"
-    )
-
-
-def _gram(keys_nF: Tensor, parts: int = 4) -> Tensor:
-    """keys' keys, each pair of coordinates multiplied once and written twice."""
-    width = keys_nF.shape[1]
-    gram_FF = keys_nF.new_empty(width, width)
-    step = -(-width // parts)
-    for at in range(0, width, step):
-        right_XF = keys_nF[:, at : at + step].T @ keys_nF[:, at:]
-        gram_FF[at : at + step, at:] = right_XF
-        gram_FF[at:, at : at + step] = right_XF.T
-    return gram_FF
-
-
-def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
+def padded_batches(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
     """Batches of texts sorted by length and padded on the right, so that causal attention needs no mask."""
     ids = sorted((row for row in ids if row), key=len)
     begin = 0
@@ -459,29 +365,9 @@ def _padded(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
         begin += count
 
 
-def _world() -> tuple[int, int]:
-    """(rank, number) of the processes that gather together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _total(part: Tensor) -> Tensor:
-    """The sum of all processes' tensors; the tensor itself is left as it is."""
-    total = part.clone()
-    if _world()[1] > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
 def _largest(number: int) -> int:
     """The largest of all processes' numbers."""
-    rank, world = _world()
-    if world == 1:
-        return number
-    every: list[int] = [0] * world
-    torch.distributed.all_gather_object(every, number)
-    return max(every)
+    return max(processes.gather(number))
 
 
 def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:

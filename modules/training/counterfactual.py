@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe, Separator, joined
-from corrigenda.modules.evaluation.module import UNMOVED
+from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import GenerationRequest
 from corrigenda.modules.model.lm import LanguageModel
@@ -69,7 +69,7 @@ class CounterfactualModel(FineTune):
         """The case without probes that must not move, and with the edit in front of the others."""
         probes = {}
         for criterion, some in case.probes.items():
-            if criterion not in UNMOVED:
+            if criterion not in LOCALITY_CRITERIA:
                 probes[criterion] = tuple(
                     Probe(
                         in_front(case.edits[0], p.prompt, separator), p.target, p.rival, p.aliases

@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.modules import checks
 from corrigenda.modules.editing.editor import WeightEditor
-from corrigenda.modules.evaluation.module import UNMOVED, EditingModule
+from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
+from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
@@ -238,7 +239,10 @@ class LearnedEditor(EditingModule, WeightEditor):
             same, *others = case.phrasings
             outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
             kept = [
-                probe for name in UNMOVED for probe in case.probes.get(name, ()) if probe.target
+                probe
+                for name in LOCALITY_CRITERIA
+                for probe in case.probes.get(name, ())
+                if probe.target
             ]
             local.append(draw.choice(kept or [self._neighbour(case, draw)]))
         return edits, outer, local

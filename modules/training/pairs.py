@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from corrigenda.datamodules.records import EditCase
-from corrigenda.modules.evaluation.module import UNMOVED
+from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
 
 Kin = dict[
     str, list[EditCase]
@@ -77,7 +77,7 @@ def subject_of(case: EditCase) -> str:
 
 def unmoved(case: EditCase) -> list[str]:
     """What is asked about a case and must not move."""
-    return [probe.prompt for name in UNMOVED for probe in case.probes.get(name, ())]
+    return [probe.prompt for name in LOCALITY_CRITERIA for probe in case.probes.get(name, ())]
 
 
 def _same_relation(case: EditCase, other: EditCase) -> bool | None:

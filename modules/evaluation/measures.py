@@ -1,0 +1,181 @@
+"""The one evaluation: what is asked of a model under edits, and how the answers are counted.
+
+What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
+``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
+``agreement``, ``kl`` and ``drawdown`` follow. With several edits in force, what must stay for one of them and is
+the prompt of another is not scored. With ``generate_tokens`` answers are also generated freely
+(``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
+the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
+
+Of ``text``, where some is given, ``perplexity`` is taken, and its ``perplexity_increase`` over the unedited
+model's, as a share of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor
+
+from corrigenda.datamodules.records import EditCase, Probe
+from corrigenda.modules import metrics
+from corrigenda.modules.model.rows import TargetScores
+
+LOCALITY_CRITERIA = (
+    "locality",
+    "unrelated",
+)  # criteria that ask whether something stayed as it was
+COMPARED = ("efficacy", *LOCALITY_CRITERIA)  # criteria on which the unedited model is asked as well
+
+# How each measure is taken; the schedule adds when, e.g. "tf_exact@each".
+PROTOCOLS = {
+    "accuracy": "tf_tok",
+    "exact": "tf_exact",
+    "known_before": "tf_exact",
+    "preference": "cf_prob",
+    "margin": "cf_prob",
+    "score": "cf_prob",
+    "balance": "tf_exact",
+    "agreement": "tf_tok",
+    "kl": "kl",
+    "drawdown": "tf_exact",
+    "wild_exact": "wild",
+    "wild_contains": "wild",
+    "wild_prefix": "wild",
+    "wild_f1": "wild",
+    "wild_same": "wild",
+    "auc": "pairs",
+    "routed": "routing",
+    "perplexity": "nll",
+    "perplexity_increase": "nll",
+}
+
+# Criteria whose probes make one verdict per case, and the yes-or-no measures that it is made of.
+VERDICTS: dict[str, tuple[str, type[metrics.CaseMean]]] = {
+    "multihop": ("any", metrics.MultiHopAccuracy),
+    "hops": ("all", metrics.HopAccuracy),
+}
+GENERATED: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "wild_exact": metrics.wild_exact,
+    "wild_contains": metrics.wild_contains,
+    "wild_prefix": metrics.wild_prefix,
+    "wild_f1": metrics.wild_f1,
+}
+JUDGED = ("exact", "wild_exact", "wild_contains", "wild_prefix")
+PROTOCOLS |= {f"{verdict}_{m}": PROTOCOLS[m] for verdict, _ in VERDICTS.values() for m in JUDGED}
+
+
+@dataclass
+class CaseResult:
+    """What one case's probes gave: case means by ``<criterion>/<measure>``, and every probe's answer."""
+
+    case: EditCase
+    metrics: dict[str, float] = field(default_factory=dict)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """As a line of ``cases.jsonl``."""
+        edits = [{"text": e.text, "target_new": e.target_new} for e in self.case.edits]
+        return {
+            "case_id": self.case.case_id,
+            "fingerprint": self.case.fingerprint,
+            "edits": edits,
+            "metrics": self.metrics,
+            "probes": self.probes,
+        }
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """The probes of some cases with a target, flattened: B probes."""
+
+    case_B: list[int]
+    criterion_B: list[str]
+    probe_B: list[Probe]
+
+    @classmethod
+    def of(cls, cases: Sequence[EditCase], compared: bool, edited: Set[str]) -> ProbeBatch:
+        flat = [
+            (c, criterion, probe)
+            for c, case in enumerate(cases)
+            for criterion, probes in case.probes.items()
+            for probe in probes
+            if probe.target and (criterion in COMPARED) == compared
+            if criterion not in LOCALITY_CRITERIA or probe.prompt not in edited
+        ]
+        return cls(*map(list, zip(*flat, strict=True))) if flat else cls([], [], [])
+
+    def of_criteria(self, *criteria: str) -> list[int]:
+        return [b for b, name in enumerate(self.criterion_B) if name in criteria]
+
+
+def measure_probes(
+    after: TargetScores,
+    before: TargetScores | None,
+    rival: TargetScores,
+    with_rival: list[int],
+    probes: ProbeBatch,
+) -> dict[str, dict[int, float]]:
+    """Measure to probe index to value."""
+    everything = range(len(probes.probe_B))
+    answers = (after.greedy_BM, after.target_BM, after.mask_BM, after.logprob_BM)
+    table = {
+        "accuracy": _numbered(everything, metrics.token_accuracy(*answers)),
+        "exact": _numbered(everything, metrics.exact_match(*answers)),
+    }
+    if with_rival:
+        own = (after.logprob_BM[with_rival], after.mask_BM[with_rival])
+        both = (*own, rival.logprob_BM, rival.mask_BM)
+        table["preference"] = _numbered(with_rival, metrics.preference(*both))
+        table["margin"] = _numbered(with_rival, metrics.margin(*both))
+    local = probes.of_criteria(*LOCALITY_CRITERIA)
+    if before is None:
+        return table
+    exact_before_B = metrics.exact_match(
+        before.greedy_BM, before.target_BM, before.mask_BM, before.logprob_BM
+    )
+    edited = probes.of_criteria("efficacy")
+    table["known_before"] = _numbered(edited, exact_before_B[edited])
+    if local:
+        now, then = (scores[local] for scores in (after, before))
+        same_B = metrics.agreement(now.greedy_BM, then.greedy_BM, now.mask_BM, now.logprob_BM)
+        table["agreement"] = _numbered(local, same_B)
+        full_then, full_now = (cast(Tensor, scores.full_BMV) for scores in (then, now))
+        table["kl"] = _numbered(local, metrics.kl(full_then, full_now, now.mask_BM))
+        exact_B = metrics.exact_match(now.greedy_BM, now.target_BM, now.mask_BM, now.logprob_BM)
+        table["drawdown"] = _numbered(local, metrics.drawdown(exact_before_B[local], exact_B))
+    return table
+
+
+def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
+    return dict(zip(rows, values_B.tolist(), strict=True))
+
+
+def measure_generated(
+    texts: Sequence[str], pristine: Mapping[int, str], probes: ProbeBatch
+) -> dict[str, dict[int, float]]:
+    """Measure to probe index to value, of freely generated answers.
+
+    Args:
+        texts: what the model under evaluation has generated for every probe.
+        pristine: what the unedited model has generated, by probe index.
+        probes: the probes.
+    """
+    table: dict[str, dict[int, float]] = {name: {} for name in GENERATED}
+    for b, (probe, text) in enumerate(zip(probes.probe_B, texts, strict=True)):
+        answers = [str(probe.target), *probe.aliases]
+        for name, compare in GENERATED.items():
+            table[name][b] = compare(metrics.wild_answer(text), answers)
+    if pristine:
+        table["wild_same"] = {b: float(texts[b] == text) for b, text in pristine.items()}
+    return table
+
+
+def reductions(criterion: str, measure: str) -> Iterator[tuple[str, type[metrics.CaseMean]]]:
+    """Names of what a case's values become, and the metric that computes it."""
+    yield f"{criterion}/{measure}", metrics.CaseMean
+    if criterion in VERDICTS and measure in JUDGED:
+        verdict, kind = VERDICTS[criterion]
+        yield f"{criterion}/{verdict}_{measure}", kind

@@ -1,0 +1,39 @@
+"""Processes that share the work through ``torch.distributed``; a process alone needs nothing initialised."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def are_several() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank_and_number() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if are_several():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(value: Value) -> list[Value]:
+    """Every process's value, by rank."""
+    _, number = rank_and_number()
+    values = [value] * number
+    if number > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def total(part: Tensor) -> Tensor:
+    """The sum of all processes' tensors; the tensor itself is left as it is."""
+    summed = part.clone()
+    if rank_and_number()[1] > 1:
+        torch.distributed.all_reduce(summed)
+    return summed
