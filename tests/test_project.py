@@ -29,13 +29,11 @@ def test_every_console_script_resolves() -> None:
         assert callable(getattr(importlib.import_module(module), name)), f"{script} = {target}"
 
 
-def test_every_package_is_listed() -> None:
-    found = {
-        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for package in ("pipeline", "modules", "datamodules")
-        for path in (ROOT / package).rglob("__init__.py")
-    }
-    assert {*PYPROJECT["tool"]["setuptools"]["packages"]} == found | {"configs"}
+def test_every_folder_of_code_is_a_package_under_the_one_import_name() -> None:
+    for name in ("pipeline", "modules", "datamodules"):
+        assert (ROOT / "corrigenda" / name).resolve() == ROOT / name
+        for folder in {path.parent for path in (ROOT / name).rglob("*.py")}:
+            assert (folder / "__init__.py").is_file(), f"{folder} is left out of the wheel"
 
 
 def test_tested_versions_are_within_the_ranges() -> None:
