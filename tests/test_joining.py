@@ -271,7 +271,7 @@ def test_the_command_line_says_so_in_one_line(
     assert not (tmp_path / "long" / "summary.json").exists()
     means = []
     for separator in ("auto", " ", ""):
-        given = ["--model.lm.tokens.separator", separator, "--run_dir", f"run{len(means)}"]
+        given = ["--model.lm.separator", separator, "--run_dir", f"run{len(means)}"]
         assert corrigenda(*run, "--data.path", data_files.zsre, *given) == 0
         text = (tmp_path / f"run{len(means)}" / "summary.json").read_text()
         means.append(json.loads(text)["means"])

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from corrigenda.modules.model.kv_cache import with_room
+from corrigenda.modules.model.kv_cache import preallocated
 
 CONFIG = LlamaConfig(num_hidden_layers=2)
 
@@ -24,14 +24,14 @@ def add(tokens, *caches, rows=3):
         assert all(map(torch.equal, read[0], read[-1]))
 
 
-@pytest.mark.parametrize("begun", [0, 5])
+@pytest.mark.parametrize("length", [0, 5])
 @pytest.mark.parametrize("room", [2, 8, 20])
-def test_room_changes_nothing(room, begun):
-    """Also when it is too little, and when rows or the last tokens are taken out in between."""
+def test_room_changes_nothing(room, length):
+    """Also when it is too little, and when rows or the last tokens are removed in between."""
     own = DynamicCache(config=CONFIG)
-    if begun:
-        add(begun, own)
-    roomy = with_room(own, room)
+    if length:
+        add(length, own)
+    roomy = preallocated(own, room)
     for tokens in (3, 1, 1, 4):
         add(tokens, own, roomy)
         assert same(own, roomy) and own.get_seq_length() == roomy.get_seq_length()
@@ -45,21 +45,21 @@ def test_room_changes_nothing(room, begun):
 
 
 def test_what_it_starts_from_stays_as_it_is():
-    begun = DynamicCache(config=CONFIG)
-    add(4, begun)
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in begun.layers]
-    first, second = with_room(begun, 9), with_room(begun, 9)
+    start = DynamicCache(config=CONFIG)
+    add(4, start)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in start.layers]
+    first, second = preallocated(start, 9), preallocated(start, 9)
     add(2, first)
     add(3, second)
     assert all(
         torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
-        for layer, (keys, values) in zip(begun.layers, before, strict=True)
+        for layer, (keys, values) in zip(start.layers, before, strict=True)
     )
     assert first.get_seq_length() == 6 and second.get_seq_length() == 7
 
 
 def test_a_new_token_is_written_where_it_stands():
-    cache = with_room(DynamicCache(config=CONFIG), 9)
+    cache = preallocated(DynamicCache(config=CONFIG), 9)
     add(4, cache)
     place = cache.layers[0].keys.data_ptr()
     add(1, cache)
@@ -68,5 +68,5 @@ def test_a_new_token_is_written_where_it_stands():
 
 def test_windows_keep_a_layer_of_their_own():
     cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
-    roomy = with_room(cache, 9)
+    roomy = preallocated(cache, 9)
     assert all(type(layer) is DynamicSlidingWindowLayer for layer in roomy.layers)

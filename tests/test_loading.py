@@ -144,7 +144,7 @@ def test_a_token_beyond_the_embedding_is_refused_when_it_is_met(folder):
     lm = LanguageModel(str(folder))  # as published models with a few spare tokens
     lm.score(["The town"], ["is"])
     with pytest.raises(
-        ModelError, match=r"token '<extra-9>' has number 409, and the model embeds 404"
+        ModelError, match=r"token '<extra-9>' has the id 409, and the model embeds 404"
     ):
         lm.score(["The town <extra-9>"], ["is"])
 

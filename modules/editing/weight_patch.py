@@ -93,8 +93,8 @@ class WeightPatch(EditHandle):
         weight_OI = read_weight(module)
         wanted_OI = weight_OI.double() + update_OI
         if not lm.requantize:
-            return with_weight(module, wanted_OI.to(lm.net.dtype), pack=False)
-        edited = with_weight(module, wanted_OI.to(weight_OI.dtype), pack=True)
+            return with_weight(module, wanted_OI.to(lm.net.dtype), requantize=False)
+        edited = with_weight(module, wanted_OI.to(weight_OI.dtype), requantize=True)
         missing = (read_weight(edited).double() - wanted_OI).norm() / update_OI.norm()
         self._lost[name] = missing.item()
         log.info(

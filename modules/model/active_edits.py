@@ -21,7 +21,7 @@ from corrigenda.modules.model.structure import Structure, find_structure
 
 
 class ActiveEdits:
-    """The edits on one network, oldest first, and what follows from them for whoever runs it.
+    """The edits on one network, oldest first, and what they mean for a forward pass.
 
     Args:
         net: a causal network.
@@ -31,7 +31,7 @@ class ActiveEdits:
         self.net = net
         self.structure: Structure = find_structure(net)
         self.handles: list[EditHandle] = []
-        self.batch: PromptBatch | None = None  # the one that is running
+        self.batch: PromptBatch | None = None  # while one runs
         self._suspended = False  # see :meth:`pristine`
 
     @property
@@ -47,7 +47,7 @@ class ActiveEdits:
     # ------------------------------------------------------------------ on and off
 
     def pristine(self) -> AbstractContextManager:
-        """Inside, no edit is active; afterwards all are again, bit-exactly. Nested ones change nothing."""
+        """Inside, no edit is active; afterwards all are again, bit-exactly. Nesting has no effect."""
         if self._suspended:
             return nullcontext()
         swapped: list[EditHandle] = []
@@ -66,7 +66,7 @@ class ActiveEdits:
         return Reversible(suspend, resume)
 
     def provisional(self) -> Reversible:
-        """Edits that are made inside are removed at the end."""
+        """Edits made inside are removed at the end."""
         count = len(self.handles)
 
         def remove() -> None:
@@ -88,13 +88,13 @@ class ActiveEdits:
         return side_branches(self.net, deltas, owner_B)
 
     def announce(self, prompt_BT: Tensor) -> Reversible:
-        """Inside, one batch runs whose prompts are these tokens, for adapters that decide by prompt.
+        """Inside, one batch runs, and these are its prompt tokens: adapters that decide by prompt need them.
 
-        Forward passes that are not announced run without those adapters.
+        In forward passes that are not announced those adapters are inactive.
         """
         return replaced(self, batch=PromptBatch(prompt_BT))
 
-    # ------------------------------------------------------------------ what they change
+    # ------------------------------------------------------------------ what the edits change
 
     @property
     def any_active(self) -> bool:
@@ -103,26 +103,26 @@ class ActiveEdits:
 
     @property
     def need_whole_rows(self) -> bool:
-        """Whether an adapter decides by prompt, for which rows are neither cut nor merged."""
+        """Whether an adapter decides by prompt, so that rows must be neither cut nor merged."""
         return any(handle.needs_whole_rows for handle in self.handles)
 
     @property
     def change_network(self) -> bool:
-        """Whether any edit changes what the network computes, and not only prompts or answers."""
+        """Whether any edit changes what the network computes, not only prompts or outputs."""
         return any(handle.changes_network for handle in self.handles)
 
     @property
     def answering(self) -> Answering | None:
-        """The newest edit that answers in the model's place."""
+        """The newest edit that scores and generates in the model's place."""
         found = [handle.answering for handle in reversed(self.handles)]
         return next((edit for edit in found if edit is not None), None)
 
     def lowest_layer(self, deltas: Sequence[Delta] = ()) -> int:
-        """Nothing below this block differs between the edited and the unedited model."""
+        """The lowest block that any edit changes; below it edited and unedited model are the same."""
         layers = [handle.lowest_layer for handle in self.handles]
         layers += [self.structure.layer_of(name) for delta in deltas for name in delta.updates]
         return min(layers, default=self.structure.num_layers - 1)
 
     def all_above(self, layer: int) -> bool:
-        """Whether what enters a block is the unedited model's."""
+        """Whether every edit is at or above a block, so that its input is the unedited model's."""
         return all(handle.lowest_layer >= layer for handle in self.handles)

@@ -1,7 +1,7 @@
 """Edits of weights as data: :class:`Delta`, its file, and models edited in different ways side by side.
 
-Shapes: O outputs, I inputs of a linear map; r the rank of an update; B rows, T tokens, E edited models side by
-side. Updates are always [out, in], whatever the module stores.
+Shapes: O outputs, I inputs of a linear layer; r the rank of an update; B rows, T tokens, E edited models side by
+side. Updates are always [out, in], however the module stores its weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMAT = "corrigenda-delta-1"
 
 
 class EditError(ValueError):
-    """An edit that cannot be made or undone; the message says why and what to do."""
+    """An edit that cannot be made or removed; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ Update = LowRank | Tensor
 def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     """(left_Or, values_r, right_rI) in float64: singular vectors and values, the largest first.
 
-    r is the numerical rank: what is zero up to the update's own rounding is left out. Factors are never
-    multiplied out; a bias counts as a single column. Raises EditError for an update that is not finite.
+    r is the numerical rank: values that are zero up to the update's rounding are left out. Factors are not
+    multiplied; a bias counts as a single column. Raises EditError for an update that is not finite.
     """
     parts = (update.left_Or, update.right_rI) if isinstance(update, LowRank) else (update,)
     if not all(part.isfinite().all() for part in parts):
@@ -74,13 +74,13 @@ def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Delta:
-    """What an edit changes: parameter name to a low-rank or a dense update, always [out, in].
+    """What an edit changes: for each parameter a low-rank or a dense update, always [out, in].
 
     Args:
         updates: by parameter name (``model.layers.3.mlp.down_proj.weight``); a bias is a dense vector.
-        metadata: JSON values kept in the file's header; ``base`` is the weight hash of the model it belongs to.
-        keys: by parameter name, inputs keys_NI whose answers later edits are to leave alone. They are kept
-            with the edit, so they go where it goes: into files and checkpoints, and out with it.
+        metadata: JSON values stored in the file's header; ``base`` is the weight hash of the model it belongs to.
+        keys: by parameter name, inputs keys_NI whose outputs later edits should not change. They belong to
+            the edit: they are saved in its files and checkpoints, and removed with it.
     """
 
     updates: dict[str, Update]
@@ -94,7 +94,7 @@ class Delta:
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters of the model the update touches."""
+        """How many parameters of the model the update changes."""
         return sum(
             u.left_Or.shape[0] * u.right_rI.shape[1] if isinstance(u, LowRank) else u.numel()
             for u in self.updates.values()
@@ -102,7 +102,7 @@ class Delta:
 
     @property
     def num_bytes(self) -> int:
-        """What its tensors take, in memory and in a file."""
+        """Size of its tensors, in memory and in a file."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def detach(self) -> Delta:
@@ -116,7 +116,7 @@ class Delta:
         return Delta(cut, self.metadata, self.keys)
 
     def scaled(self, factor: float) -> Delta:
-        """An update in the same direction."""
+        """The update times a factor."""
         scaled: dict[str, Update] = {
             name: LowRank(factor * u.left_Or, u.right_rI) if isinstance(u, LowRank) else factor * u
             for name, u in self.updates.items()
@@ -124,7 +124,7 @@ class Delta:
         return Delta(scaled, self.metadata, self.keys)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as plain tensors: ``<parameter>.left``, ``.right`` or ``.dense``, and ``.keys``."""
+        """Its content as plain tensors: ``<parameter>.left`` and ``.right``, or ``.dense``, and ``.keys``."""
         tensors = {f"{name}.keys": keys_NI for name, keys_NI in self.keys.items()}
         for name, update in self.updates.items():
             if isinstance(update, LowRank):
@@ -136,14 +136,14 @@ class Delta:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Delta:
-        """The delta that :meth:`tensors` took apart; raises EditError for tensors that are not one."""
+        """The delta that has these :meth:`tensors`; raises EditError if there is none."""
         updates: dict[str, Update] = {}
         keys = {}
         for name, tensor in tensors.items():
             parameter, _, part = name.rpartition(".")
             shapes = {"keys": (2,), "dense": (1, 2), "left": (2,), "right": (2,)}
             if tensor.dim() not in shapes.get(part, ()) or not tensor.is_floating_point():
-                raise EditError(f"no part of an update: {name}, {_described(tensor)}")
+                raise EditError(f"not a part of an update: {name}, {_described(tensor)}")
             if part == "keys":
                 keys[parameter] = tensor
             elif part != "right":
@@ -167,7 +167,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Reads a file that :meth:`save` wrote; raises EditError for anything else, also for NaN and infinity."""
+        """Reads a file of :meth:`save`; raises EditError for other files, and for NaN and infinity."""
         tensors, header = read_tensors(path, FORMAT, "delta")
         try:
             require_finite(tensors)
@@ -177,7 +177,7 @@ class Delta:
 
 
 def file_format(path: str | Path) -> str | None:
-    """What kind of file of ours this is; None where it is none, or not there."""
+    """The format of a file that this project wrote; None for other files, or if there is none."""
     try:
         return files.read_metadata(Path(path)).get("format")
     except (ValueError, OSError):
@@ -187,7 +187,7 @@ def file_format(path: str | Path) -> str | None:
 def read_tensors(
     path: str | Path, wanted: str, kind: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of a file of ours; raises EditError for anything else."""
+    """(tensors, header) of a file that this project wrote; raises EditError for other files."""
     try:
         tensors, header = files.read_tensors(Path(path))
     except FileNotFoundError:
@@ -202,12 +202,13 @@ def read_tensors(
 
 
 def read_origin(text: str) -> dict[str, Any]:
-    """Metadata of an edit from JSON: what :meth:`~corrigenda.modules.editing.editor.Editor.origin` wrote and
+    """Metadata of an edit from JSON: that of :meth:`~corrigenda.modules.editing.editor.Editor.origin`, and
     what was added to it.
 
     Raises:
-        EditError: a value of another type than ours.
-        ValueError: not JSON; RecursionError where it is nested too deeply to be read.
+        EditError: a value has the wrong type.
+        ValueError: the text is not JSON.
+        RecursionError: it is nested too deeply.
     """
     metadata = json.loads(text)
     if not isinstance(metadata, dict):
@@ -223,7 +224,7 @@ def read_origin(text: str) -> dict[str, Any]:
 
 
 def _is_edit(entry: object) -> bool:
-    """Whether these are the arguments of an Edit, in their order."""
+    """Whether these are the arguments of an Edit, in order."""
     try:
         return isinstance(entry, list) and bool(Edit(*entry))
     except (TypeError, ValueError):
@@ -236,7 +237,7 @@ def _is_loss(entry: object) -> bool:
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises EditError where a tensor holds NaN or infinity."""
+    """Raises EditError if a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise EditError(f"{name} holds numbers that are not finite: make the edit again")
@@ -247,9 +248,9 @@ def _described(tensor: Tensor) -> str:
 
 
 def add_deltas(deltas: Sequence[Delta]) -> Delta:
-    """One delta with the effect of all of them added up; low-rank factors are stacked, ranks add.
+    """The sum of deltas; low-rank factors are concatenated, so ranks add up.
 
-    Keys and lists in the metadata (edits, notes) are joined; of anything else the first counts.
+    Keys, and lists in the metadata (edits, notes), are concatenated; for other metadata the first value counts.
     """
     updates: dict[str, Update] = {}
     metadata: dict[str, Any] = {}
@@ -284,8 +285,8 @@ def add_deltas(deltas: Sequence[Delta]) -> Delta:
 def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> Reversible:
     """Inside, row b of every batch runs through the network edited by ``deltas[owner_B[b]]``.
 
-    The updates are added at the outputs of the edited maps, in their factors; no weight is touched, and
-    gradients reach the factors. Equal to writing each delta into the weights, up to rounding.
+    The updates are applied in factored form and added at the outputs of the edited linear layers. No weight
+    changes, and gradients reach the factors. Up to rounding, this equals writing each delta into the weights.
     """
     by_module: dict[str, dict[str, list[Update | None]]] = {}
     for index, delta in enumerate(deltas):
@@ -296,11 +297,13 @@ def side_branches(net: nn.Module, deltas: Sequence[Delta], owner_B: Tensor) -> R
     pairs = [
         (net.get_submodule(module), _branch(kinds, owner_B)) for module, kinds in by_module.items()
     ]
-    return hooked(pairs, ahead=True)  # as a weight would be: an adapter sees what they add
+    return hooked(
+        pairs, prepend=True
+    )  # so that an adapter sees the updated output, as with edited weights
 
 
 def _branch(kinds: dict[str, list[Update | None]], owner_B: Tensor) -> Hook:
-    """The hook of one module: output plus every row's own update applied to its input."""
+    """The hook of one module: adds to its output each row's own update, applied to its input."""
     weights = kinds.get("weight", [])
     low = all(u is None or isinstance(u, LowRank) for u in weights)
     factors = _stack_factors(weights, owner_B) if weights and low and len(weights) > 1 else None
@@ -340,7 +343,7 @@ def _stack_factors(updates: list[Update | None], owner_B: Tensor) -> tuple[Tenso
 def _add_by_owner(
     x_BTI: Tensor, y_BTO: Tensor, updates: list[Update | None], owner_B: Tensor
 ) -> Tensor:
-    """Adds each owner's update to that owner's rows; the way for dense updates and for a single one."""
+    """Adds each owner's update to that owner's rows: for dense updates, and for a single one."""
     if len(updates) == 1 and updates[0] is not None:
         return y_BTO + _apply(updates[0], x_BTI).to(y_BTO.dtype)
     added = torch.zeros_like(y_BTO)

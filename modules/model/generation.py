@@ -17,17 +17,17 @@ from transformers import DynamicCache
 from corrigenda.datamodules.records import prompt_end
 from corrigenda.modules.model.active_edits import ActiveEdits
 from corrigenda.modules.model.handle import GenerationRequest
-from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, with_room
+from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, preallocated
 from corrigenda.modules.model.reuse import Prefix, Reuse
 from corrigenda.modules.model.rows import padded_left
 from corrigenda.modules.model.tokens import Tokens
 
 
 class Generator:
-    """Continuations on one model.
+    """Generates text with one model.
 
     Args:
-        tokens: its tokenizer.
+        tokens: the model's tokenizer.
         edits: its network and active edits.
         reuse: what is computed once.
     """
@@ -54,7 +54,7 @@ class Generator:
 
 
 class _Batch:
-    """Prompts that are continued together; as soon as most have ended, the others go on without them."""
+    """Prompts that are continued together; once more than half have ended, the others go on without them."""
 
     def __init__(
         self,
@@ -68,28 +68,28 @@ class _Batch:
         start = prefix.length if prefix else 0
         self.ids_BT, self.mask_BT = padded_left(ids, start, on.edits.device)
         self.width = self.ids_BT.shape[1]
-        self.most = self.width + request.max_new_tokens  # tokens of a row
+        self.most = self.width + request.max_new_tokens  # most tokens of a row
         self.end = on.tokens.tokenizer.eos_token_id
         self.cache = self._cache(len(ids), prefix)
-        # Adapters decide on the whole batch.
-        self.can_part = self.cache is not None and not on.edits.need_whole_rows
+        # Adapters that decide by prompt do so for the whole batch.
+        self.can_shrink = self.cache is not None and not on.edits.need_whole_rows
 
     def _cache(self, rows: int, prefix: Prefix | None) -> DynamicCache | None:
-        """Memory for the keys and values of all tokens; None leaves it to ``transformers``."""
+        """A cache with memory for all tokens; None leaves caching to ``transformers``."""
         if prefix is not None:
-            return with_room(first_tokens(prefix.cache, prefix.length, rows), self.most)
-        plain = not self.on.reuse.enabled or self.request.num_beams > 1
-        cache = None if plain else empty_cache(self.on.edits.net)
-        return None if cache is None else with_room(cache, self.most)
+            return preallocated(first_tokens(prefix.cache, prefix.length, rows), self.most)
+        default = not self.on.reuse.enabled or self.request.num_beams > 1
+        cache = None if default else empty_cache(self.on.edits.net)
+        return None if cache is None else preallocated(cache, self.most)
 
     def run(self) -> list[Tensor]:
         """New tokens of each row."""
         new: dict[int, Tensor] = {}
-        row_B = torch.arange(len(self.ids_BT))  # the prompts that are not yet answered
+        row_B = torch.arange(len(self.ids_BT))  # prompts whose continuation has not ended
         while len(row_B):
             self._extend(row_B)
             full = self.ids_BT.shape[1] == self.most
-            done_B = self._ended(self.ids_BT) | full | (not self.can_part)
+            done_B = self._ended(self.ids_BT) | full | (not self.can_shrink)
             ready = self.ids_BT[done_B, self.width :].cpu()
             new |= zip(row_B[done_B.cpu()].tolist(), ready, strict=True)
             row_B = row_B[~done_B.cpu()]
@@ -97,7 +97,7 @@ class _Batch:
         return [new[row] for row in range(len(new))]
 
     def _extend(self, row_B: Tensor) -> None:
-        """Generates until enough rows have ended."""
+        """Generates until more than half of the rows have ended, or all."""
         beams = self.request.num_beams
         edits = self.on.edits
         owner_B = self.owner_B[row_B].repeat_interleave(beams)
@@ -125,10 +125,10 @@ class _Batch:
 
     def _may_pause(self, ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
         done_B = self._ended(ids_BT)
-        return done_B | (self.can_part and 2 * done_B.sum() > len(done_B))
+        return done_B | (self.can_shrink and 2 * done_B.sum() > len(done_B))
 
     def _ended(self, ids_BT: Tensor) -> Tensor:
-        """Whether each row has come to an end token or to a text to stop at."""
+        """Whether each row has reached an end token or one of the texts to stop at."""
         new_BM = ids_BT[:, self.width :]
         done_B = (new_BM == (-1 if self.end is None else self.end)).any(1)
         if self.request.stop:
@@ -147,5 +147,5 @@ class _Batch:
 
 
 def _before(stop: Sequence[str], text: str) -> str:
-    """The text up to the first of the strings to stop at."""
+    """The text before the first of the strings to stop at."""
     return text[: min((text.find(end) for end in stop if end in text), default=None)]

@@ -1,8 +1,8 @@
 """The contract between a language model and the edits that are active on it.
 
-A handle answers for itself: what it changes, from which block on, whether rows must run whole, whether it
-answers in
-the model's place. Model code imports this file and no concrete kind of edit; those are in ``modules/editing``.
+A handle says for itself what it changes, from which block on, whether rows must run whole, and whether it
+scores and generates in the model's place. Model code imports this file and no concrete kind of edit; those
+are in ``modules/editing``.
 
 Shapes: B rows, T tokens.
 """
@@ -26,11 +26,11 @@ from corrigenda.modules.model.rows import TargetScores
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Prompts, and updates beside the active edits.
+    """Prompts, and updates that apply besides the active edits.
 
     Attributes:
         prompts: B texts.
-        deltas: further updates, side by side; row b sees ``deltas[owners[b]]``, all see a single one.
+        deltas: further updates, side by side; row b uses ``deltas[owners[b]]``. A single one is for all rows.
         owners: for each row the index of its delta.
     """
 
@@ -40,20 +40,20 @@ class Request:
 
     @property
     def owner_B(self) -> Tensor:
-        """The delta of each row; raises ValueError where it is not given and there is a choice."""
+        """The delta of each row; raises ValueError if there are several deltas and no owners."""
         if self.owners is None and self.deltas and len(self.deltas) > 1:
             raise ValueError("several deltas need owners, the delta of each row")
         return torch.tensor(self.owners if self.owners is not None else [0] * len(self.prompts))
 
     def select(self, rows: Sequence[int]) -> Self:
-        """The same for some of the prompts."""
+        """The request for some of the prompts."""
         owners = None if self.owners is None else [self.owners[row] for row in rows]
         return replace(self, prompts=[self.prompts[row] for row in rows], owners=owners)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest(Request):
-    """What is scored.
+    """What to score.
 
     Attributes:
         targets: B continuations.
@@ -69,12 +69,12 @@ class ScoreRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest(Request):
-    """What is continued, and how.
+    """What to continue, and how.
 
     Attributes:
-        max_new_tokens: length of a continuation at most.
-        top_k: sample from so many of the likeliest tokens; greedy without it.
-        batch_size: prompts run together.
+        max_new_tokens: most tokens of a continuation.
+        top_k: sample from this many of the likeliest tokens; None decodes greedily.
+        batch_size: prompts that run together.
         stop: a continuation ends before the first of these texts.
         num_beams: width of a beam search; 1 is greedy.
     """
@@ -88,15 +88,15 @@ class GenerationRequest(Request):
 
 @dataclass
 class PromptBatch:
-    """The batch that is running: which of its tokens are prompt, and what adapters decided on those.
+    """The running batch: which of its tokens are prompt, and what adapters decided from them.
 
-    Teacher-forced targets are no part of a prompt, and what was decided on it holds for every token
-    that is generated after it.
+    Teacher-forced targets are not part of a prompt, and a decision holds for every token that is
+    generated after the prompt.
 
     Attributes:
-        prompt_BT: True on the prompt's tokens, in the columns of the batch's first pass. Later passes
-            hold generated tokens alone (with a cache) or all tokens again (without one).
-        decided: by adapter; each decides in the first pass.
+        prompt_BT: True on prompt tokens, in the columns of the batch's first pass. Later passes
+            hold only generated tokens (with a cache) or all tokens again (without one).
+        decided: each adapter's decision, made in the first pass.
     """
 
     prompt_BT: Tensor
@@ -113,7 +113,7 @@ class Answering(Protocol):
     """An active edit that scores and generates in the model's place."""
 
     def set_aside(self) -> AbstractContextManager:
-        """Inside, the model answers as if this edit were not there."""
+        """Inside, the model behaves as if this edit were not there."""
 
     def score(self, request: ScoreRequest) -> TargetScores: ...
 
@@ -121,7 +121,7 @@ class Answering(Protocol):
 
 
 class Editable(Protocol):
-    """What a handle needs of the language model: the list of active edits, oldest first."""
+    """What a handle needs from the language model: the list of active edits, oldest first."""
 
     @property
     def handles(self) -> list[EditHandle]: ...
@@ -131,13 +131,11 @@ class EditHandle(ABC):
     """An active edit on a language model. Edits are removed in reverse order."""
 
     lowest_layer: int = 0  # nothing below this block is changed
-    changes_network: ClassVar[bool] = True  # otherwise only prompts or answers are changed
-    needs_whole_rows: ClassVar[bool] = (
-        False  # it decides by prompt: rows are neither cut nor merged
-    )
+    changes_network: ClassVar[bool] = True  # if False, only prompts or outputs
+    needs_whole_rows: ClassVar[bool] = False  # decides by prompt: rows are neither cut nor merged
 
     def __init__(self, lm: Editable) -> None:
-        """Activates the edit: the last thing a subclass does, once :meth:`swap` has all it needs."""
+        """Activates the edit. A subclass calls this last, when :meth:`swap` has all it needs."""
         self._active_on = lm.handles
         with uninterrupted():
             self.swap()
@@ -145,40 +143,40 @@ class EditHandle(ABC):
 
     @property
     def answering(self) -> Answering | None:
-        """The edit itself where it answers in the model's place right now."""
+        """The edit itself, if it scores and generates in the model's place right now."""
         return None
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the edit touches in the network or adds beside it."""
+        """How many numbers the edit changes in the network or adds beside it."""
         return 0
 
     @property
     def num_bytes(self) -> int:
-        """What has to be kept for the edit to stay active."""
+        """Memory that the edit takes while it is active."""
         return 0
 
     @abstractmethod
     def swap(self) -> None:
-        """Exchanges edited and original; twice is a no-op."""
+        """Exchanges edited and original state; doing it twice is a no-op."""
 
     def save(self, path: Path) -> None:  # noqa: B027  optional
-        """Writes what the edit consists of into one safetensors file; nothing, unless the class does."""
+        """Writes the edit into one safetensors file; by default writes nothing."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and JSON from which the edit is activated again in a resumed run; empty if it cannot be."""
+        """Tensors and JSON values from which a resumed run restores the edit; empty if it cannot."""
         return {}
 
     def can_absorb(self, newer: EditHandle) -> bool:
-        """Whether :meth:`absorb` takes this newer edit."""
+        """Whether :meth:`absorb` accepts this newer edit."""
         return False
 
     def absorb(self, newer: Self) -> None:
-        """Takes the newest edit into this one, so that one removal undoes both."""
+        """Merges the newest edit into this one, so that one removal undoes both."""
         raise EditError(f"{type(self).__name__} holds one edit")
 
     def remove(self) -> None:
-        """Removes the edit for good, bit-exactly; raises EditError while later edits depend on it."""
+        """Removes the edit, bit-exactly; raises EditError while later edits depend on it."""
         if self not in self._active_on:
             raise EditError("this edit has already been removed")
         later = len(self._active_on) - 1 - self._active_on.index(self)

@@ -1,4 +1,4 @@
-"""Capture and replace what modules take in and give out, for as long as a ``with`` block lasts."""
+"""Capture and replace inputs and outputs of modules, for as long as a ``with`` block lasts."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ Hook = Callable[[nn.Module, tuple, Any], Any]
 
 
 class _Stop(Exception):  # noqa: N818  control flow, not an error
-    """Raised inside a forward pass once everything wanted has been seen."""
+    """Raised inside a forward pass once everything needed has been captured."""
 
 
 def hooked(
     pairs: Iterable[tuple[nn.Module, Hook]],
-    ahead: bool = False,
+    prepend: bool = False,
     value: object = None,
     ends: type[BaseException] | None = None,
 ) -> Reversible:
     """Forward hooks on modules; a hook that returns something other than None replaces the output.
 
-    With ``ahead`` they run before the hooks that are there already, else after them. ``value`` and ``ends`` are
-    those of :class:`Reversible`.
+    With ``prepend`` they run before the hooks that are already there, else after them. ``value`` and ``ends``
+    are those of :class:`Reversible`.
     """
     pairs = list(pairs)
     handles: list[RemovableHandle] = []
 
     def add() -> None:
         for module, hook in pairs:
-            handles.append(module.register_forward_hook(hook, prepend=ahead))
+            handles.append(module.register_forward_hook(hook, prepend=prepend))
 
     return Reversible(add, lambda: remove_all(handles), value, ends)
 
 
 def remove_all(handles: list[RemovableHandle]) -> None:
-    """Removes hooks, and their handles from the list."""
+    """Removes the hooks and empties the list of their handles."""
     while handles:
         handles.pop().remove()
 
 
 def stop_forward(*_: object) -> None:
-    """A hook that ends the forward pass here; run the pass under :func:`until_stopped`."""
+    """A hook that ends the forward pass; the pass must run inside :func:`until_stopped`."""
     raise _Stop
 
 
 def until_stopped() -> suppress:
-    """Swallows the end that :func:`stop_forward` brings about."""
+    """Inside, :func:`stop_forward` ends the block."""
     return suppress(_Stop)
 
 
 def capture(modules: dict[str, nn.Module], stop: bool = False) -> Reversible:
-    """``{name: (input, output)}`` of the given modules, filled by the forward passes inside.
+    """``{name: (input, output)}`` of the given modules, filled by forward passes inside.
 
-    With ``stop`` the pass ends as soon as every module has run (a truncated forward).
+    With ``stop`` the pass ends as soon as every module has run.
     """
     seen: dict[str, tuple[Tensor, Any]] = {}
 
@@ -75,10 +75,10 @@ def capture(modules: dict[str, nn.Module], stop: bool = False) -> Reversible:
 
 
 def first(output: Any) -> Tensor:  # noqa: ANN401
-    """The hidden states of a block output, which is a tensor in some families and a tuple in others."""
+    """The hidden states in a block's output, which is a tensor in some families and a tuple in others."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def replace_first(output: Any, hidden: Tensor) -> Any:  # noqa: ANN401
-    """The same kind of output with other hidden states."""
+    """A block's output with other hidden states."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

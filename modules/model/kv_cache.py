@@ -1,4 +1,4 @@
-"""Keys and values of tokens that have run: of a start that rows share, and of rows that grow token by token."""
+"""Caches of attention keys and values: of a prefix that rows share, and of rows that grow token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corrigenda.modules.model.hooks import hooked, stop_forward, until_stopped
 
 
 def empty_cache(net: PreTrainedModel) -> DynamicCache | None:
-    """A cache that holds no token yet; None where a layer keeps a running state instead."""
+    """A cache without tokens; None if a layer keeps a running state instead of keys and values."""
     cache = DynamicCache(config=net.config)
     return cache if all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
 
@@ -23,9 +23,9 @@ def empty_cache(net: PreTrainedModel) -> DynamicCache | None:
 def run_start(
     net: PreTrainedModel, ids_1T: Tensor, until: nn.Module | None = None
 ) -> DynamicCache | None:
-    """Keys and values of a single row; None where a layer keeps a running state instead.
+    """The cache of a single row; None if a layer keeps a running state instead of keys and values.
 
-    With ``until`` the pass ends at that module, and blocks above its own have none.
+    With ``until`` the pass ends at that module, and the cache is empty above its block.
     """
     cache = empty_cache(net)
     if cache is None:
@@ -36,8 +36,8 @@ def run_start(
 
 
 def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
-    """A cache of so many rows that begins as a single row's does, which stays as it is."""
-    part = branch(cache)
+    """A cache of ``rows`` rows with the first ``count`` tokens of a single row's cache, which stays as it is."""
+    part = fork(cache)
     for layer in (layer for layer in cast("list[Any]", part.layers) if layer.is_initialized):
         layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
     part.batch_repeat_interleave(rows)
@@ -45,21 +45,21 @@ def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
 
 
 def can_be_cut(cache: DynamicCache) -> bool:
-    """Whether every layer keeps all tokens, and nothing but them."""
+    """Whether every layer holds keys and values of all tokens, and nothing else."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that starts as this one and leaves it as it is: updates rebind tensors, never write in place."""
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that starts as this one, which further tokens do not change: updates rebind tensors."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     return part
 
 
-class _Roomy(DynamicLayer):
-    """Keys and values with memory for ``length`` tokens, in which new ones are written behind the others.
+class _PreallocatedLayer(DynamicLayer):
+    """A layer with memory for ``length`` tokens, into which new keys and values are written.
 
-    ``transformers``' own copies what is there for every token that comes.
+    The layer of ``transformers`` copies everything for every new token.
     """
 
     def __init__(self, layer: DynamicLayer, length: int) -> None:
@@ -73,12 +73,12 @@ class _Roomy(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._behind("keys", key_states)
-        self.values = self._behind("values", value_states)
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
         return self.keys, self.values
 
-    def _behind(self, name: Literal["keys", "values"], new: Tensor) -> Tensor:
-        """What there is and ``new``, one behind the other; [rows, heads, tokens, width]."""
+    def _append(self, name: Literal["keys", "values"], new: Tensor) -> Tensor:
+        """Old and new keys or values, concatenated; [rows, heads, tokens, width]."""
         old = getattr(self, name)
         count = old.shape[-2] if old.numel() else 0
         end = count + new.shape[-2]
@@ -93,10 +93,11 @@ class _Roomy(DynamicLayer):
         return memory[..., :end, :]
 
 
-def with_room(cache: DynamicCache, length: int) -> DynamicCache:
-    """A cache that starts as this one and has room for rows of so many tokens."""
-    part = branch(cache)
+def preallocated(cache: DynamicCache, length: int) -> DynamicCache:
+    """A cache that starts as this one and has memory for rows of ``length`` tokens."""
+    part = fork(cache)
     part.layers = [
-        _Roomy(layer, length) if type(layer) is DynamicLayer else layer for layer in part.layers
+        _PreallocatedLayer(layer, length) if type(layer) is DynamicLayer else layer
+        for layer in part.layers
     ]
     return part

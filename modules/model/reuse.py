@@ -1,4 +1,4 @@
-"""What a language model computes once and uses again: :class:`Reuse`.
+"""What a language model computes once and reuses: :class:`Reuse`.
 
 Shapes: B rows, T tokens, N positions read, D width of hidden states.
 """
@@ -30,11 +30,11 @@ from corrigenda.modules.model.tail import Tail
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be kept of the lower blocks' states, text by text.
+    """How much may be stored of the lower blocks' states, which are stored per text.
 
     Attributes:
         memory_gib: most memory.
-        disk_gib: most disk space, in the cache folder; 0 keeps nothing there.
+        disk_gib: most disk space, in the cache folder; 0 stores nothing there.
         depends_on_batch: whether a row's numbers depend on batch composition, so that texts run one by one.
     """
 
@@ -45,11 +45,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that rows begin with, already run.
+    """Tokens that all rows begin with, and that have already run.
 
     Attributes:
         length: how many of them.
-        cache: their keys and values, of a single row.
+        cache: their attention keys and values, as a single row.
     """
 
     length: int
@@ -57,57 +57,58 @@ class Prefix:
 
 
 class Reuse:
-    """The frozen part of a network, computed once.
+    """Results of the frozen part of a network that are computed once and reused.
 
-    ========================  =====================================  ==============================================
-    what                      is reused                              not reused
-    ========================  =====================================  ==============================================
-    :meth:`tail`              states below the lowest edited block,  with ``enabled`` False, the reference path
-                              for the calls of one tail
-    :meth:`shared`            inside: those states, token by token,  where an adapter decides by prompt (whole rows
-                              for all calls; rows merged to trees    alone); in networks that take no trees
-    :meth:`common_prefix`     inside: keys and values of what all    beside deltas side by side, adapters, and
-    layers
-                              rows of a call begin with; for the     with a running state
-                              next call too, while only prompts are
-                              edited
-    :meth:`keep`              until :meth:`drop`: states that enter  below an edited block; in rows that are trees
-                              given blocks, by text, in memory and
-                              on disk
-    ========================  =====================================  ==============================================
+    ======================  =======================================  ==========================================
+    method                  what is reused                           where it is not
+    ======================  =======================================  ==========================================
+    :meth:`tail`            states below the lowest edited block,    nowhere
+                            for all calls of that tail
+    :meth:`shared`          inside, the same states, for all calls;  where an adapter decides by prompt, or the
+                            tokens that rows share run once, as      network cannot run trees: then only equal
+                            trees                                    rows are merged
+    :meth:`common_prefix`   inside, keys and values of the tokens    beside deltas; with adapters that decide
+                            that all rows of a call begin with; for  by prompt; in layers that keep a running
+                            the next call, too, while no edit        state instead of keys and values
+                            changes the network
+    :meth:`keep`            until :meth:`drop`, states that enter    above an edited block; for rows that are
+                            the given blocks, by text, in memory     trees
+                            and on disk
+    ======================  =======================================  ==========================================
 
-    Numbers may differ in their last bits between reuse and no reuse, and between trees and rows; what is kept by
-    :meth:`keep` is bit-exact.
+    With ``enabled`` False nothing is reused: that is the reference path. Numbers may differ in their last bits
+    between reuse and the reference path, and between trees and rows; states stored by :meth:`keep` are bit-exact.
 
     Args:
         edits: the network and its active edits.
         enabled: False recomputes everything in every call: the reference path.
-        limits: for what :meth:`keep` stores.
+        limits: of what :meth:`keep` stores.
     """
 
     def __init__(self, edits: ActiveEdits, enabled: bool, limits: Limits) -> None:
         self.edits, self.net, self.enabled, self.limits = edits, edits.net, enabled, limits
         self._shared: SharedStates | None = None
-        self._kept: tuple[int, ...] = ()  # blocks
+        self._kept: tuple[int, ...] = ()  # blocks whose inputs are stored
         self._store: PrefixCache | None = None
         self._finds_prefixes = False
-        # The last prefix, where only prompts were edited: its tokens and their device.
+        # The last prefix, if no edit changed the network: its tokens, their device, keys and values.
         self._last_prefix: tuple[list[int], torch.device, DynamicCache] | None = None
 
     # ------------------------------------------------------------------ what is reused for how long
 
     def shared(self, layer: int) -> AbstractContextManager:
-        """Inside, what rows share runs once: below ``layer`` for all calls, above it for those of one call."""
+        """Inside, tokens that rows share run once: below ``layer`` for all calls, above it for each call."""
         return replaced(self, _shared=SharedStates(layer)) if self.enabled else nullcontext()
 
     def common_prefix(self) -> Reversible:
-        """Inside, what all rows of a call begin with runs once: for questions after the same long text."""
+        """Inside, the prefix that all rows of a call share runs once: for questions after the same long text."""
         return replaced(self, _finds_prefixes=self.enabled)
 
     def keep(self, *layers: int) -> None:
-        """Computes what enters these blocks once per text, see :class:`PrefixCache`, until :meth:`drop`.
+        """Until :meth:`drop`, computes the input of these blocks once per text, see :class:`PrefixCache`.
 
-        The number of blocks stands for what leaves the last one. Until then nothing may hook the blocks below.
+        A layer equal to the number of blocks means the output of the last one. Meanwhile, nothing may hook the
+        blocks below.
         """
         self.drop()
         if self.enabled:
@@ -118,18 +119,18 @@ class Reuse:
             self._kept = tuple(layer for layer in layers if layer > 0)
 
     def drop(self) -> None:
-        """Releases the memory of what :meth:`keep` has stored."""
+        """Writes what :meth:`keep` has stored to disk and releases its memory."""
         if self._store is not None:
             self._store.save()
         self._store, self._kept = None, ()
 
     def store(self, layer: int) -> PrefixCache | None:
-        """Where states that enter a block are kept, if they are and nothing below is edited."""
+        """Where the inputs of a block are stored; None if they are not, or a block below is edited."""
         kept = self.enabled and layer in self._kept and self.edits.all_above(layer)
         return self._store if kept else None
 
     def _numerics(self) -> dict[str, Any]:
-        """Everything that the last bits of states depend on, besides text and layer."""
+        """Everything besides text and layer that can change the last bits of states."""
         device = self.edits.device
         return {
             "weights": self.edits.weights_hash,
@@ -146,24 +147,24 @@ class Reuse:
     # ------------------------------------------------------------------ tails
 
     def tail(self, rows: Rows, layer: int, start_B: Tensor | None = None) -> Tail:
-        """These rows with everything below block ``layer`` (and before ``start_B``) computed once."""
+        """The tail of these rows: what is below block ``layer`` (and before ``start_B``) is computed once."""
         stored = None
         if start_B is None and rows.depth_BT is None:
             stored = self._kept_states(rows, layer)
         return self._tail(rows, layer, start_B, stored=stored)
 
     def higher(self, tail: Tail, layer: int) -> Tail:
-        """The tail of the same rows, from a higher block on."""
+        """The tail of the same rows from a higher block on."""
         if not self.enabled or layer == tail.layer:
             return tail
         rows = Rows(tail.ids_BT, tail.mask_BT, tail.ids_BT.new_zeros(len(tail.ids_BT)))
         return tail.from_block(layer, None if tail.is_cut else self._kept_states(rows, layer))
 
     def tail_of(self, rows: Rows, prefix: Prefix | None) -> Tail:
-        """The tail that scores these rows: behind a prefix, or on the states that :meth:`shared` keeps."""
+        """The tail that scores these rows: after a prefix, or from the states of :meth:`shared`."""
         if prefix is not None:
             start_B = torch.full_like(rows.start_B, prefix.length)
-            return self._tail(rows, 0, start_B, begun=prefix.cache)
+            return self._tail(rows, 0, start_B, prefix=prefix.cache)
         if self._shared is None or self._shared.layer == 0:
             return self._tail(rows, 0)
         layer = self._shared.layer
@@ -182,9 +183,9 @@ class Reuse:
         )  # fmt: skip
 
     def _kept_states(self, rows: Rows, layer: int) -> Any:  # noqa: ANN401  as a block returns it
-        """What the block below ``layer`` gives for these rows, if that is kept.
+        """The output of the block below ``layer`` for these rows, if it is stored.
 
-        New texts start from the states of the highest kept block below.
+        New texts start from the states of the highest stored block below.
         """
         store = self.store(layer)
         if store is None:
@@ -199,54 +200,54 @@ class Reuse:
 
     @cached_property
     def _block_output(self) -> Any:  # noqa: ANN401
-        """What a block returns: in some families hidden states, in others a tuple of them and more."""
+        """An example of a block's output: in some families hidden states, in others a tuple with more."""
         one = torch.ones(1, 1, dtype=torch.long, device=self.edits.device)
         return Tail(self.net, self.edits.structure, one, one, layer=0).below(1)
 
     # ------------------------------------------------------------------ rows that share tokens
 
     def merge(self, rows: Rows, owner_B: Tensor, prefix: Prefix | None) -> Merged:
-        """The rows, each token once where rows of one owner share it and the network allows it."""
+        """The rows, where possible with each token once that rows of one owner share."""
         if not self.enabled:
             return unmerged(rows, owner_B)
         shared = None if prefix else self._shared
-        if shared is None or self.store(shared.layer) is not None:  # states are kept row by row
+        if shared is None or self.store(shared.layer) is not None:  # states are stored by row
             return distinct(rows, owner_B)
         if self.edits.need_whole_rows or not self._takes_trees:
             return distinct(rows, owner_B)
         return trees(rows, owner_B)
 
     def prefix(self, ids: list[int], length: int, beside_deltas: bool) -> Prefix | None:
-        """The ``length`` tokens that rows begin with, run once; None where that is not done.
+        """The first ``length`` tokens of all rows, run once; None where that is not possible.
 
-        A part of them is enough where the last call has left at least half.
+        If the last call's prefix covers at least half of them, that part is reused instead.
         """
         if not self._finds_prefixes or beside_deltas or self.edits.need_whole_rows:
             return None
-        device, lasts = self.edits.device, not self.edits.change_network
-        if lasts and self._last_prefix and self._last_prefix[1] == device:
-            alike = min(common_prefix(self._last_prefix[0], ids), length)
-            if 2 * alike >= length > 0:
-                return Prefix(alike, self._last_prefix[2])
+        device, can_last = self.edits.device, not self.edits.change_network
+        if can_last and self._last_prefix and self._last_prefix[1] == device:
+            same = min(common_prefix(self._last_prefix[0], ids), length)
+            if 2 * same >= length > 0:
+                return Prefix(same, self._last_prefix[2])
         ids_1T = torch.tensor([ids[:length]], device=device)
         cache = run_start(self.net, ids_1T) if length > 0 else None
         if cache is None:
             return None
-        if lasts and can_be_cut(cache):
+        if can_last and can_be_cut(cache):
             self._last_prefix = ids[:length], device, cache
         return Prefix(length, cache)
 
     def prefix_of_prompts(self, ids: Sequence[list[int]], beside_deltas: bool) -> Prefix | None:
-        """The prefix of prompts that are padded on the left, behind it."""
+        """The shared prefix of prompts whose padding is to the left, between the prefix and the rest."""
         same = min(common_prefix(ids[0], row) for row in ids)
         length = min(same, *(len(row) - 1 for row in ids))
         found = self.prefix(ids[0], length, beside_deltas)
-        # Padding behind the prefix would count in a local attention window.
+        # A local attention window would count the padding after the prefix.
         return found if found and can_be_cut(found.cache) and self._sees_all else None
 
     @cached_property
     def _takes_trees(self) -> bool:
-        """Whether the network goes by the positions and the mask that it is given."""
+        """Whether the network respects given positions and masks, tried on a small tree."""
         named = inspect.signature(self.net.forward).parameters
         cache = DynamicCache(config=self.net.config)
         plain = (
@@ -267,5 +268,5 @@ class Reuse:
 
     @property
     def _sees_all(self) -> bool:
-        """Whether every block attends to all tokens, as far as caches do not say."""
+        """Whether no block has local attention that its cache does not show."""
         return "local" not in getattr(self.net.config, "attention_layers", ())  # GPT-Neo

@@ -1,6 +1,6 @@
-"""Encoded prompts with their targets, and what scoring them gives.
+"""Encoded prompts with their targets, and the scores of those targets.
 
-Shapes: B rows, T tokens, M tokens of the longest target, N positions read, V words of the vocabulary.
+Shapes: B rows, T tokens, M tokens of the longest target, N positions, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 BATCH_TOKENS = 4096  # most padded tokens of one batch
-ENOUGH_TOKENS = 512  # in a batch of more than these, no row is shorter than
-SIMILAR = 7 / 8  # of the longest
+ENOUGH_TOKENS = 512  # a larger batch has no row shorter than
+SIMILAR = 7 / 8  # of its longest row
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Rows:
         ids_BT: token ids.
         mask_BT: 1 on real tokens.
         start_B: index of each row's first target token (the row's length where it has no target).
-        depth_BT: where rows are trees (:mod:`corrigenda.modules.model.merging`), how many tokens each token
-        comes after.
+        depth_BT: if rows are trees (:mod:`corrigenda.modules.model.merging`), how many tokens precede each token.
     """
 
     ids_BT: Tensor
@@ -37,7 +36,7 @@ class Rows:
 
     @classmethod
     def of(cls, ids: Sequence[list[int]], starts: Sequence[int], device: torch.device) -> Rows:
-        """Rows of token ids; ``starts`` are the places of their first target tokens."""
+        """Rows of token ids; ``starts`` are the indices of their first target tokens."""
         ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         length_B = torch.tensor([len(row) for row in ids], device=device)
         mask_BT = (torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]).long()
@@ -49,11 +48,11 @@ class Rows:
 
     @property
     def read(self) -> Rows:
-        """The rows without their last token, which no answer is read at; the columns stay."""
+        """The rows without their last token, after which nothing is predicted; the columns stay."""
         return self.answers_read(len(self.ids_BT))
 
     def answers_read(self, count: int) -> Rows:
-        """The same of the first ``count`` rows; the others, of which all is read, stay whole."""
+        """The same for the first ``count`` rows; the others, all of whose outputs are used, stay whole."""
         device = self.ids_BT.device
         column_T = torch.arange(self.ids_BT.shape[1], device=device)
         is_answer_B = torch.arange(len(self.ids_BT), device=device) < count
@@ -68,27 +67,27 @@ class Rows:
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """The rows of all parts, one after the other, padded to the longest."""
+        """The rows of all parts, padded to the longest."""
         ids = pad_sequence([row for part in parts for row in part.ids_BT], batch_first=True)
         mask = pad_sequence([row for part in parts for row in part.mask_BT], batch_first=True)
         return cls(ids, mask, torch.cat([part.start_B for part in parts]))
 
     def select(self, row_R: Tensor) -> Rows:
-        """Some of the rows, without columns that only hold padding."""
+        """Some of the rows, without columns of padding alone."""
         width = int(self.mask_BT[row_R].sum(1).max())
         ids_BT, mask_BT = self.ids_BT[row_R, :width], self.mask_BT[row_R, :width]
         depth_BT = None if self.depth_BT is None else self.depth_BT[row_R, :width]
         return Rows(ids_BT, mask_BT, self.start_B[row_R], depth_BT)
 
     def widened(self, width: int) -> Rows:
-        """The rows with padding up to a width."""
+        """The rows, padded to a width."""
         more = (0, width - self.ids_BT.shape[1])
         return Rows(pad(self.ids_BT, more), pad(self.mask_BT, more), self.start_B)
 
     def common_start(self) -> int:
-        """How many tokens all rows begin with alike, the one before the first target token left out."""
-        alike_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
-        return min(int(alike_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
+        """Length of the prefix that all rows share, at most up to the last prompt token, which is left out."""
+        same_T = (self.ids_BT == self.ids_BT[:1]).all(0) & self.mask_BT.bool().all(0)
+        return min(int(same_T.long().cumprod(0).sum()), int(self.start_B.min()) - 1)
 
     def unpadded(self) -> list[list[int]]:
         """The rows' tokens."""
@@ -96,7 +95,7 @@ class Rows:
         return [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """(target_BM, mask_BM): each row's target tokens, padded, and where they are."""
+        """(target_BM, mask_BM): each row's target tokens, padded, and True where they are."""
         row_N, position_N = self.answer_positions()
         column_N = position_N + 1 - self.start_B[row_N]
         width = int((self.length_B - self.start_B).max())
@@ -107,7 +106,7 @@ class Rows:
         return target_BM, mask_BM
 
     def answer_positions(self) -> tuple[Tensor, Tensor]:
-        """(row_N, position_N): where the logits stand that predict target tokens, row by row."""
+        """(row_N, position_N): positions whose logits predict target tokens, row by row."""
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
         reads = (column_T >= self.start_B[:, None] - 1) & (column_T < self.length_B[:, None] - 1)
         row_N, position_N = reads.nonzero(as_tuple=True)
@@ -123,7 +122,7 @@ class TargetScores:
         greedy_BM: the most likely token at each target position.
         target_BM: the target tokens.
         mask_BM: True on target tokens.
-        full_BMV: log-probabilities of the whole vocabulary, where asked for.
+        full_BMV: log-probabilities of the whole vocabulary, if they were requested.
     """
 
     logprob_BM: Tensor
@@ -133,7 +132,7 @@ class TargetScores:
     full_BMV: Tensor | None = None
 
     def __getitem__(self, rows: slice | list[int]) -> TargetScores:
-        """Some of the rows, without columns that only hold padding."""
+        """Some of the rows, without columns of padding alone."""
         width = int(self.mask_BM[rows].sum(1).max()) if len(self.mask_BM[rows]) else 0
         return TargetScores(
             self.logprob_BM[rows, :width],
@@ -150,7 +149,7 @@ class TargetScores:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Length of the prefix that two token lists share."""
     same = 0
     for a, b in zip(left, right, strict=False):
         if a != b:
@@ -162,7 +161,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 def padded_left(
     ids: Sequence[list[int]], start: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(ids_BT, mask_BT) of rows that end together; padding stands behind the ``start`` tokens that all share."""
+    """(ids_BT, mask_BT) of rows aligned at their ends; padding comes after the ``start`` tokens that all share."""
     rest = [torch.tensor(row[start:][::-1]) for row in ids]
     rest_BS = pad_sequence(rest, batch_first=True).flip(1)
     same_BP = torch.tensor(ids[0][:start], dtype=torch.long).expand(len(ids), -1)
@@ -174,10 +173,10 @@ def padded_left(
 
 
 def batches(rows: Rows, start: int = 0, share: int = 1) -> Iterator[Tensor]:
-    """Row indices in batches of similar length, with little padding once there is enough work.
+    """Row indices in batches of similar length, with little padding in larger batches.
 
-    A batch has at most BATCH_TOKENS padded tokens from ``start`` on, and twice as many with what is kept
-    of those before it; the ``share``-th part of that where so much more is made of each.
+    A batch has at most BATCH_TOKENS padded tokens from ``start`` on, and at most twice as many including the
+    cached ones before; divided by ``share`` if each token needs that much more memory.
     """
     tokens = BATCH_TOKENS // share
     order = rows.length_B.argsort(descending=True, stable=True)

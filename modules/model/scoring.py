@@ -1,7 +1,7 @@
 """Teacher-forced scores and perplexity of a language model.
 
 Shapes: B rows, T tokens, M tokens of the longest target, V words of the vocabulary; K target tokens of all rows, N
-places where logits are read, C rows of one batch.
+positions whose logits are needed, C rows of one batch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from corrigenda.modules.model.reuse import Prefix, Reuse
 from corrigenda.modules.model.rows import Rows, TargetScores, batches
 from corrigenda.modules.model.tokens import Tokens
 
-TEXT_TOKENS = 512  # of a plain text whose perplexity is measured
+TEXT_TOKENS = 512  # at which plain texts are cut for perplexity
 
 
-class _Answers:
+class _ScoreTable:
     """The scores of all target tokens, filled batch by batch.
 
     Args:
         rows: prompts with their targets.
-        merged: the rows that run in their place.
+        merged: the rows that run instead.
         full: whether log-probabilities of the whole vocabulary are wanted.
     """
 
@@ -46,16 +46,16 @@ class _Answers:
         self.full_BMV: Tensor | None = None
 
     def places(self, rows_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(here_N, row, column): which logits are read in these rows, and where, counted within the batch."""
+        """(here_N, row, column): which logits are needed from these rows, and where they are in the batch."""
         here_N, order_C = torch.isin(self.row_N, rows_C), rows_C.argsort()
         row = order_C[torch.searchsorted(rows_C[order_C], self.row_N[here_N])]
         return here_N, row, self.column_N[here_N]
 
     def scatter(self, here_N: Tensor, logits_NV: Tensor) -> None:
-        """Writes what the logits at these places say into the scores."""
+        """Writes the scores that follow from these logits."""
         logprob_NV = logits_NV.float().log_softmax(-1)
         here_K = here_N[self.which_K]
-        found_K = (here_N.cumsum(0) - 1)[self.which_K[here_K]]  # rows of logprob_NV
+        found_K = (here_N.cumsum(0) - 1)[self.which_K[here_K]]  # row of logprob_NV
         at_K = self.at_K[0][here_K], self.at_K[1][here_K]
         self.logprob_BM[at_K] = logprob_NV[found_K, self.target_BM[at_K]]
         self.greedy_BM[at_K] = logprob_NV.argmax(-1)[found_K]
@@ -72,13 +72,13 @@ class _Answers:
 
 
 class Scorer:
-    """Scores on one model.
+    """Scores targets, and plain text, with one model.
 
     Args:
-        tokens: its tokenizer.
+        tokens: the model's tokenizer.
         edits: its network and active edits.
         reuse: what is computed once.
-        refuse_not_finite: raises the error for an unedited model that gives NaN.
+        refuse_not_finite: raises the error for an unedited model whose scores are NaN.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class Scorer:
         ids = rows.ids_BT[0].tolist()
         prefix = self.reuse.prefix(ids, rows.common_start(), beside_deltas=bool(request.deltas))
         merged = self.reuse.merge(rows.read, request.owner_B, prefix)
-        answers = _Answers(rows, merged, request.full)
+        table = _ScoreTable(rows, merged, request.full)
         for rows_C in batches(merged.rows, prefix.length if prefix else 0):
-            here_N, *place = answers.places(rows_C)
-            answers.scatter(here_N, self._logits(request, merged, prefix, rows_C, place))
+            here_N, *place = table.places(rows_C)
+            table.scatter(here_N, self._logits(request, merged, prefix, rows_C, place))
         unedited = not (request.deltas or self.edits.any_active)
-        if unedited and answers.logprob_BM.isnan().any():
+        if unedited and table.logprob_BM.isnan().any():
             self.refuse_not_finite()
-        return answers.scores()
+        return table.scores()
 
     def _logits(
         self,
@@ -141,7 +141,7 @@ class Scorer:
         return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
     def _read(self, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
-        """Token ids of texts, cut, until there are so many tokens."""
+        """Token ids of texts, cut, until there are ``max_tokens`` of them."""
         limit = min(TEXT_TOKENS, self.tokens.max_length or TEXT_TOKENS)
         ids: list[list[int]] = []
         left = max_tokens

@@ -1,7 +1,7 @@
 """Where blocks, MLP projections, norms and the head of a causal LM are, found by shape and position.
 
 Nothing here compares model names. Blocks are the one ``ModuleList`` of the decoder that is as long as the
-model is deep; inside a block a four-token forward shows which linear maps run, and their shapes say what they
+model is deep; inside a block a four-token forward shows which linear layers run, and their shapes say what they
 are: the MLP output projection goes from the inner width F back to the residual width D, the input projections
 from D to F (or 2F where gate and up are fused). A probe then checks that a change of the projection's output
 reaches the block's output as it should.
@@ -24,7 +24,7 @@ from corrigenda.modules.model.hooks import Hook, first, hooked
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
-    """The model's parts could not be found; the message says what was seen."""
+    """The model's parts could not be found; the message says what was found."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Structure:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: ``nn.Linear`` and its quantised or wrapped kin, or GPT-2's Conv1D."""
+    """Whether a module is a linear layer: ``nn.Linear``, a quantised or wrapped one, or GPT-2's Conv1D."""
     return isinstance(module, Conv1D) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear module; never read from the shape of a packed weight."""
+    """(in, out) of a linear layer; not taken from the weight, whose shape differs if it is quantised."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     linear = cast(nn.Linear, module)
@@ -117,17 +117,17 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the stored weight is packed (integers), so that it cannot be added to."""
+    """Whether the stored weight is quantised (integers), so that nothing can be added to it."""
     return not cast(Tensor, module.weight).is_floating_point()
 
 
 def to_storage(module: nn.Module, update: Tensor) -> Tensor:
-    """An [out, in] update (or a bias) as this module stores it; decided by module type, never by shape."""
+    """An [out, in] update (or a bias) as this module stores it, which depends on its type, not on shapes."""
     return update.T if isinstance(module, Conv1D) and update.dim() == 2 else update
 
 
 def read_weight(module: nn.Module) -> Tensor:
-    """W_OI in floating point, whatever the module stores: transposed, packed or plain."""
+    """W_OI in floating point, however the module stores it: transposed, quantised or plain."""
     weight = cast(nn.Parameter, module.weight)
     if not is_quantised(module):
         return to_storage(module, weight.data)  # transposing is its own inverse
@@ -135,30 +135,30 @@ def read_weight(module: nn.Module) -> Tensor:
 
     if not (hasattr(weight, "quant_state") or hasattr(weight, "SCB")):
         raise UnsupportedModel(
-            f"{type(module).__name__} packs its weight in a way that is not known here, and only bitsandbytes' "
-            "is: load the model without quantisation, or leave this module out of the edit"
+            f"{type(module).__name__} stores its weight in an unknown format, and only that of bitsandbytes "
+            "is known: load the model without quantisation, or leave this module out of the edit"
         )
     return dequantize_bnb_weight(weight, getattr(module, "state", None))
 
 
 def read_parameter(net: nn.Module, name: str) -> Tensor:
-    """A weight as [out, in] (:func:`read_weight`), or a bias or the like as it is."""
+    """A weight as [out, in] (:func:`read_weight`), or another parameter, such as a bias, as it is."""
     module_name, _, kind = name.rpartition(".")
     module = net.get_submodule(module_name)
     return read_weight(module) if kind == "weight" else getattr(module, kind).data
 
 
-def with_weight(module: nn.Module, weight_OI: Tensor, pack: bool) -> nn.Module:
-    """A linear map that can take a packed one's place: another weight, the same bias.
+def with_weight(module: nn.Module, weight_OI: Tensor, requantize: bool) -> nn.Module:
+    """A linear layer to replace a quantised one, with another weight and the same bias.
 
     Args:
-        module: a packed linear map; it stays as it is.
-        weight_OI: the weight, in the type that it is to have where it is not packed.
-        pack: pack it the way that ``module``'s is; a plain ``nn.Linear`` otherwise.
+        module: a quantised linear layer, which is not changed.
+        weight_OI: the weight, in the type that it should have if it is not quantised.
+        requantize: quantise it as ``module`` is; otherwise the layer is a plain ``nn.Linear``.
     """
     inputs, outputs = sizes(module)
-    if pack:
-        other = _packed_like(module, weight_OI)
+    if requantize:
+        other = _quantised_like(module, weight_OI)
     else:
         other = nn.Linear(inputs, outputs, bias=False, device="meta")
         other.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -166,7 +166,7 @@ def with_weight(module: nn.Module, weight_OI: Tensor, pack: bool) -> nn.Module:
     return other.eval()
 
 
-def _packed_like(module: nn.Module, weight_OI: Tensor) -> nn.Linear:
+def _quantised_like(module: nn.Module, weight_OI: Tensor) -> nn.Linear:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     old, (inputs, outputs) = cast(Any, module.weight), sizes(module)
@@ -182,15 +182,15 @@ def _packed_like(module: nn.Module, weight_OI: Tensor) -> nn.Linear:
     else:
         threshold, how = cast(Any, module).state.threshold, {"has_fp16_weights": False}
         other = Linear8bitLt(inputs, outputs, False, threshold=threshold, device="meta", **how)
-    # Weights are packed on their way from the processor to where they are kept.
+    # bitsandbytes quantises a weight when it is moved to a device.
     other.weight = type(old)(weight_OI.cpu(), requires_grad=False, **how).to(old.device)
     return other
 
 
 def exchange(net: nn.Module, name: str, other: Tensor | nn.Module) -> Tensor | nn.Module:
-    """Puts other data in a parameter's place, or another module in that of the one it belongs to.
+    """Replaces a parameter's data, or the module that the parameter belongs to.
 
-    Returns what was there, as it was: exchanging it back is exact.
+    Returns what was replaced, unchanged: exchanging it back is exact.
     """
     if isinstance(other, nn.Module):
         parent, _, child = name.rpartition(".")[0].rpartition(".")
@@ -207,7 +207,7 @@ def exchange(net: nn.Module, name: str, other: Tensor | nn.Module) -> Tensor | n
 
 
 def find_structure(net: PreTrainedModel) -> Structure:
-    """The structure of a Hugging Face causal LM; raises :class:`UnsupportedModel` with what was seen."""
+    """The structure of a Hugging Face causal LM; raises :class:`UnsupportedModel` with what was found."""
     config = net.config.get_text_config(decoder=True)
     kind, depth, width = config.model_type, config.num_hidden_layers, config.hidden_size
     core = net.get_decoder()
@@ -267,14 +267,14 @@ def find_structure(net: PreTrainedModel) -> Structure:
 
 
 def probe_ids(net: PreTrainedModel, length: int = 4) -> Tensor:
-    """A few ordinary token ids on the embedding's device, for a forward that shows the structure."""
+    """A few ordinary token ids on the embedding's device, for a forward pass that shows the structure."""
     embedding = cast(nn.Embedding, net.get_input_embeddings()).weight
     start = min(5, embedding.shape[0] - length)
     return torch.arange(start, start + length, device=embedding.device)[None]
 
 
 def _refuse_experts(kind: str, stack: nn.ModuleList) -> None:
-    """Some mixtures look dense where the probe looks: in their first block, or by a shared expert."""
+    """Refuses mixtures of experts, some of which have a dense first block or a shared expert."""
     for name, module in stack.named_modules():
         if "expert" in f"{name} {type(module).__name__}".lower():
             raise UnsupportedModel(
@@ -317,9 +317,9 @@ def _out_projection(
     if len(found) > 1:
         found = [name for name in found if sizes(linear[name])[0] == inner] or found
     if len(found) != 1:
-        seen = {name: sizes(linear[name]) for name in order} or "no linear map outside attention"
+        seen = {name: sizes(linear[name]) for name in order} or "no linear layer outside attention"
         raise UnsupportedModel(
-            f"{kind}: cannot tell which map writes the MLP output (width {width}) from {seen}"
+            f"{kind}: cannot tell which linear layer writes the MLP output (width {width}) from {seen}"
         )
     return found[0]
 

@@ -1,12 +1,11 @@
-"""The frozen prefix: run the part of a network that an intervention cannot change once, the rest many times.
+"""The frozen prefix: the part of a network that an intervention cannot change runs once, the rest many times.
 
-With an intervention at block L nothing below L changes, and with causal attention nothing before the touched
-token changes either. A :class:`Tail` therefore keeps the hidden states that enter block L and, where a row's
-touched token is given, the keys and values of the tokens before it. Blocks below L are stood in for by
-modules that return the stored states, so embedding, masks, rotary tables, final norm and head stay the
-network's own, and no family needs code of its own.
+An intervention at block L changes nothing below L, and with causal attention nothing before its first token. A
+:class:`Tail` therefore stores the hidden states that enter block L and, if the first token is given, keys and
+values of the tokens before it. Blocks below L are replaced by modules that return the stored states, so embedding,
+masks, rotary tables, final norm and head are the network's own, and no model family needs code of its own.
 
-Shapes: B rows, T tokens, P tokens before the touched one, S from it on, D width, N positions read, V words.
+Shapes: B rows, T tokens, D width, N positions, V words.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from corrigenda.modules.interrupts import Reversible
 from corrigenda.modules.model.hooks import capture, first, remove_all, replace_first
-from corrigenda.modules.model.kv_cache import branch, empty_cache, first_tokens
+from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, fork
 from corrigenda.modules.model.merging import sees
 from corrigenda.modules.model.structure import Structure
 
@@ -47,20 +46,20 @@ class _StandIn(nn.Module):
 
 
 class Tail:
-    """Blocks from ``layer`` up, over right-padded rows whose lower part is computed here, without gradient.
+    """Blocks from ``layer`` up, for right-padded rows; what is below is computed here, without gradient.
 
     Args:
-        net: a causal LM; nothing of it is changed outside a call.
+        net: a causal LM, which is changed only during a call.
         structure: where its blocks are.
         ids_BT: token ids, padded on the right.
         mask_BT: 1 on real tokens.
         layer: the lowest block that may change. 0 runs every block.
-        start_B: first token of each row that may change; what comes before is kept as keys and values.
-            Without it all tokens run.
-        reuse: False recomputes everything in every call, head included: the plain way, for comparison.
-        begun: what :func:`run_start` kept of the tokens before ``start_B``, alike in all rows.
-        stored: what the block below ``layer`` gives for these rows, where that is known.
-        depth_BT: where rows are trees (:mod:`corrigenda.modules.model.merging`), which then are not cut.
+        start_B: first token of each row that may change; of those before, keys and values are stored. None
+            runs all tokens.
+        reuse: False recomputes everything in every call, head included: the reference path.
+        prefix: cache of the tokens before ``start_B`` from :func:`run_start`, if all rows share them.
+        stored: output of the block below ``layer`` for these rows, if it is known.
+        depth_BT: depths, if rows are trees (:mod:`corrigenda.modules.model.merging`), which are not cut.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Tail:
         layer: int,
         start_B: Tensor | None = None,
         reuse: bool = True,
-        begun: DynamicCache | None = None,
+        prefix: DynamicCache | None = None,
         stored: Any = None,  # noqa: ANN401  as the block returns it
         depth_BT: Tensor | None = None,
     ) -> None:
@@ -86,15 +85,15 @@ class Tail:
         if not reuse or stored is not None:
             return
         if start_B is not None and int(start_B.max()) > 0:
-            self._split(start_B, begun)
+            self._split(start_B, prefix)
         if layer > 0:
             self.stored = self.below(layer)
 
     @torch.no_grad()
-    def _split(self, start_B: Tensor, begun: DynamicCache | None) -> None:
-        """Cuts rows at ``start_B``, lines the cuts up, and keeps keys and values of what is before them.
+    def _split(self, start_B: Tensor, prefix: DynamicCache | None) -> None:
+        """Cuts rows at ``start_B``, aligns the cuts, and stores keys and values of the tokens before them.
 
-        Leaves them whole where a layer keeps a running state instead, which can be neither cut nor branched.
+        Leaves rows whole if a layer keeps a running state instead, which can be neither cut nor forked.
         """
         cache = empty_cache(self.net)
         if cache is None:
@@ -109,8 +108,8 @@ class Tail:
         ids = ids_BT.gather(1, column.clamp(0, ids_BT.shape[1] - 1))
         mask = inside.to(mask_BT.dtype)
         positions = column.clamp(min=0)
-        if begun is not None:
-            cache = first_tokens(begun, before, len(ids))
+        if prefix is not None:
+            cache = first_tokens(prefix, before, len(ids))
         else:
             self.net.get_decoder()(
                 input_ids=ids[:, :before],
@@ -124,11 +123,11 @@ class Tail:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the beginnings of the rows are kept apart, as keys and values."""
+        """Whether the tokens before ``start_B`` are stored, as keys and values."""
         return self._cache is not None
 
     def from_block(self, layer: int, stored: Any = None) -> Tail:  # noqa: ANN401
-        """The same rows from a higher block on; with what the block below it gives, where that is known."""
+        """The same rows from a higher block on; ``stored`` is the output of the block below it, if known."""
         part = copy.copy(self)
         part.stored = self.below(layer) if stored is None else stored
         part.layer = layer
@@ -136,7 +135,7 @@ class Tail:
 
     @torch.no_grad()
     def below(self, layer: int) -> Any:  # noqa: ANN401  as the block returns it
-        """What the block below ``layer`` gives for these rows."""
+        """Output of the block below ``layer`` for these rows."""
         output = self.through(layer)
         return replace_first(output, first(output).detach())
 
@@ -156,7 +155,7 @@ class Tail:
         }
         if self._cache is not None:
             inputs |= {
-                "past_key_values": branch(self._cache),
+                "past_key_values": fork(self._cache),
                 "position_ids": self._positions,
                 "use_cache": True,
             }
@@ -168,7 +167,7 @@ class Tail:
         return inputs
 
     def logits(self, row_N: Tensor, position_N: Tensor) -> Tensor:
-        """logits_NV after token ``position_N`` of row ``row_N``, in the unpadded row's own counting."""
+        """logits_NV after token ``position_N`` of row ``row_N``, counted in the unpadded row."""
         if not self.reuse:
             return self.net(**self._inputs()).logits[row_N, position_N]
         position_N = position_N - self.offset_B[row_N]
@@ -176,14 +175,14 @@ class Tail:
             return self.net(**self._inputs()).logits.squeeze(0)
 
     def select(self, row_R: Tensor) -> Tail:
-        """The same tail for some of its rows, nothing recomputed."""
+        """The same tail for some of its rows; nothing is recomputed."""
         part = copy.copy(self)
         part.ids_BT, part.mask_BT = self.ids_BT[row_R], self.mask_BT[row_R]
         part.offset_B = self.offset_B[row_R]
         if self._positions is not None:
             part._positions = self._positions[row_R]
         if self._cache is not None:
-            part._cache = branch(self._cache)
+            part._cache = fork(self._cache)
             part._cache.batch_select_indices(row_R)
         if self.stored is not None:
             part.stored = replace_first(self.stored, first(self.stored)[row_R])
@@ -191,16 +190,16 @@ class Tail:
 
     @property
     def _before(self) -> int:
-        """Columns of the mask for what is kept of the rows' beginnings."""
+        """Columns of the mask that belong to stored keys and values."""
         return self.mask_BT.shape[1] - self.ids_BT.shape[1]
 
     @property
     def length_B(self) -> Tensor:
-        """Tokens of each row that every call runs."""
+        """How many tokens of each row every call runs."""
         return self.mask_BT[:, self._before :].sum(1)
 
     def trimmed(self) -> Tail:
-        """The same tail without columns that only hold padding at the end."""
+        """The same tail without trailing columns of padding alone."""
         width, before = int(self.length_B.max()), self._before
         part = copy.copy(self)
         part.ids_BT, part.mask_BT = self.ids_BT[:, :width], self.mask_BT[:, : before + width]
@@ -211,7 +210,7 @@ class Tail:
         return part
 
     def run(self) -> None:
-        """Runs the blocks for what hooks see of them; no logits."""
+        """Runs the blocks for the sake of hooks on them; no logits."""
         with self._stand_ins():
             self.net.get_decoder()(**self._inputs())
 
@@ -229,7 +228,7 @@ class Tail:
 
 
 def read_at(net: PreTrainedModel, row_N: Tensor, position_N: Tensor) -> Reversible:
-    """Inside, the head sees only the given positions, and the network returns logits of shape [1, N, V]."""
+    """Inside, the head runs at the given positions only, and the network returns logits of shape [1, N, V]."""
 
     def select(_module: nn.Module, args: tuple) -> tuple:
         hidden_BTD = args[0]

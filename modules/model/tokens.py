@@ -1,9 +1,8 @@
 """Text to token ids and back: the only place that tokenises.
 
-Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`); the
-target is
-what follows their longest common prefix with the prompt alone, so no rule about leading spaces or begin-of-text
-tokens depends on the model's family.
+Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`). The
+target's tokens are those after the longest common prefix with the encoded prompt, so that no rule about leading
+spaces or begin-of-text tokens depends on the model's family.
 
 Shapes: B rows, T tokens.
 """
@@ -20,17 +19,17 @@ from corrigenda.datamodules.records import Edit, Separator, joined, prompt_end
 from corrigenda.modules.model.loading import ModelError
 from corrigenda.modules.model.rows import Rows, common_prefix
 
-MOST_CHARACTERS = 1_000_000  # of a text, where the model sets no limit to its tokens
-SHOWN = 60  # characters of a text in a message
+MOST_CHARACTERS = 1_000_000  # of a text, if the model does not limit its tokens
+SHOWN = 60  # characters of a text that a message shows
 
 
 class Tokens:
     """A model's tokenizer, with the model's limits.
 
     Args:
-        tokenizer: of ``transformers``.
+        tokenizer: a ``transformers`` tokenizer.
         net: the network that reads the tokens.
-        name: the model's, for messages.
+        name: the model's name, for messages.
         separator: what stands between a prompt and its target, see :class:`LanguageModel`.
     """
 
@@ -41,14 +40,14 @@ class Tokens:
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens a text may have, None where the model sets no limit."""
+        """Most tokens a text may have; None if the model sets no limit."""
         config = self.net.config.get_text_config(decoder=True)
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
         found = [getattr(config, name, None) for name in names]
         return min((n for n in found if isinstance(n, int) and n > 0), default=None)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with the tokenizer's own special tokens in front, none behind."""
+        """Token ids with the tokenizer's special tokens at the start, and none at the end."""
         rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
         special = set(self.tokenizer.all_special_ids)
         rows = [
@@ -59,16 +58,15 @@ class Tokens:
         if (most := max(map(max, filter(None, rows)), default=0)) >= known:
             token = self.tokenizer.convert_ids_to_tokens(most)
             raise ModelError(
-                f"the tokenizer of {self.name!r} does not fit the model: its token {token!r} has number {most}, "
+                f"the tokenizer of {self.name!r} does not fit the model: its token {token!r} has the id {most}, "
                 f"and the model embeds {known} tokens; load both as they were published together"
             )
         return rows
 
     def encode_whole(self, texts: Sequence[str], reserve: int = 0) -> list[list[int]]:
-        """As :meth:`encode`, of texts that are read whole.
+        """Token ids as from :meth:`encode`, of texts that must fit into the model's context.
 
-        Raises ValueError for a text that has more tokens than the model reads at once, ``reserve`` tokens that are
-        to follow it included.
+        Raises ValueError for a text that does not fit together with the ``reserve`` tokens that are to follow it.
         """
         self.require_readable(texts)
         rows = self.encode(texts)
@@ -83,7 +81,7 @@ class Tokens:
         return rows
 
     def require_readable(self, texts: Sequence[str]) -> None:
-        """Raises ValueError for a text so long that it need not be tokenised to know that it is too long."""
+        """Raises ValueError for a text so long that it cannot fit, without tokenising it."""
         limit = self.max_length
         most = MOST_CHARACTERS if limit is None else limit * self._longest_token
         for text in texts:
@@ -96,12 +94,12 @@ class Tokens:
 
     @cached_property
     def _longest_token(self) -> int:
-        """Characters of the longest token, as the tokenizer writes it."""
+        """Characters of the longest token in the vocabulary."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def appends(self) -> bool:
-        """Whether the tokenizer puts a special token behind a text."""
+        """Whether the tokenizer appends a special token to a text."""
         return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
 
     def join(self, prompt: str, target: str) -> str:
@@ -109,9 +107,9 @@ class Tokens:
         return joined(prompt, target, self.separator)
 
     def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
-        """Encodes prompts, each with its target behind it.
+        """Encodes prompts, each followed by its target if targets are given.
 
-        Raises ValueError for an empty target, and for what is longer than the model reads at once.
+        Raises ValueError for an empty target, and for a text that does not fit into the model's context.
         """
         prompts = [prompt_end(prompt) for prompt in prompts]
         if targets is None:
@@ -153,7 +151,7 @@ class Tokens:
         )[1]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of token ids, special tokens left out, spaces as they are."""
+        """The text of token ids, without special tokens, spaces as they are."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
