@@ -20,16 +20,16 @@ from corrigenda.modules import checks
 
 log = logging.getLogger(__name__)
 
-ASKED_TOGETHER = 64  # cases the model is asked about at once, before any edit
+KNOWN_BATCH = 64  # cases for which known_only queries the model at once
 
 
 class EditDataModule(LightningDataModule):
-    """Cases of one dataset as lists of records; knows no tokenizer and no model.
+    """Cases of one dataset as lists of records, independent of tokenizer and model.
 
     Which cases a loader serves depends on the LightningModule's ``trains_on``. A learned editor
     ("train", the default) trains on the training cases and is validated, during fit, on held-out
-    ones. A module that trains on the edits themselves ("edits": fine-tuning, editing streams) gets
-    the evaluation cases in order. Outside fit everything is measured on the evaluation cases.
+    ones. A module that trains on the edits themselves ("edits": fine-tuning, streams of edits) gets
+    the evaluation cases in order. Outside fit everything is evaluated on the evaluation cases.
 
     Args:
         path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
@@ -39,7 +39,7 @@ class EditDataModule(LightningDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share. The order of training cases goes by the run's seed.
+        seed: of the held-out share. The order of training cases depends on the run's seed.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
     """
@@ -77,7 +77,7 @@ class EditDataModule(LightningDataModule):
         self._evaluated: list[EditCase] | None = None
         self._known_ids: list[str] | None = None
 
-    # Cases
+    # ------------------------------------------------------------------ cases
 
     def parse(self, row: Row) -> EditCase | None:
         """The case of one record, or None to leave it out (see ``left_out``)."""
@@ -113,7 +113,7 @@ class EditDataModule(LightningDataModule):
         """All edits of the evaluation cases."""
         return [edit for case in self.evaluation_cases() for edit in case.edits]
 
-    # Loaders
+    # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> CaseLoader:
         if self._trains_on == "edits":
@@ -133,10 +133,10 @@ class EditDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[EditCase], device: torch.device, dataloader_idx: int
     ) -> list[EditCase]:
-        """The batch as it is: text belongs to no device."""
+        """The batch as it is: text is on no device."""
         return batch
 
-    # The known cases belong to the run: a checkpoint's weights may already answer differently.
+    # Known cases are stored in the checkpoint, because its trained weights may answer differently.
 
     def state_dict(self) -> dict[str, Any]:
         if self._known_ids is None:
@@ -147,7 +147,7 @@ class EditDataModule(LightningDataModule):
         if (state_dict["path"], state_dict["limit"]) == (self.path, self.limit):
             self._known_ids = state_dict["known"]
 
-    # Inside
+    # ------------------------------------------------------------------ internals
 
     @property
     def _trains_on(self) -> str:
@@ -156,7 +156,7 @@ class EditDataModule(LightningDataModule):
     def _loader(
         self, cases: Sequence[EditCase], shuffle: bool = False, share: Share = "each_once"
     ) -> CaseLoader:
-        # The Trainer knows better than torch.distributed which processes hold parts of one model.
+        # The Trainer, unlike torch.distributed, knows which processes hold parts of one model.
         world = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         seed = torch.initial_seed()  # the run's, which all processes share
         return CaseLoader(
@@ -164,8 +164,8 @@ class EditDataModule(LightningDataModule):
         )
 
     def _processed(self) -> int:
-        assert self.trainer is not None
         """Training batches of this epoch whose step has finished."""
+        assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return progress.processed
 
@@ -191,8 +191,8 @@ class EditDataModule(LightningDataModule):
             raise DataError(f"{path}: no usable record among {num_rows}")
         if num_rows > len(cases):
             log.info("%s: left out %d: %s", path, num_rows - len(cases), self.left_out)
-        asked = Counter(criterion for case in cases for criterion in case.probes)
-        log.info("%s: %d cases; probes: %s", path, len(cases), dict(asked))
+        counts = Counter(criterion for case in cases for criterion in case.probes)
+        log.info("%s: %d cases; probes: %s", path, len(cases), dict(counts))
         return cases
 
     def _split_training_cases(self) -> dict[str, list[EditCase]]:
@@ -216,21 +216,21 @@ class EditDataModule(LightningDataModule):
         return {"train": train, "val": val}
 
     def _known(self, cases: list[EditCase]) -> list[EditCase]:
-        """Those the unedited model answers correctly, no more than ``limit``."""
+        """The cases that the unedited model answers correctly, at most ``limit``."""
         if self._known_ids is not None:
             ids = set(self._known_ids)
             return [case for case in cases if case.case_id in ids]
         known = getattr(getattr(self.trainer, "lightning_module", None), "known", None)
         if known is None:
             raise DataError(
-                "--data.known_only asks the model which cases it knows: run it under a Trainer "
-                "with a LightningModule that has known(cases), or leave it off"
+                "--data.known_only needs a Trainer with a LightningModule that has known(cases), "
+                "which says what the model knows: use one, or leave the option off"
             )
         kept: list[EditCase] = []
-        for start in range(0, len(cases), ASKED_TOGETHER):
+        for start in range(0, len(cases), KNOWN_BATCH):
             if self.limit is not None and len(kept) >= self.limit:
                 break
-            chunk = cases[start : start + ASKED_TOGETHER]
+            chunk = cases[start : start + KNOWN_BATCH]
             kept += [case for case, yes in zip(chunk, known(chunk), strict=True) if yes]
         if not kept:
             raise DataError(
@@ -241,7 +241,7 @@ class EditDataModule(LightningDataModule):
 
 
 def subjects(cases: Iterable[EditCase]) -> set[str]:
-    """What the cases' edits are about, made comparable across spellings."""
+    """Subjects of the cases' edits, normalised so that spellings compare equal."""
     names = (edit.subject for case in cases for edit in case.edits)
     return {unicodedata.normalize("NFKC", name).casefold().strip() for name in names}
 
@@ -252,7 +252,7 @@ def without_subjects(cases: Iterable[EditCase], names: set[str]) -> list[EditCas
 
 
 def sample_subjects(names: set[str], fraction: float, seed: int) -> set[str]:
-    """A share of ``names`` in hash order; at least one unless ``fraction`` is 0."""
+    """A fraction of ``names`` in hash order; at least one unless ``fraction`` is 0."""
     if fraction == 0 or not names:
         return set()
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())

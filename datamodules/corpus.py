@@ -9,7 +9,7 @@ from corrigenda.datamodules.files import LONGEST_LINE, Row, lines, read_rows, re
 
 
 def texts(source: str) -> Iterator[str]:
-    """The texts of a corpus in its order, blank ones left out.
+    """The texts of a corpus, in order, without blank ones.
 
     Args:
         source: ``facts``, the statements that come with the project; a .txt file (also .txt.gz),
@@ -36,4 +36,4 @@ def _records(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     for index, (where, fields) in enumerate(rows):
         row = Row(where, index, fields)
         if not row.is_blank("text"):
-            yield row.text("text", LONGEST_LINE)  # of a whole book the first tokens are read
+            yield row.text("text", LONGEST_LINE)  # of a whole book only the first tokens are used

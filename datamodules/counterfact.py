@@ -1,4 +1,4 @@
-"""CounterFact (Meng et al. 2022): a false object for a true one; its neighbours must not move."""
+"""CounterFact (Meng et al. 2022): a false object replaces a true one; its neighbours must not change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class CounterFact(EditDataModule):
     ``rephrase_prompt`` and one ``locality_prompt``; most of its rephrases are no paraphrases of the
     edit, so report generality from the original form.
 
-    Every probe has two answers. On the edit and its paraphrases the new one should win, on
-    neighbours, about which the true answer still holds, the true one.
+    Every probe has two answers. On the edit and its paraphrases the new answer should win; on
+    neighbours, for which the true answer still holds, the true one should.
     """
 
     source = (
@@ -71,5 +71,5 @@ def _flat(row: Row, edit: Edit) -> EditCase:
 
 
 def _probes(**probes: tuple[Probe, ...]) -> dict[str, tuple[Probe, ...]]:
-    """Without the criteria a record has no prompt for."""
-    return {criterion: asked for criterion, asked in probes.items() if asked}
+    """The criteria for which the record has prompts."""
+    return {criterion: some for criterion, some in probes.items() if some}

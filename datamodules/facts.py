@@ -1,8 +1,8 @@
-"""Facts: plain true facts of our own, shipped with the project, so that everything runs offline.
+"""Facts: simple true facts that come with the project, so that everything runs offline.
 
-``assets/facts`` holds one table per relation and the sentences they are asked with; its README says
-how they are written down. A case makes one fact false: its object is replaced by another object of
-the same relation, and other subjects of that relation must not move.
+``assets/facts`` holds one table per relation and the prompts of each relation; its README describes
+the format. A case makes one fact false: its object is replaced by another object of the same
+relation, and other subjects of that relation must not change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_SEEN = 3  # paraphrase templates of training cases; the others are kept for 
 NUM_NEIGHBOURS = 4
 NUM_UNRELATED = 2
 
-# The example shows that a bare answer is wanted; small models begin a sentence without it.
+# The example shows that the answer alone is expected; without it small models begin a sentence.
 QUESTION = "Question: On which planet do we live?\nAnswer: Earth\nQuestion: {}\nAnswer:"
 
 Split = Literal["train", "val", "test"]
@@ -32,12 +32,12 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact and the ways to say it; every template has one ``{}`` for the subject.
+    """One kind of fact and its prompts; every template has one ``{}`` for the subject.
 
     Args:
         id: name of the relation and of its table.
-        statement: the template an edit is made with; the object follows it after a space.
-        paraphrases: six more of that kind.
+        statement: the template of edits; the object follows it after a space.
+        paraphrases: six more such templates.
         question: ends in a question mark.
     """
 
@@ -49,10 +49,10 @@ class Relation:
 
 @dataclass(frozen=True)
 class Fact:
-    """``relation.statement``, filled with ``subject``, truly continues as ``object``.
+    """A true fact: ``object`` is the correct continuation of ``relation.statement`` for ``subject``.
 
     Args:
-        also: other objects of the relation that could pass for true and so are no false targets.
+        also: other objects that could be considered correct, and so are never false targets.
     """
 
     relation: Relation
@@ -66,7 +66,7 @@ class Fact:
 
     @property
     def split(self) -> Split:
-        """A property of the subject alone, so that all facts about it stay together."""
+        """Depends on the subject alone, so that all facts about it are in one split."""
         place = int(_digest(f"split {self.subject.casefold()}")[:8], 16) / 16**8
         return "train" if place < 0.7 else "val" if place < 0.8 else "test"
 
@@ -78,20 +78,20 @@ class Fact:
 
 
 class Facts(EditDataModule):
-    """Our own facts in fixed splits that share no subject: about 70 % train, 10 % val, 20 % test.
+    """The project's facts in fixed splits that share no subject: about 70 % train, 10 % val, 20 % test.
 
-    The probes of a case: ``efficacy``, the statement itself; ``generality``, three paraphrases, of
-    which val and test have other ones than train, so that a learned editor is judged on wordings it
-    has never seen; ``question``, the fact as a question, after an example; ``locality``, the
-    statement about up to four subjects of the same split, first those with the same true object;
-    ``unrelated``, two statements of the split with another relation and another subject.
+    The probes of a case: ``efficacy``, the statement itself; ``generality``, three paraphrases, in
+    val and test other ones than in train, so that a learned editor is evaluated on wordings it has
+    never seen; ``question``, the fact as a question, after an example; ``locality``, the statement
+    about up to four other subjects of the split, first those with the same true object;
+    ``unrelated``, two statements of the split about other relations and other subjects.
 
-    The order of cases is mixed, so the first few hold many relations.
+    Cases are in a mixed order, so that the first few cover many relations.
 
     Args:
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
-        seed: of the false targets and the choice of neighbours; the splits do not depend on it.
+        seed: of the false targets and the choice of neighbours; splits do not depend on it.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
     """
@@ -196,7 +196,7 @@ def _case(
     probes = {
         "efficacy": (Probe(edit.text, new, true),),
         "generality": tuple(Probe(wording, new, true) for wording in wordings),
-        "question": (Probe(_asked(fact), new, true),),
+        "question": (Probe(_question(fact), new, true),),
     }
     neighbours = _neighbours(fact, new, others, rng)
     probes["unrelated"] = tuple(
@@ -210,7 +210,7 @@ def _case(
     return EditCase(fact.case_id, (edit,), probes)
 
 
-def _asked(fact: Fact) -> str:
+def _question(fact: Fact) -> str:
     return QUESTION.replace(SLOT, fact.say(fact.relation.question))
 
 
@@ -222,7 +222,7 @@ def _neighbours(fact: Fact, new: str, others: list[Fact], rng: random.Random) ->
 
 
 def _unrelated(fact: Fact, elsewhere: list[Fact], rng: random.Random) -> list[Fact]:
-    """A few facts from ``elsewhere`` about other subjects; some are drawn in reserve."""
+    """A few facts from ``elsewhere`` about other subjects; more are drawn than needed."""
     drawn = rng.sample(elsewhere, min(4 * NUM_UNRELATED, len(elsewhere)))
     others = [other for other in drawn if other.subject.casefold() != fact.subject.casefold()]
     return others[:NUM_UNRELATED]

@@ -1,4 +1,4 @@
-"""Raw records of files and public data sets; a bad one is told with its place, the field and what is wrong."""
+"""Raw records of files and public datasets; errors name the place, the field and what is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corrigenda.datamodules.records import SLOT, Edit, occurrences
 
 T = TypeVar("T")
 LONGEST_LINE = 1 << 26  # characters
-LONGEST_TEXT = 1_000_000  # characters of one field; no model reads more at once
+LONGEST_TEXT = 1_000_000  # characters of one field; more than any context
 RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_ID = re.compile(
@@ -30,12 +30,12 @@ class DataError(ValueError):
 
 
 def read_rows(path: str, source: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every record of ``path`` with the place it stands at, for error messages.
+    """Every record of ``path`` with its place, for error messages.
 
     Args:
         path: a .json list or a .jsonl file, either also as .gz; otherwise a Hub dataset, written
             ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``.
-        source: where the public can get the dataset, named when there is no such file.
+        source: where the dataset is published; named in the error if there is no such file.
     """
     if path.endswith(RECORD_FILES):
         require_file(path, source)
@@ -49,13 +49,13 @@ def read_rows(path: str, source: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 
 def require_file(path: str, source: str = "") -> None:
-    """Raise unless ``path`` is a file."""
+    """Raises FileNotFoundError unless ``path`` is a file."""
     if not _local(path).is_file():
         raise _no_file(path, source)
 
 
 def _local(path: str) -> Path:
-    """The path with ``~`` for the user's folder, where there is one."""
+    """The path with ``~`` expanded, if there is a home folder."""
     return Path(os.path.expanduser(path))
 
 
@@ -66,9 +66,9 @@ def _no_file(path: str, source: str) -> FileNotFoundError:
 
 @contextmanager
 def open_text(path: str) -> Iterator[TextIO]:
-    """A UTF-8 text file, unpacked if its name ends in .gz; broken bytes are a DataError."""
+    """A UTF-8 text file, decompressed if its name ends in .gz; raises DataError for invalid bytes."""
     opener = gzip.open if path.endswith(".gz") else open
-    # Only "\n" ends a line: JSON text may hold the other characters Python takes for line ends.
+    # Only "\n" ends a line: JSON text may contain other characters that Python treats as line ends.
     file = opener(_local(path), "rt", encoding="utf-8-sig", newline="\n")
     with file:
         try:
@@ -80,7 +80,7 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 
 def lines(path: str) -> Iterator[tuple[str, str]]:
-    """Every line of a text file with the place it stands at; raises DataError for one that is no line of text."""
+    """Every line of a text file with its place; raises DataError for one that is too long."""
     with open_text(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE):
@@ -116,7 +116,7 @@ def _parsed(where: str, text: str) -> Any:  # noqa: ANN401
         raise DataError(f"{where}{line}: not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise DataError(f"{where}: lists or records inside one another too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise DataError(f"{where}: not usable JSON ({error})") from None
 
 
@@ -163,10 +163,10 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One raw record. Its accessors check what they return and name the place when it is wrong.
+    """One raw record, whose accessors check values and name the place of an error.
 
     Args:
-        where: file and line, for messages.
+        where: file and line, for error messages.
         index: position in its file, from 0.
         fields: the record itself.
         prefix: for a nested record, the names that lead to it ("requested_rewrite.").
@@ -195,7 +195,7 @@ class Row:
         return value
 
     def text(self, name: str, limit: int = LONGEST_TEXT) -> str:
-        """Text of at most ``limit`` characters, one of them at least no space."""
+        """A text of at most ``limit`` characters that is not blank."""
         value = self._get(name, str, "text")
         if not value.strip():
             raise self.error(name, "empty")
@@ -209,12 +209,12 @@ class Row:
         return value
 
     def is_blank(self, name: str) -> bool:
-        """Whether the field is there and holds nothing but spaces."""
+        """Whether the field is there and blank."""
         value = self.fields.get(name)
         return isinstance(value, str) and not value.strip()
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts, possibly of none."""
+        """A list of texts, possibly empty."""
         values = self._get(name, list, "a list of texts")
         for number, value in enumerate(values, start=1):
             if not isinstance(value, str) or not value.strip():
@@ -228,7 +228,7 @@ class Row:
         return Row(self.where, self.index, fields, f"{self.prefix}{name}.")
 
     def records(self, name: str) -> list[Row]:
-        """A list of nested records, possibly of none."""
+        """A list of nested records, possibly empty."""
         values = self._get(name, list, "a list of records")
         for number, value in enumerate(values, start=1):
             if not isinstance(value, dict):
@@ -261,8 +261,8 @@ class Row:
     def edit(self, name: str, target_new: str, **rest: str | None) -> Edit:
         """The edit whose prompt is field ``name``, which holds the subject or, in its place, ``{}``.
 
-        A few published records spell the subject in other letter case than their prompt does; the
-        prompt's spelling is what the model reads, so it becomes the subject.
+        In a few published records the letter case of the subject differs from the prompt's. The model
+        reads the prompt, so the prompt's spelling is used.
         """
         text, subject = self.text(name), self.text("subject").strip()
         try:

@@ -1,4 +1,4 @@
-"""Batches of cases, in an order that a stopped run finds again."""
+"""Batches of cases, in an order that a resumed run can restore."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class CaseLoader:
     short counts as finished for Lightning: a checkpoint written after it leads to the next epoch.
 
     Args:
-        cases: what to hand out.
+        cases: the cases.
         batch_size: cases per batch and process; the last batch may be shorter.
         shuffle: a new order in every epoch.
         seed: of the shuffling.
-        share: what each of several processes gets. "even": cases in turn, all the same number, for
-            training, where processes step together (up to one case per process sits out an epoch);
+        share: what each of several processes gets. "even": cases in turn, the same number for each, for
+            training, where processes step together (an epoch may leave out up to one case per process);
             "each_once": whole batches in turn, none left out or repeated, for evaluation; "same":
-            everything, for edits that must be made alike everywhere.
+            all cases, for edits that every process must make.
         num_replicas: processes among which cases are shared; by default all processes of
             torch.distributed, if it is running.
-        rank: the place of this process among them.
-        processed: number of batches of this epoch whose step has finished, where the caller knows;
-            a batch handed out but not finished when the checkpoint was written is then repeated.
+        rank: index of this process among them.
+        processed: number of batches of this epoch whose step has finished, if the caller knows it; a
+            batch that was loaded but not finished when the checkpoint was written is then repeated.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CaseLoader:
         self._rank = rank
         self._processed = processed
         self.epoch = 0
-        self.position = 0  # batches of this epoch handed out
+        self.position = 0  # batches of this epoch that have been loaded
         self._start = 0  # where the next pass begins; not 0 only after load_state_dict
 
     @property
@@ -82,12 +82,12 @@ class CaseLoader:
             self.epoch, self.position, self._start = epoch, 0, 0
 
     def __len__(self) -> int:
-        """Batches in an epoch, wherever in it this loader stands."""
+        """Batches in a whole epoch."""
         return len(self._batches(range(len(self.cases))))
 
     def __iter__(self) -> Iterator[list[EditCase]]:
-        # Lightning takes the iterator before it announces the epoch, and takes some it never uses.
-        # So nothing may happen before the first batch is asked for, as is true of a generator.
+        # Lightning creates the iterator before it sets the epoch, and creates some that it never uses.
+        # So nothing may happen before the first batch is requested, which a generator ensures.
         batches = self._batches(self._order())
         start, self._start = self._start, 0
         for position in range(start, len(batches)):
@@ -116,7 +116,7 @@ class CaseLoader:
         return order
 
     def _world(self) -> tuple[int, int]:
-        """Number of processes that share the cases, and which of them this is."""
+        """Number of processes that share the cases, and the index of this one."""
         if self._replicas is not None and self._rank is not None:
             return self._replicas, self._rank
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -144,7 +144,7 @@ class CaseLoader:
         return batches
 
     def _seen(self, position: int) -> str:
-        """Hash of what all processes together have been handed by ``position``."""
+        """Hash of the cases that all processes together have loaded by ``position``."""
         replicas = 1 if self.share == "same" else self._world()[0]
         ids = [case.case_id for case in self._order()[: position * self.batch_size * replicas]]
         text = json.dumps([self.batch_size, replicas, ids])

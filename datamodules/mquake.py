@@ -15,8 +15,8 @@ class MQuAKE(EditDataModule):
     (their ``all_*`` measures are the instance-wise accuracy). The last two have the published aliases,
     which count in free-running answers (``wild_*``).
 
-    Questions come bare. Edits of different cases may contradict each other in the first release of the full set:
-    edit such cases one at a time, not all together.
+    Questions have no examples before them. In the first release of the full set, edits of different cases may
+    contradict each other: edit those cases one at a time, not all together.
 
     Args:
         path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
@@ -56,11 +56,9 @@ class MQuAKE(EditDataModule):
                 for hop in row.records("new_single_hops")
             ),
         }
-        return EditCase(
-            row.case_id, edits, {name: asked for name, asked in probes.items() if asked}
-        )
+        return EditCase(row.case_id, edits, {name: some for name, some in probes.items() if some})
 
 
 def _rival(new: str, true: str | None) -> str | None:
-    """The other answer, where there is one: some steps keep theirs."""
+    """The other answer, if there is one: some steps keep their answer."""
     return true if true != new else None

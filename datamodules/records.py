@@ -1,6 +1,6 @@
-"""What every dataset becomes: edits, probes and cases, as frozen records of strings.
+"""The records of every dataset: edits, probes and cases, frozen and made of strings.
 
-Nothing downstream sees raw JSON, and nothing here knows a tokenizer or a model.
+No other code sees raw JSON, and nothing here depends on a tokenizer or a model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 SLOT = "{}"
-REPHRASED = ("generality", "question")  # criteria that ask for an edit in other words
-Separator = Literal["auto", " ", ""]  # what stands between a prompt and its answer
-# How the Unicode names of letters begin whose scripts put no spaces between words.
+REPHRASED = ("generality", "question")  # criteria whose prompts rephrase the edit
+Separator = Literal["auto", " ", ""]  # text between a prompt and its answer
+# Prefixes of the Unicode names of letters whose scripts put no spaces between words.
 UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR",
             "TIBETAN", "TAI", "NEW TAI LUE", "BALINESE", "JAVANESE")  # fmt: skip
 
 
 def prompt_end(prompt: str) -> str:
-    """The prompt without the spaces at its end; a line break or tab there stays, and the spaces beside it."""
+    """The prompt without trailing spaces; a trailing line break or tab stays, with the spaces around it."""
     text = prompt.rstrip()
     return prompt if prompt[len(text) :].strip(" \u00a0") else text
 
@@ -56,7 +56,7 @@ def joined(prompt: str, target: str, separator: Separator = "auto") -> str:
 
 
 def occurrences(text: str, subject: str, ignore_case: bool = False) -> list[int]:
-    """Where a subject begins in a text: as whole words if it occurs so, else also inside other words."""
+    """Where a subject begins in a text: as whole words or, if it never does, inside other words."""
     flags = re.IGNORECASE if ignore_case else re.NOFLAG
     starts = [found.start() for found in re.finditer(f"(?={re.escape(subject)})", text, flags)]
     whole = [s for s in starts if all(_is_boundary(text, i) for i in (s, s + len(subject)))]
@@ -81,8 +81,8 @@ def _is_unspaced(character: str) -> bool:
 
 
 @cache
-def _tell_which(text: str, subject: str, start: int) -> None:
-    """Says, once for each text, which of several occurrences is taken."""
+def _warn_ambiguous(text: str, subject: str, start: int) -> None:
+    """Warns, once for each text, which of several occurrences is edited."""
     log.warning("the subject %r occurs several times in %r; the one at character %d is edited: write {} in "
                 "its place to choose another", subject, text, start + 1)  # fmt: skip
 
@@ -92,8 +92,8 @@ class Edit:
     """One fact to write: ``prompt`` with its slot filled by ``subject`` continues as ``target_new``.
 
     Args:
-        prompt: template with exactly one ``{}``, where the subject goes; may hold other braces.
-        subject: what the fact is about, as it stands in the text.
+        prompt: template with exactly one ``{}`` for the subject; it may contain other braces.
+        subject: what the fact is about, as it is spelled in the text.
         target_new: the answer to write, without leading space.
         target_true: the answer before the edit, where the dataset has one.
         relation: the dataset's name of the relation, where it has one.
@@ -133,7 +133,7 @@ class Edit:
             raise ValueError(f"the prompt {text!r} holds {{}}, which marks the subject's place")
         start = found[0]
         if len(found) > 1:
-            _tell_which(text, subject, start)
+            _warn_ambiguous(text, subject, start)
         prompt = text[:start] + SLOT + text[start + len(subject) :]
         return cls(prompt, subject, target_new, **rest)
 
@@ -150,7 +150,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Probe:
-    """One thing to check; what it carries decides what is measured.
+    """One thing to evaluate; its fields determine what is measured.
 
     Args:
         prompt: the text the model continues.
@@ -167,7 +167,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class EditCase:
-    """The edit(s) of one record and everything to check about them.
+    """The edits of one record and everything to evaluate about them.
 
     Args:
         case_id: unique in its dataset.
@@ -183,13 +183,13 @@ class EditCase:
 
     @property
     def phrasings(self) -> tuple[Probe, ...]:
-        """The ways to ask for the first edit: its own prompt, paraphrases, the question."""
+        """The prompts of the first edit: its own, paraphrases, the question."""
         edit = self.edits[0]
         others = [p for name in REPHRASED for p in self.probes.get(name, ())]
         return (Probe(edit.text, edit.target_new), *others)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything asked: equal in two runs only if they measured the same thing."""
+        """Hash of the whole case: runs with equal hashes evaluated the same thing."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""zsRE: questions about a subject, rephrased, with an unrelated Natural Questions question.
+"""zsRE: questions about a subject, rephrased, and an unrelated question from Natural Questions.
 
 Levy et al. 2017; rephrases De Cao et al. 2021; split and fields Mitchell et al. 2022 (MEND). Three
-conventions go by the one name and their tables cannot be compared, see ``ZsRE.variant``.
+conventions share the name, and their tables cannot be compared, see ``ZsRE.variant``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from corrigenda.datamodules.records import EditCase, Probe
 
 
 class ZsRE(EditDataModule):
-    """zsRE in the fields of MEND's release, after one of three conventions.
+    """zsRE with the fields of MEND's release, in one of three conventions.
 
     The fields are ``subject``, ``src``, ``rephrase``, ``alt``, ``answers``, ``loc``, ``loc_ans``;
     EasyEdit adds ``portability``.
 
-    What the locality probe finds is reported twice under different names: ``accuracy`` is whether
-    the model knows the answer (M; about .24 before any edit), ``agreement`` whether editing changed
-    its answer (E, P).
+    The locality probe is reported in two ways: ``accuracy`` is whether the model knows the answer
+    (M; about .24 before any edit), ``agreement`` whether its answer is unchanged by editing (E, P).
 
     A record without ``answers`` is edited towards ``alt`` in every variant: releases that lack the
     field have put the first answer there. Without ``loc`` a case has no locality probe.
@@ -39,7 +38,7 @@ class ZsRE(EditDataModule):
         val_limit: validate during fit on only the first so many held-out cases.
         variant: whose convention. M (ROME, MEMIT): write the first of 'answers', a true one; the
             locality question ends in a question mark. E (EasyEdit): write 'alt', a wrong answer.
-            P (the code of MEND and SERAC): as E, but efficacy is asked with the rephrase, as their
+            P (the code of MEND and SERAC): as E, but efficacy is measured on the rephrase, as their
             edit accuracy is.
     """
 
@@ -79,8 +78,8 @@ class ZsRE(EditDataModule):
 
         aliases = answers[1:] if writes_answer else ()
         rephrased = Probe(row.text("rephrase"), target, aliases=aliases)
-        asked = rephrased if self.variant == "P" else Probe(edit.text, target, aliases=aliases)
-        probes: dict[str, tuple[Probe, ...]] = {"efficacy": (asked,), "generality": (rephrased,)}
+        efficacy = rephrased if self.variant == "P" else Probe(edit.text, target, aliases=aliases)
+        probes: dict[str, tuple[Probe, ...]] = {"efficacy": (efficacy,), "generality": (rephrased,)}
         probes |= self._locality(row) | self._portability(row)
         return EditCase(row.case_id, (edit,), probes)
 

@@ -1,7 +1,7 @@
-"""Checks of constructor arguments: one line that names the argument, says what it must be and what it was.
+"""Checks of constructor arguments, with one-line errors: the argument's name, what it must be, and what it is.
 
-``None`` passes: it means "not given", and whether an argument may be left out is its type's to say. NaN and
-infinity never pass, nor do a bool or a text where a number belongs.
+``None`` passes: it means "not given", and the argument's type says whether that is allowed. NaN and infinity never
+pass, nor does a bool or a string where a number is expected.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TypeGuard
 
-MOST_SEED = 2**32 - 1  # as Lightning's
+MOST_SEED = 2**32 - 1  # as in Lightning
 
 
 def number(what: str, fits: Callable[[float], bool], **values: object) -> None:
-    """Finite numbers for which ``fits`` holds; otherwise the error says that they must be ``what``."""
+    """Finite numbers for which ``fits`` is true; the error says that they must be ``what``."""
     for name, value in values.items():
         if value is None:
             continue
@@ -41,7 +41,7 @@ def between(low: float, high: float, **values: object) -> None:
 
 
 def share(**values: object) -> None:
-    """Parts of something of which there must be some: above 0, at most 1."""
+    """Fractions above 0 and at most 1."""
     number("above 0 and at most 1", lambda x: 0 < x <= 1, **values)
 
 
@@ -59,7 +59,7 @@ def seeds(**values: object) -> None:
 
 
 def blocks(**values: object) -> None:
-    """Lists of blocks, counted from 0, in any order. Which blocks a model has, its structure knows."""
+    """Lists of block indices, from 0, in any order. Whether the model has them, its structure checks."""
     for name, value in values.items():
         if value is None:
             continue
@@ -74,7 +74,7 @@ def blocks(**values: object) -> None:
 
 
 def contexts(**values: object) -> None:
-    """Lists of (tokens, how many) of sampled texts; with an empty list none are sampled."""
+    """Lists of pairs [tokens, how many] for sampled texts; an empty list samples none."""
     for name, value in values.items():
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(f"{name} must be a list of pairs [tokens, how many], got {value!r}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, that one process writes at a time, and that are checked when read."""
+"""Files that are written atomically, by one process at a time, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch import Tensor
 UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
 DIGEST = "digest"  # the metadata field that holds the hash of a file's tensors
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
-LONGEST_NAME = 120  # bytes of a case id that are kept in a file name; file systems allow 255 in all
+LONGEST_NAME = 120  # bytes of a case id in a file name; file systems allow 255 in total
 
 
 def file_name(case_id: str) -> str:
-    """A name, without suffix, for the file of a case: another one for every id, on any file system.
+    """A file name, without suffix, that is unique for a case id on any file system.
 
-    An id of lower-case ASCII letters, digits, ``-``, ``_`` and ``.`` is its own name. Of any other id, and of
-    those that are hidden or too long, the readable part is followed by ``~`` and a hash of the id, because file
-    systems differ in whether they tell upper from lower case and how they spell accents.
+    An id of lower-case ASCII letters, digits, ``-``, ``_`` and ``.`` is its own name. For any other id, and for
+    ids that are too long, begin with ``.`` or ``_`` or end with ``.``, the readable part is followed by ``~`` and
+    a hash of the id, because file systems differ in case sensitivity and in how they normalise accents.
     """
     short = 0 < len(case_id) <= LONGEST_NAME
     if short and case_id[0] not in "._" and case_id[-1] != "." and SAFE.issuperset(case_id):
@@ -41,13 +41,13 @@ def file_name(case_id: str) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there replaces ``path`` when the block ends without error.
 
-    The temporary path lies in a hidden folder beside ``path``. Nothing remains of it after an error; what a
-    killed process left is removed by the next write to the same path, or by :func:`remove_unfinished`.
-    Only one process may write to a path at a time, see :func:`locked`. The block may also write a folder,
-    which takes the place of nothing or of an empty folder.
+    The temporary path is in a hidden folder beside ``path``, which is removed after an error. If a process is
+    killed, the next write to the same path removes it, or :func:`remove_unfinished`. Only one process may write
+    to a path at a time, see :func:`locked`. The block may also write a folder, if there is none yet at ``path``
+    or an empty one.
 
     Raises:
-        OSError: the disk refuses, whichever way the library that writes tells it.
+        OSError: the disk is full or fails, whatever the writing library raises then.
     """
     folder = path.with_name(f".{path.name}{UNFINISHED}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _to_disk(part)
         part.replace(path)
     except (SafetensorError, RuntimeError) as error:
-        # torch's writer of zip files says "unexpected pos" or "file write failed" where the disk is full.
+        # If the disk is full, torch's zip writer says "unexpected pos" or "file write failed".
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = " ".join(str(error).split())
@@ -81,7 +81,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
         storage = own.untyped_storage().data_ptr()
-        plain[name] = own.clone() if storage in storages else own  # the format shares nothing
+        plain[name] = (
+            own.clone() if storage in storages else own
+        )  # the format has no shared tensors
         storages.add(storage)
     with replacing(path) as part:
         save_file(plain, part, {**metadata, DIGEST: digest(plain)})
@@ -92,8 +94,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: another format, or damaged: its tensors are not those that :func:`write_tensors` wrote. Files
-            without a digest, which were written by earlier versions, are taken as they are.
+        ValueError: another format, or damaged: its tensors are not those that were written. Files of earlier
+            versions have no digest and are not checked for damage.
     """
     tensors, metadata = {}, read_metadata(path)
     try:
@@ -114,7 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; its tensors are not read. Raises as :func:`read_tensors` does."""
+    """The metadata of a safetensors file; its tensors are not read. Raises what :func:`read_tensors` raises."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a safetensors file")
     if not path.is_file():
@@ -140,22 +142,22 @@ def _line(error: Exception) -> str:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left of files in ``folder`` and below; call it under its lock."""
+    """Removes unfinished files of killed processes in ``folder`` and below; call it under its lock."""
     for left in [*folder.rglob(f".*{UNFINISHED}")]:
         shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def locked(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Holds the lock file ``path``, which the system releases when the process ends, however it ends.
+    """Holds the lock file ``path``; the system releases it when the process ends, however it ends.
 
     Args:
-        path: the lock file; it stays behind and means nothing by itself.
-        what: the message's subject, such as "the run folder runs/rome".
+        path: the lock file, which remains and means nothing by itself.
+        what: the subject of the error message, such as "the run folder runs/rome".
         wait: seconds to wait for another process to finish.
 
     Raises:
-        BlockingIOError: another process holds it still.
+        BlockingIOError: another process still holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -180,7 +182,7 @@ def _owner(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file or folder is on the disk, so that a power cut leaves the old one or the new one."""
+    """Flushes a file or folder to disk, so that a power failure leaves the old one or the new one."""
     for each in [path, *path.rglob("*")]:
         if each.is_file():
             with open(each, "rb") as file:

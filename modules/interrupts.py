@@ -1,9 +1,8 @@
-"""Changes that are made whole or not at all, whenever Ctrl-C or SIGTERM arrives.
+"""Changes that are made completely or not at all, even when Ctrl-C or SIGTERM arrives.
 
-Python runs signal handlers in the main thread, between two instructions of whatever is running there: a
-KeyboardInterrupt may come between any two steps of a change, and also just before a ``finally``. Here such
-signals are held back while a change is made and delivered right after it. In other threads, where no signal
-arrives, nothing needs to be done and nothing is.
+Python runs signal handlers in the main thread, between any two instructions: a KeyboardInterrupt may come in the
+middle of a change, and also just before a ``finally``. Here such signals are held back while a change is made, and
+delivered right after it. Signals do not reach other threads, where this does nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ class uninterrupted:  # noqa: N801  used like a function
     """Inside, SIGINT and SIGTERM are held back; they are delivered at the end."""
 
     def __init__(self) -> None:
-        self._before: dict[int, Any] = {}  # the handlers in whose place ours stands
+        self._before: dict[int, Any] = {}  # handlers that ours replaces
         self._held: list[int] = []
 
     def __enter__(self) -> Any:  # noqa: ANN401
         try:
             self._install()
-        except BaseException:  # a signal that came before
+        except BaseException:  # from a signal that came before
             self._end()
             raise
 
@@ -40,20 +39,20 @@ class uninterrupted:  # noqa: N801  used like a function
             return
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before is not None:  # it was not installed from Python
+            if before is not None:  # None: not installed from Python
                 self._before[number] = before
                 signal.signal(number, self._receive)
 
     def _end(self) -> None:
-        """Puts the handlers back, that of SIGINT last, and delivers what was held."""
+        """Restores the handlers, that of SIGINT last, and delivers the held signals."""
         try:
-            self._put_back(signal.SIGTERM)
+            self._restore(signal.SIGTERM)
         finally:
-            self._put_back(signal.SIGINT)
+            self._restore(signal.SIGINT)
         while self._held:
             signal.raise_signal(self._held.pop(0))
 
-    def _put_back(self, number: int) -> None:
+    def _restore(self, number: int) -> None:
         if number in self._before and signal.getsignal(number) == self._receive:
             signal.signal(number, self._before[number])
 
@@ -76,15 +75,15 @@ class uninterrupted:  # noqa: N801  used like a function
 
 
 class Reversible(uninterrupted):
-    """A change for as long as a ``with`` block lasts.
+    """A change that lasts as long as a ``with`` block.
 
-    Signals interrupt what runs inside, but neither the change nor its reversal.
+    Signals may interrupt the block, but neither the change nor its reversal.
 
     Args:
         do: makes the change.
-        undo: takes it back, also one that was made in part or not at all.
-        value: what ``as`` is given.
-        ends: exceptions of this class end the block and go no further.
+        undo: reverses it, even if it was made in part or not at all.
+        value: what ``with ... as`` receives.
+        ends: exceptions of this class end the block and are not raised further.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class Reversible(uninterrupted):
         return self._ends is not None and kind is not None and issubclass(kind, self._ends)
 
     def _holds(self, frame: FrameType | None) -> bool:
-        """Whether the change is being made or taken back right now."""
+        """Whether the change is being made or reversed right now."""
         while frame is not None:
             if frame.f_code in _CHANGING and frame.f_locals.get("self") is self:
                 return True
@@ -131,7 +130,7 @@ _CHANGING = (Reversible.__enter__.__code__, Reversible.__exit__.__code__)
 
 
 def replaced(owner: object, **values: object) -> Reversible:
-    """Inside, attributes of an object have other values."""
+    """Inside, the given attributes of an object have the given values."""
     before = {name: getattr(owner, name) for name in values}
 
     def put(those: dict[str, Any]) -> None:

