@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.checks import at_least
-from corrigenda.modules.editing.memory import FORMAT as REMEMBERED
-from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.editing.memory import FORMAT as MEMORY_OF_EDITS
+from corrigenda.modules.editing.memory import SavedMemory
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import replacing, write_tensors, write_text
 from corrigenda.modules.model.delta import Delta, LowRank, Update, add_deltas, file_format, svd
@@ -34,7 +34,7 @@ from corrigenda.pipeline.errors import UserError
 def show(files: Sequence[Path]) -> None:
     """Prints what is in files of edits: base model, editor, edits, and what each parameter's change is."""
     for file in files:
-        if file_format(file) == REMEMBERED:
+        if file_format(file) == MEMORY_OF_EDITS:
             _show_remembered(file)
             continue
         delta = _read([file])[0]
@@ -51,7 +51,7 @@ def show(files: Sequence[Path]) -> None:
 
 def _show_remembered(file: Path) -> None:
     """A memory of edits that are kept as text: IKE, MemPrompt, MeLLo, SERAC."""
-    saved = Remembered.load(file)
+    saved = SavedMemory.load(file)
     _show_origin(file, saved.metadata, saved.edits)
     size = sum(tensor.nbytes for tensor in saved.known.values())
     found = f"vectors of the encoder {saved.metadata['encoder']}" if saved.known else "no vectors"
@@ -302,10 +302,10 @@ def _adapted(lm: LanguageModel, name: str) -> str:
 def _read(files: Sequence[Path]) -> list[Delta]:
     """The files' deltas; raises UserError where they belong to different base models."""
     for file in files:
-        if file_format(file) == REMEMBERED:
+        if file_format(file) == MEMORY_OF_EDITS:
             raise UserError(
-                f"{file} is a memory of {Remembered.load(file).metadata['editor']}, which holds edits as text and "
-                "changes no weight: `edits show` prints it, the editor's restore() puts it in force"
+                f"{file} is a memory of {SavedMemory.load(file).metadata['editor']}, which holds edits as text "
+                "and changes no weight: `edits show` prints it, the editor's restore() activates it"
             )
     deltas = [Delta.load(file) for file in files]
     bases = [(d.metadata.get("model"), d.metadata.get("base")) for d in deltas]

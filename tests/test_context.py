@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
-from corrigenda.modules.editing.memory import Remembered, fit
+from corrigenda.modules.editing.memory import SavedMemory, fit
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.ike import IKE
 from corrigenda.modules.editors.mello import MeLLo
@@ -217,7 +217,7 @@ def test_a_handle_saves_its_own_edits(lm, tmp_path, name):
     editor = EDITORS[name]()
     editor.edit(lm, [PARIS])
     editor.edit(lm, [OWL, OSLO]).save(tmp_path / "edits" / "St. Louis.safetensors")
-    found = Remembered.load(tmp_path / "edits" / "St. Louis.safetensors")
+    found = SavedMemory.load(tmp_path / "edits" / "St. Louis.safetensors")
     assert found.edits == [OWL, OSLO]
     assert found.metadata["editor"] == type(editor).__name__ and found.metadata["model"] == lm.name
     with pytest.raises(EditError, match="was given no edit"):
@@ -512,7 +512,7 @@ def test_a_run_from_the_command_line(
     assert "efficacy/exact" in summary["means"]
     saved = sorted((tmp_path / "run/edits").iterdir())
     assert len(saved) == (limit if schedule == "each" else 1)
-    assert sum(len(Remembered.load(path).edits) for path in saved) == limit
+    assert sum(len(SavedMemory.load(path).edits) for path in saved) == limit
 
 
 def test_without_demonstrations_no_pool_is_read(lm):

@@ -15,7 +15,7 @@ from corrigenda.datamodules.files import DataError
 from corrigenda.datamodules.mquake import MQuAKE
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
-from corrigenda.modules.editing.memory import FORMAT, Remembered
+from corrigenda.modules.editing.memory import FORMAT, SavedMemory
 from corrigenda.modules.files import file_name, read_tensors, write_tensors
 from corrigenda.modules.model.delta import Delta, EditError, LowRank, add_deltas
 from corrigenda.modules.retrieval.retriever import as_tensor
@@ -185,7 +185,7 @@ def test_a_memory_survives_its_file(path, edits, with_vectors):
     header = {"editor": "IKE", "base": "x"}
     known = {"vectors": torch.randn(len(edits), 4)} if with_vectors else {}
     remember(path, [vars(edit) for edit in edits], header, known)
-    again = Remembered.load(path)
+    again = SavedMemory.load(path)
     assert again.edits == edits and again.metadata == header and again.known.keys() == known.keys()
     assert not with_vectors or torch.equal(again.known["vectors"], known["vectors"])
 
@@ -194,7 +194,7 @@ def test_a_memory_survives_its_file(path, edits, with_vectors):
 @given(json_values, json_values)
 def test_any_content_is_a_memory_or_one_line(path, edits, header):
     remember(path, edits, header, {"vectors": torch.ones(2, 3)})
-    one_line(lambda: Remembered.load(path), path)
+    one_line(lambda: SavedMemory.load(path), path)
 
 
 @quick

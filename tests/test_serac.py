@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.modules.editing.editor import editing_mode
-from corrigenda.modules.editing.memory import Remembered
+from corrigenda.modules.editing.memory import SavedMemory
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.lora import LoRA
 from corrigenda.modules.editors.serac import SERAC
@@ -277,11 +277,11 @@ def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
         context.setattr(TextEncoder, "encode", None)  # no vector is made again
         back = editor.restore(lm, path)
     assert back.edits == EDITS and torch.equal(back.memory.retriever.vectors_ND, vectors)
-    assert len(Remembered.load(path).known["members"]) == len(back.memory.retriever.cells) == 3
+    assert len(SavedMemory.load(path).known["members"]) == len(back.memory.retriever.cells) == 3
     assert equal(full(lm, *asked), after)
     more = editor.edit(lm, [Edit("{} is", "The sea", "deep")])
     more.save(tmp_path / "more.safetensors")  # a handle's file holds its own edits
-    assert [e.text for e in Remembered.load(tmp_path / "more.safetensors").edits] == ["The sea is"]
+    assert [e.text for e in SavedMemory.load(tmp_path / "more.safetensors").edits] == ["The sea is"]
     more.remove()
     back.remove()
     monkeypatch.setattr(SentenceEncoder, "__init__", other_hash(SentenceEncoder.__init__))
@@ -582,7 +582,7 @@ def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder, capsys)
         assert found["editor"] == "SERAC" and found["numbers"]["memory_entries"] == entries
         assert found["numbers"]["lookup_milliseconds"] > 0 < found["numbers"]["memory_bytes"]
         assert found["means"]["efficacy/exact"] is not None
-    saved = [Remembered.load(path) for path in (trained / "each" / "edits").iterdir()]
+    saved = [SavedMemory.load(path) for path in (trained / "each" / "edits").iterdir()]
     assert len(saved) == 5 and all(len(memory.edits) == 1 for memory in saved)
     capsys.readouterr()
     assert corrigenda("edits", "show", trained / "epoch" / "edits" / "all.safetensors") == 0

@@ -34,10 +34,10 @@ MEMORY_FORMAT = "corrigenda-memory-1"
 
 
 class Adapter(nn.Module, ABC):
-    """A memory beside the network that has a say in the outputs of some of its modules.
+    """A memory beside the network that can replace the outputs of some modules.
 
-    What it knows is in its buffers, of whatever length; what it is, in its settings. Both together
-    are written to files, and rebuild it.
+    What it has learned is in its buffers, which may grow; how it works is in its settings. Files hold both, and
+    :meth:`rebuild` makes the adapter from them.
 
     Args:
         sites: paths of the modules whose outputs it sees.
@@ -59,30 +59,30 @@ class Adapter(nn.Module, ABC):
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers its buffers hold."""
         return sum(buffer.numel() for buffer in self.buffers())
 
     @property
     def num_bytes(self) -> int:
-        """What those take."""
+        """How many bytes its buffers take."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def is_kin(self, other: Adapter) -> bool:
-        """Whether the other is an earlier or later state of the same memory."""
+    def same_memory(self, other: Adapter) -> bool:
+        """Whether the other is an earlier or later state of this memory."""
         return type(self) is type(other) and self.settings == other.settings
 
     @classmethod
     def path(cls) -> str:
-        """What files call the class."""
+        """The class's name in files."""
         return f"{cls.__module__}.{cls.__qualname__}"
 
     def description(self) -> str:
-        """Class and settings as JSON, from which, with the buffers, :meth:`rebuild` makes it again."""
+        """Class and settings as JSON; with the buffers, all that :meth:`rebuild` needs."""
         return json.dumps({"class": self.path(), "settings": self.settings})
 
     @staticmethod
     def rebuild(description: str, tensors: dict[str, Tensor]) -> Adapter:
-        """The adapter of :meth:`description` and its ``state_dict``; raises EditError if it is not one."""
+        """The adapter with this :meth:`description` and ``state_dict``; raises EditError if they do not fit."""
         found = json.loads(description)
         kind = _known(found["class"])
         if kind is None:
@@ -99,7 +99,7 @@ class Adapter(nn.Module, ABC):
             raise EditError(f"{found['class']}: tensors {sorted(missing)} do not fit this version")
         for key, tensor in tensors.items():
             if tensor.dim() != empty[key].dim() or any(
-                wanted not in (0, size)  # 0 is what grows with the edits
+                wanted not in (0, size)  # 0 is a dimension that grows with the edits
                 for wanted, size in zip(empty[key].shape, tensor.shape, strict=True)
             ):
                 raise EditError(f"{found['class']}: {key} has the shape {tuple(tensor.shape)}")
@@ -108,9 +108,9 @@ class Adapter(nn.Module, ABC):
 
 
 def _known(path: object) -> type[Adapter] | None:
-    """The class that files call ``path``: of the project's own methods or of modules that have been imported.
+    """The adapter class that a file names: one of this project's methods or of modules that have been imported.
 
-    A name from a file is compared with those of the classes that there are, and nothing is imported by it.
+    The name is only compared with those of existing classes; it never imports anything.
     """
     package = importlib.import_module("corrigenda.modules.editors")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -119,20 +119,19 @@ def _known(path: object) -> type[Adapter] | None:
     for kind in kinds:
         kinds += kind.__subclasses__()
     named = {kind.path(): kind for kind in kinds[1:]}
-    if isinstance(path, str) and path.startswith(
-        "modules."
-    ):  # of version 0.1: by the class's own name
+    # Version 0.1 wrote other module paths; its classes are found by their own name.
+    if isinstance(path, str) and path.startswith("modules."):
         ours = {name.rpartition(".")[2]: name for name in named if name.startswith("corrigenda.")}
         path = ours.get(path.rpartition(".")[2])
     return named.get(path) if isinstance(path, str) else None
 
 
 class ModulePatch(EditHandle):
-    """A memory in force: an adapter hooked to modules of the network; no weight changes.
+    """An active memory: an adapter hooked to modules of the network; no weight changes.
 
-    A patch holds the whole memory and takes the place of its kin that was in force before it: an
-    editor that is called again copies that memory, extends the copy, and puts it in force. Taking the
-    newer patch out puts the older one, which nobody has touched, back in force.
+    A patch holds the whole memory and replaces the older patch of the same memory: an editor that is called
+    again copies the active memory, extends the copy and activates that. Removing the newer patch activates the
+    older one again, which has not changed in the meantime.
     """
 
     needs_whole_rows = True
@@ -155,9 +154,9 @@ class ModulePatch(EditHandle):
 
     @staticmethod
     def newest(lm: LanguageModel, adapter: Adapter) -> ModulePatch | None:
-        """The newest patch on the model whose memory is kin to ``adapter``."""
+        """The newest patch on the model that holds a state of the same memory as ``adapter``."""
         patches = [h for h in lm.handles if isinstance(h, ModulePatch)]
-        return next((p for p in reversed(patches) if p.adapter.is_kin(adapter)), None)
+        return next((p for p in reversed(patches) if p.adapter.same_memory(adapter)), None)
 
     def swap(self) -> None:
         with uninterrupted():
@@ -192,12 +191,12 @@ class ModulePatch(EditHandle):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the memory has grown by."""
+        """By how many numbers this patch extends the older one."""
         return self.adapter.size - (self.older.adapter.size if self.older else 0)
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes the memory has grown by."""
+        """By how many bytes this patch extends the older one."""
         return self.adapter.num_bytes - (self.older.adapter.num_bytes if self.older else 0)
 
     def can_absorb(self, newer: EditHandle) -> bool:
@@ -205,7 +204,7 @@ class ModulePatch(EditHandle):
         return last and isinstance(newer, ModulePatch) and newer.older is self
 
     def absorb(self, newer: ModulePatch) -> None:
-        """Takes over the memory of the newest patch, which extends this one's: one undo for both."""
+        """Takes over the memory of the newest patch, which extends this one; one removal undoes both."""
         if not self.can_absorb(newer):
             raise EditError("only the newest edit can be absorbed, by the one it extends")
         with uninterrupted():
@@ -214,10 +213,10 @@ class ModulePatch(EditHandle):
             self.adapter, self.metadata = newer.adapter, newer.metadata
             self._hook()
 
-    # ------------------------------------------------------------------ kept
+    # ------------------------------------------------------------------ files and checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Tensors and JSON from which :meth:`restore` puts the same memory in force again."""
+        """Tensors and JSON from which :meth:`restore` activates the same memory again."""
         return {
             "adapter": self.adapter.description(),
             "tensors": dict(self.adapter.state_dict()),
@@ -226,19 +225,19 @@ class ModulePatch(EditHandle):
 
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> ModulePatch:
-        """The memory of :meth:`state`, in force."""
+        """Activates the memory that :meth:`state` described."""
         adapter = Adapter.rebuild(state["adapter"], state["tensors"])
         return cls(lm, adapter, json.loads(state["metadata"]))
 
     def save(self, path: str | Path) -> None:
-        """Writes the whole memory into one safetensors file, in one step."""
+        """Writes the whole memory to one safetensors file, atomically."""
         header = {"format": MEMORY_FORMAT, "adapter": self.adapter.description()}
         metadata = {"metadata": json.dumps(self.metadata)}
         write_tensors(Path(path), dict(self.adapter.state_dict()), header | metadata)
 
     @classmethod
     def load(cls, lm: LanguageModel, path: str | Path) -> ModulePatch:
-        """Puts a memory that :meth:`save` wrote in force; raises EditError for another model's."""
+        """Activates a memory that :meth:`save` wrote; raises EditError for another model's."""
         tensors, header = read_tensors(path, MEMORY_FORMAT, "memory")
         try:
             require_finite(tensors)
@@ -252,7 +251,7 @@ class ModulePatch(EditHandle):
 
 
 class ModuleEditor(Editor):
-    """A method whose product is a memory beside the network, which every further call extends."""
+    """A method that keeps a memory beside the network; every further edit extends it."""
 
     @abstractmethod
     def empty(self, lm: LanguageModel) -> Adapter:
@@ -260,7 +259,7 @@ class ModuleEditor(Editor):
 
     @abstractmethod
     def learn(self, lm: LanguageModel, memory: Any, edits: Sequence[Edit]) -> list[dict[str, Any]]:  # noqa: ANN401
-        """Extends ``memory`` (an :meth:`empty` one or a later state of it), which is in force, in place.
+        """Extends the active ``memory`` (an :meth:`empty` one or a later state of it) in place.
 
         Returns a note (JSON values) for each edit.
         """

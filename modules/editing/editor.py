@@ -1,8 +1,7 @@
-"""Methods: :class:`Editor` and :class:`WeightEditor`.
+"""Editing methods: :class:`Editor` and :class:`WeightEditor`.
 
-An edit is active through one of three kinds of handle: :class:`WeightPatch` (parameters), :class:`ModulePatch`
-(outputs
-of modules, through an adapter) and :class:`TextPatch` (prompts and answers).
+An active edit is one of three kinds of handle: :class:`WeightPatch` changes parameters, :class:`ModulePatch` the
+outputs of modules (through an adapter), and :class:`TextPatch` prompts and answers.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class Editor(ABC):
-    """A method. ``edit`` writes all the given edits together and returns how to undo them."""
+    """An editing method. ``edit`` makes all the given edits together and returns the handle that removes them."""
 
     def check(self, lm: LanguageModel) -> None:
-        """Raises ValueError, at once, where ``layer`` or ``layers`` name a block that the model does not have."""
+        """Raises ValueError if ``layer`` or ``layers`` name a block that the model does not have."""
         own = getattr(self, "layer", None)
         for layer in [*(getattr(self, "layers", None) or ()), *([] if own is None else [own])]:
             lm.structure.block_name(layer)
 
     def check_edits(self, edits: Sequence[Edit]) -> None:
-        """Raises EditError where there are none; warns, once, where two contradict each other."""
+        """Raises EditError if there are none; warns once if some contradict each other."""
         if not edits:
             raise EditError(f"{type(self).__name__} was given no edit: give at least one")
         targets: dict[str, str] = {}
@@ -51,19 +50,19 @@ class Editor(ABC):
                         *against[0], len({text for text, *_ in against}))  # fmt: skip
 
     def prepare(self, lm: LanguageModel) -> None:  # noqa: B027  optional
-        """Once per model, before the first edit: statistics, prompts. Idempotent."""
+        """Computes what the first edit needs (statistics, prompts), once per model; idempotent."""
 
     @abstractmethod
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> EditHandle:
-        """Puts the edits in force."""
+        """Makes and activates the edits."""
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """What the method counts of itself; a run that goes on adds what was counted before."""
+        """The method's own counters; a resumed run adds to those of the interrupted one."""
         return Counter()
 
     def numbers(self) -> dict[str, float]:
-        """What the method has counted of itself, for the run's summary."""
+        """The method's own counters and figures, for the run's summary."""
         return dict(self.counts)
 
     def origin(self, lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -77,16 +76,16 @@ class Editor(ABC):
 
 
 class WeightEditor(Editor):
-    """A method whose product is a weight update: computing (``propose``) is apart from writing (``edit``)."""
+    """A method that updates weights: ``propose`` computes the update, ``edit`` writes it."""
 
     @abstractmethod
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
-        """The update that writes all these edits together; the model is unchanged afterwards."""
+        """One update for all these edits; the model is unchanged afterwards."""
 
     def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
-        """One update per entry, each computed as if the others did not exist.
+        """One update per group of edits, each computed as if the others did not exist.
 
-        Methods that can, override it to compute all of them side by side with equal results.
+        Methods that can compute them side by side, with equal results, override this.
         """
         return [self.propose(lm, group) for group in edits]
 
@@ -98,7 +97,7 @@ class WeightEditor(Editor):
             return WeightPatch(lm, self.stamp(lm, self.propose(lm, edits), edits))
 
     def stamp(self, lm: LanguageModel, delta: Delta, edits: Sequence[Edit]) -> Delta:
-        """The delta with its origin in the metadata: base weights, editor, edits; warns where it is not finite."""
+        """The delta with :meth:`origin` in its metadata; warns if it is not finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in delta.tensors().values()):
             log.warning("%s: the update for %r is not finite: the edited model's answers will be NaN",
                         type(self).__name__, "; ".join(edit.text for edit in edits[:3]))  # fmt: skip
@@ -107,7 +106,7 @@ class WeightEditor(Editor):
 
 @contextmanager
 def editing_mode() -> Iterator[None]:
-    """Gradients on, autocast off: what every method needs, also inside a validation loop."""
+    """Inside, gradients are on and autocast is off, also within a validation loop: every method needs that."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         if torch.cuda.is_available():
             with torch.autocast("cuda", enabled=False):

@@ -1,7 +1,7 @@
-"""Edits that are remembered, not written: what editing in the context has in common.
+"""Editing in context: edits are kept as text in a memory and shown to the model; no weight changes.
 
-An editor's edits on one model form one memory. Every ``edit`` adds to it and returns a handle; the newest
-handle in force answers with all that came before it, and taking it out takes its own edits out again.
+An editor's edits on one model form one memory. Every ``edit`` adds to it and returns a handle. The newest active
+handle answers with all edits up to its own, and removing a handle removes its edits from the memory.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ FORMAT = "corrigenda-remembered-1"
 
 
 def sentence(edit: Edit, separator: Separator = "auto") -> str:
-    """The new fact in words, without a full stop."""
+    """The new fact as a sentence, without a full stop."""
     return joined(edit.text, edit.target_new, separator)
 
 
 def fit(
     lm: LanguageModel, demonstrations: Sequence[str], question: str, reserve: int
 ) -> tuple[str, int]:
-    """As many of the last demonstrations as the model's context holds, then the question; how many were left out.
+    """(text, number left out): as many of the last demonstrations as fit into the context, then the question.
 
     Args:
-        lm: whose context and tokens count.
-        demonstrations: texts put directly before one another; the first are left out first.
+        lm: the model whose tokenizer and context length count.
+        demonstrations: texts to concatenate; the first are left out first.
         question: never cut.
         reserve: tokens to leave free for the answer.
 
@@ -76,13 +76,13 @@ def fit(
 
 
 class EditMemory:
-    """Edits in the order they were made, found by the likeness of their keys.
+    """Edits in the order they were made, looked up by the similarity of their keys.
 
-    Keys are encoded when something is first looked up. Where one prompt was edited several times the newest
-    edit counts, whichever of them is nearest; prompts are the same but for case and spaces.
+    Keys are encoded at the first look-up. If a prompt was edited several times the newest edit counts, whichever
+    of them is nearest; prompts that differ only in case and spaces are the same.
 
     Args:
-        find: gives the encoder; called when something is first looked up.
+        find: returns the encoder; called at the first look-up.
     """
 
     def __init__(self, find: Callable[[], Encoder]) -> None:
@@ -90,8 +90,8 @@ class EditMemory:
         self.retriever: Retriever | None = None
         self.edits: list[Edit] = []
         self.keys: list[str] = []
-        self._places: dict[str, list[int]] = {}  # of each prompt's edits, oldest first
-        self.most_entries = self.most_bytes = 0  # so far
+        self._places: dict[str, list[int]] = {}  # indices of each prompt's edits, oldest first
+        self.most_entries = self.most_bytes = 0  # the largest so far
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -99,7 +99,7 @@ class EditMemory:
     def add(
         self, edits: Sequence[Edit], keys: Sequence[str], known: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Further edits, with what each is found by, and the tensors of their keys if they are known."""
+        """Adds edits with their keys, and the tensors of those keys if they are already known."""
         if known is not None:
             self.encode().add(keys, known)
         for place, edit in enumerate(edits, start=len(self)):
@@ -109,7 +109,7 @@ class EditMemory:
         self.most_entries = max(self.most_entries, len(self))
 
     def drop(self, count: int) -> None:
-        """Forgets the newest ``count`` edits."""
+        """Removes the newest ``count`` edits."""
         end = len(self) - count
         if self.retriever is not None:
             self.retriever.remove(range(end, len(self.retriever)))
@@ -118,17 +118,19 @@ class EditMemory:
         del self.edits[end:], self.keys[end:]
 
     def newest(self, end: int) -> dict[str, Edit]:
-        """The edit that counts for each prompt, among the first ``end``."""
+        """The newest edit of each prompt, among the first ``end``."""
         return {edit.text: edit for edit in self.edits[:end]}
 
     def current(self, place: int, end: int) -> Edit:
-        """The newest edit of the same prompt, among the first ``end``."""
+        """The newest edit of the prompt of edit ``place``, among the first ``end``."""
         places = self._places[_same(self.edits[place])]
         return self.edits[places[bisect_left(places, end) - 1]]
 
     def encode(self) -> Retriever:
         """The retriever, with the keys of all edits."""
-        if self.retriever is None:  # an empty one is false, and has counted its look-ups
+        if (
+            self.retriever is None
+        ):  # not "if not": an empty one is falsy but has counted its look-ups
             self.retriever = Retriever(self._find())
         retriever = self.retriever
         retriever.add(self.keys[len(retriever) :])
@@ -152,11 +154,11 @@ def _same(edit: Edit) -> str:
 
 
 class MemoryPatch(TextPatch):
-    """Some edits in an editor's memory, in force together with the older ones there.
+    """Edits in an editor's memory, active together with the older ones there.
 
     Attributes:
         edits: those of this handle.
-        end: how many of the memory's edits this handle answers with.
+        end: how many edits of the memory this handle uses: the older ones and its own.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class MemoryPatch(TextPatch):
         self.editor, self.edits, self.memory = editor, list(edits), editor.memory(lm)
         keys = [editor.key(edit) for edit in edits]
         if known is not None:
-            self.memory.encode()  # of older ones; takes a while
+            self.memory.encode()  # the older keys, before signals are held back: it takes a while
         with uninterrupted():
             self.memory.add(edits, keys, known)
             self.end = len(self.memory)
@@ -182,26 +184,26 @@ class MemoryPatch(TextPatch):
         return self.memory.nearest(queries, self.end)
 
     def shown(self, demonstrations: Sequence[str], question: str, reserve: int) -> str:
-        """The question after what :func:`fit` finds room for; demonstrations that are left out are counted."""
+        """The question after the demonstrations that fit; counts those that are left out."""
         text, left_out = fit(self.lm, demonstrations, question, reserve)
         self.editor.counts["demonstrations_left_out"] += left_out
         return text
 
     @property
     def num_bytes(self) -> int:
-        """Its facts in words, and the vectors that they are found by once something was looked up."""
+        """Size of its facts as text and, after the first look-up, of the vectors of their keys."""
         words = sum(len(sentence(edit).encode()) for edit in self.edits)
-        found_by = self.memory.retriever
-        vectors = found_by.nbytes / len(found_by) if found_by else 0
+        retriever = self.memory.retriever
+        vectors = retriever.nbytes / len(retriever) if retriever else 0
         return words + round(vectors * len(self.edits))
 
     def set_aside(self) -> Reversible:
-        """Inside, the model answers as if nothing of this memory were there."""
+        """Inside, the model answers as if this memory were empty."""
         patches = [handle for handle in self.lm.handles if isinstance(handle, MemoryPatch)]
         return set_aside([patch for patch in patches if patch.memory is self.memory])
 
     def target_lengths(self, targets: Sequence[str]) -> list[int]:
-        """Tokens to leave free for each target."""
+        """The number of tokens of each target."""
         texts = [self.lm.tokens.join("", target) for target in targets]
         return [len(row) for row in self.lm.tokens.encode(texts)]
 
@@ -215,7 +217,7 @@ class MemoryPatch(TextPatch):
         return last and isinstance(newer, MemoryPatch) and newer.memory is self.memory
 
     def absorb(self, newer: MemoryPatch) -> None:
-        """Takes a newer patch of the same memory into this one."""
+        """Merges a newer patch of the same memory into this one."""
         if not self.can_absorb(newer):
             raise EditError("only the newest edit can be absorbed, by the one before it")
         with uninterrupted():
@@ -224,9 +226,9 @@ class MemoryPatch(TextPatch):
             self.lm.handles.pop()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, for :meth:`MemoryEditor.recall`.
+        """What a checkpoint keeps, for :meth:`MemoryEditor.recall`.
 
-        The vectors belong to it: encoded again, in another batch, they would differ in the last bits.
+        It includes the vectors: encoded again, in another batch, they would differ in the last bits.
         """
         state: dict[str, Any] = {"edits": [asdict(edit) for edit in self.edits]}
         retriever = self.memory.retriever
@@ -236,7 +238,7 @@ class MemoryPatch(TextPatch):
         return state
 
     def save(self, path: Path) -> None:
-        """Writes the edits of this handle, with the vectors they are found by where those are there."""
+        """Writes the edits of this handle and, if they were computed, the vectors of their keys."""
         state, header = self.state(), self.editor.origin(self.lm, ())
         known = state.get("known", {})
         if known:
@@ -249,12 +251,12 @@ class MemoryPatch(TextPatch):
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What :meth:`MemoryPatch.save` wrote.
+class SavedMemory:
+    """The content of a file that :meth:`MemoryPatch.save` wrote.
 
     Attributes:
         edits: in the order they were made.
-        known: the vectors of their keys, and the index over them; empty where there are none.
+        known: the vectors of their keys and the index over them; empty if the file has none.
         metadata: editor, model, hashes of its weights and of the vectors' encoder.
     """
 
@@ -263,7 +265,7 @@ class Remembered:
     metadata: dict[str, Any]
 
     @classmethod
-    def load(cls, path: str | Path) -> Remembered:
+    def load(cls, path: str | Path) -> SavedMemory:
         """The edits of a file; raises EditError for any other file."""
         tensors, header = read_tensors(path, FORMAT, "memory of edits")
         try:
@@ -282,8 +284,8 @@ class MemoryEditor(Editor):
     """An editor that keeps its edits in a memory and changes no weight.
 
     Args:
-        encoder: finds edits by likeness: ``minilm``, another sentence encoder's hub id or folder, or ``lm``
-            for the language model's own hidden states.
+        encoder: encodes the keys by which edits are found: ``minilm``, another sentence encoder's hub id or
+            folder, or ``lm`` for the language model's own hidden states.
     """
 
     patch: ClassVar[type[MemoryPatch]]
@@ -295,7 +297,7 @@ class MemoryEditor(Editor):
 
     @abstractmethod
     def key(self, edit: Edit) -> str:
-        """What an edit is found by."""
+        """The text by which an edit is found."""
 
     def encoder(self, lm: LanguageModel) -> Encoder:
         """The encoder for edits of this model, loaded once."""
@@ -304,7 +306,7 @@ class MemoryEditor(Editor):
         return self._encoders[lm]
 
     def memory(self, lm: LanguageModel) -> EditMemory:
-        """What this editor's handles on the model share."""
+        """The memory that this editor's handles on the model share."""
         if lm not in self._memories:
             self._memories[lm] = EditMemory(partial(self.encoder, lm))
         return self._memories[lm]
@@ -319,20 +321,20 @@ class MemoryEditor(Editor):
         return self.patch(self, lm, edits)
 
     def restore(self, lm: LanguageModel, path: str | Path) -> MemoryPatch:
-        """Puts edits that :meth:`MemoryPatch.save` wrote in force; another encoder's vectors are made anew."""
+        """Activates edits that :meth:`MemoryPatch.save` wrote; another encoder's vectors are computed anew."""
         self.prepare(lm)
-        saved = Remembered.load(path)
+        saved = SavedMemory.load(path)
         fits = saved.metadata.get("encoder") == self.encoder(lm).hash
         return self.patch(self, lm, saved.edits, saved.known if fits else None)
 
     def recall(self, lm: LanguageModel, state: Mapping[str, Any]) -> MemoryPatch:
-        """Puts in force what :meth:`MemoryPatch.state` gave to a checkpoint."""
+        """Activates edits from a checkpoint, as :meth:`MemoryPatch.state` described them."""
         self.prepare(lm)
         edits = [Edit(**fields) for fields in state["edits"]]
         return self.patch(self, lm, edits, state.get("known"))
 
     def numbers(self) -> dict[str, float]:
-        """What was counted, the memory's size at most and the mean time of a look-up, encoding included."""
+        """Counters, the largest size of the memory, and the mean time of a look-up with its encoding."""
         memories = list(self._memories.values())
         seconds = [m.retriever.seconds for m in memories if m.retriever is not None]
         return {

@@ -1,9 +1,9 @@
-"""Further neurons beside the MLPs of a network: what T-Patcher and CaliNET add.
+"""Extra neurons beside the MLPs of a network, as T-Patcher and CaliNET add them.
 
     MLP'(h) = MLP(h) + sum over p of relu(k_p h + b_p) v_p
 
-with the MLP's own input h. Without a gate, also where the MLP has one: a neuron that does not fire adds an
-exact zero.
+with h the MLP's own input. They have no gate, even if the MLP has one, so that a neuron that does not fire adds
+exactly zero.
 
 Shapes: P neurons, D residual width.
 """
@@ -49,7 +49,7 @@ class SideNeurons(Adapter):
 
     @classmethod
     def beside(cls, lm: LanguageModel, layers: Sequence[int]) -> Self:
-        """None yet, beside the MLPs of these blocks."""
+        """A memory without neurons yet, beside the MLPs of these blocks."""
         sites = [
             site
             for n in layers
@@ -57,7 +57,7 @@ class SideNeurons(Adapter):
         ]
         return cls(sites, layers, lm.structure.width)
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, batch: PromptBatch | None) -> Tensor:
         if site not in self._ends:
             self._input = x_BTI
             return y_BTO
@@ -69,14 +69,14 @@ class SideNeurons(Adapter):
         return y_BTO + (before_BTP.relu() @ self.value_PD[here_P]).to(y_BTO.dtype)
 
     def replace(self, key_PD: Tensor, bias_P: Tensor, value_PD: Tensor) -> None:
-        """Puts these in the place of the newest neurons, as many as they are."""
+        """Replaces the newest neurons, as many as are given."""
         old = len(self.bias_P) - len(bias_P)
         self.key_PD = torch.cat([self.key_PD[:old].detach(), key_PD])
         self.bias_P = torch.cat([self.bias_P[:old].detach(), bias_P])
         self.value_PD = torch.cat([self.value_PD[:old].detach(), value_PD])
 
     def grow(self, layer_P: Sequence[int]) -> None:
-        """Further neurons in these blocks, all zero."""
+        """Adds one neuron per entry, in that block, all zero."""
         count, width = len(layer_P), self.key_PD.shape[1]
         self.key_PD = torch.cat([self.key_PD, self.key_PD.new_zeros(count, width)])
         self.bias_P = torch.cat([self.bias_P, self.bias_P.new_zeros(count)])

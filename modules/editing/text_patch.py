@@ -1,4 +1,4 @@
-"""Edits of prompts, or of who answers: :class:`TextPatch`."""
+"""Edits that change prompts or answers: :class:`TextPatch`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from corrigenda.modules.model.rows import TargetScores
 
 
 class TextPatch(EditHandle):
-    """An edit of prompts, or of who answers; no weight changes.
+    """An edit that rewrites prompts, or answers them itself; no weight changes.
 
     A subclass overrides :meth:`rewrite` (other prompts to the same model) or :meth:`score` and
-    :meth:`generate` themselves. While one of them runs the patch is set aside, so that the language model,
-    with the older edits active, can be called in the ordinary way.
+    :meth:`generate` themselves. The patch is set aside while one of them runs, so that they can call the language
+    model, with the older edits active, in the ordinary way.
     """
 
     changes_network = False
@@ -39,15 +39,15 @@ class TextPatch(EditHandle):
         return set_aside([self])
 
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
-        """What stands in place of each prompt; the prompts themselves by default."""
+        """The prompts that the model reads instead of these; unchanged by default."""
         return list(prompts)
 
     def score(self, request: ScoreRequest) -> TargetScores:
-        """Stands in for :meth:`LanguageModel.score`."""
+        """Called in place of :meth:`LanguageModel.score`."""
         return self.lm.score_request(replace(request, prompts=self.rewrite(request.prompts)))
 
     def generate(self, request: GenerationRequest) -> list[str]:
-        """Stands in for :meth:`LanguageModel.generate`."""
+        """Called in place of :meth:`LanguageModel.generate`."""
         return self.lm.generate_request(replace(request, prompts=self.rewrite(request.prompts)))
 
 

@@ -1,4 +1,4 @@
-"""Updates of weights that are active: :class:`WeightPatch`.
+"""Active weight updates: :class:`WeightPatch`.
 
 Shapes: O outputs, I inputs of a linear layer.
 """
@@ -40,12 +40,16 @@ def require_base(lm: LanguageModel, metadata: dict[str, Any], kind: str) -> None
 
 
 class WeightPatch(EditHandle):
-    """A delta written into the weights; the original tensors are kept and exchanged, never recomputed.
+    """A delta written into the weights; original tensors are kept and swapped back, never recomputed.
 
-    A packed map is exchanged as a whole, for a plain one or, with ``lm.requantize``, for one packed
-    the same way. How far what is written then is from the update goes into the metadata, under
-    ``requantized``: |written - wanted| / |wanted| by parameter. ``edited`` holds edited parameters that are
-    known already, as :meth:`state` gives them.
+    A quantised linear layer is replaced as a whole, by a floating-point one or, with ``lm.requantize``, by one
+    quantised the same way. The relative error of quantising again, |written - wanted| / |update|, goes into the
+    metadata by parameter, under ``requantized``.
+
+    Args:
+        lm: the language model.
+        delta: the update.
+        edited: edited parameters that are already known, as :meth:`state` gives them.
     """
 
     def __init__(
@@ -66,30 +70,30 @@ class WeightPatch(EditHandle):
         super().__init__(lm)
 
     def _edited(self, lm: LanguageModel, name: str, delta: Delta) -> Tensor | nn.Module:
-        """What takes the parameter's place: its data with the update added, or a whole module."""
+        """What replaces the parameter: its data with the update added, or a whole module."""
         module_name, _, kind = name.rpartition(".")
         try:
             module = lm.net.get_submodule(module_name)
             parameter = getattr(module, kind)
         except AttributeError:
             parameter = None
-        if parameter is None:  # also a bias that the module goes without
+        if parameter is None:  # also a bias that the module does not have
             raise EditError(f"the model {lm.name!r} has no parameter {name}")
-        packed = kind == "weight" and is_quantised(module)
+        quantised = kind == "weight" and is_quantised(module)
         update = to_storage(module, delta.dense(name).to(parameter.device))
-        shape = sizes(module)[::-1] if packed else tuple(parameter.shape)
+        shape = sizes(module)[::-1] if quantised else tuple(parameter.shape)
         if tuple(update.shape) != shape:
             raise EditError(
                 f"the update of {name} has shape {tuple(update.shape)}, the parameter {shape}"
             )
-        if packed:
-            return self._repacked(lm, name, module, update)
+        if quantised:
+            return self._edited_module(lm, name, module, update)
         return (parameter.data.double() + update).to(parameter.dtype)
 
-    def _repacked(
+    def _edited_module(
         self, lm: LanguageModel, name: str, module: nn.Module, update_OI: Tensor
     ) -> nn.Module:
-        """The edited map that takes a packed one's place."""
+        """The edited linear layer that replaces a quantised one."""
         weight_OI = read_weight(module)
         wanted_OI = weight_OI.double() + update_OI
         if not lm.requantize:
@@ -97,9 +101,7 @@ class WeightPatch(EditHandle):
         edited = with_weight(module, wanted_OI.to(weight_OI.dtype), requantize=True)
         missing = (read_weight(edited).double() - wanted_OI).norm() / update_OI.norm()
         self._lost[name] = missing.item()
-        log.info(
-            "%s: packed again, what is written is %.2f of the update away from it", name, missing
-        )
+        log.info("%s: quantised again, which changed the update by %.2f of its norm", name, missing)
         return edited
 
     @torch.no_grad()
@@ -120,9 +122,9 @@ class WeightPatch(EditHandle):
         self.delta.save(path)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and JSON from which :meth:`restore` puts the same edit in force again, to the bit.
+        """Tensors and JSON from which :meth:`restore` activates the same edit again, bit-exactly.
 
-        Of a map that is packed again these are the numbers that it stands for.
+        Of a layer that was quantised again they hold the dequantised weight.
         """
         edited = {name: self._written(name) for name in self._spare}
         return {
@@ -132,7 +134,7 @@ class WeightPatch(EditHandle):
         }
 
     def _written(self, name: str) -> Tensor:
-        """The parameter as this patch left it: in force, or kept by the next patch that changed it."""
+        """The parameter as this patch left it: active, or kept by the next patch that changed it."""
         for later in self.lm.handles[self.lm.handles.index(self) + 1 :]:
             if isinstance(later, WeightPatch) and name in later._spare:
                 kept = later._spare[name]
@@ -144,7 +146,7 @@ class WeightPatch(EditHandle):
 
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
-        """The edit of :meth:`state`, on a model without it."""
+        """Activates the edit that :meth:`state` described, on a model without it."""
         tensors = {name: tensor.to(lm.device) for name, tensor in state["delta"].items()}
         delta = Delta.from_tensors(tensors, json.loads(state["metadata"]))
         return cls(lm, delta, state["edited"])
@@ -153,7 +155,7 @@ class WeightPatch(EditHandle):
         return isinstance(newer, WeightPatch) and self.lm.handles[-2:] == [self, newer]
 
     def absorb(self, newer: WeightPatch) -> None:
-        """Takes a newer patch into this one: one undo for both, one spare copy per matrix."""
+        """Merges the newer patch into this one: one removal undoes both, with one original kept per matrix."""
         if not self.can_absorb(newer):
             raise EditError("only the newest edit can be absorbed, by the one before it")
         delta = add_deltas([self.delta, newer.delta])
@@ -166,7 +168,7 @@ class WeightPatch(EditHandle):
 
 
 def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
-    """The delta with tied parameters under the one name that the network lists them by."""
+    """The delta with every tied parameter under the one name that the network lists."""
     listed = {id(parameter): name for name, parameter in lm.net.named_parameters()}
     every = {
         name: listed[id(parameter)]

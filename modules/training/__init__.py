@@ -1,1 +1,1 @@
-"""What is trained: learned editors, fine-tuning, SERAC."""
+"""Training: learned editors, fine-tuning, SERAC's two models."""

@@ -1,4 +1,4 @@
-"""Checkpoints: what Lightning and our modules wrote into a .ckpt file, read without running anything in it."""
+"""Checkpoints: .ckpt files of Lightning and our modules, read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def read_checkpoint(path: str | Path, *needs: str, of: str = "") -> dict[str, An
     """The content of a checkpoint that ``fit`` wrote: tensors and plain values, on the CPU.
 
     Args:
-        path: a file; URLs and folders are no checkpoints.
-        needs: parts that the reader cannot do without, besides weights and the name of the base model.
-        of: whose checkpoint is expected, for the message.
+        path: a file; URLs and folders are refused.
+        needs: required parts, besides the weights and the base model's name.
+        of: the class whose checkpoint is expected, for the message.
 
     Raises:
-        EditError: anything else, in one line: an empty, cut or damaged file, another format, objects that are
-            more than tensors and plain values, other parts than a checkpoint of this project has.
+        EditError: in one line: the file is empty, truncated or damaged, has another format, holds objects other
+            than tensors and plain values, or lacks a part of this project's checkpoints.
     """
     file, what = Path(path), f"checkpoint of a {of}" if of else "checkpoint"
     try:
@@ -61,21 +61,21 @@ def _load(file: Path) -> Any:  # noqa: ANN401
         raise EditError("it is a file of another format" if start else "it is empty")
     try:
         with ZipFile(file) as whole:
-            damaged = whole.testzip()  # checks the sums that torch writes and does not look at
+            damaged = whole.testzip()  # verifies the CRCs, which torch writes but does not verify
     except Exception:
         damaged = "its directory"
     if damaged is not None:
         raise EditError(f"it is cut or damaged, in {damaged}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # a decoder of foreign bytes may meet anything
+    except Exception:  # decoding untrusted bytes may raise anything
         raise EditError(
             "it holds more than tensors and plain values, which is never loaded, or is damaged"
         ) from None
 
 
 def _check(found: Any) -> None:  # noqa: ANN401
-    """Raises EditError where the parts of a checkpoint are missing or of another kind."""
+    """Raises EditError if a part of the checkpoint is missing or has the wrong type."""
     if not isinstance(found, dict):
         raise EditError(f"it holds one {type(found).__name__}, not the parts of a checkpoint")
     if missing := [name for name in ("state_dict", "base_model") if name not in found]:

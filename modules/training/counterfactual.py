@@ -1,10 +1,10 @@
-"""SERAC's counterfactual model: answers with an edit's text in front (Mitchell et al., 2022, arXiv 2206.06520).
+"""SERAC's counterfactual model: answers a prompt given the edit (Mitchell et al., 2022, arXiv 2206.06520).
 
 psi is a causal LM that reads ``<edit's prompt> <its answer>``, a line break, then the prompt.
 
 Departures from the authors' code: psi is a learned low-rank update of a base model (with the same base, one
-network in memory is enough), trained apart from the scope classifier; edit and prompt are joined by a line
-break, after which a small model copies far more often than after a space.
+network in memory is enough) and is trained separately from the scope classifier; edit and prompt are joined by a
+line break, after which a small model copies far more often than after a space.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from corrigenda.modules.training.tuning import FineTune
 
 
 def in_front(edit: Edit, prompt: str, separator: Separator = "auto") -> str:
-    """What the counterfactual model reads."""
+    """The counterfactual model's input: the edit, a line break, the prompt."""
     return f"{joined(edit.text, edit.target_new, separator)}\n{prompt}"
 
 
 class CounterfactualModel(FineTune):
-    """psi: answers prompts with the edit's text in front. Train it with ``fit``.
+    """psi: answers prompts that follow the edit's text. Train it with ``fit``.
 
     ``lm`` may be any small causal LM with the tokenizer of the model to be edited. An update of it is learned
     from training cases (:class:`~corrigenda.modules.training.tuning.FineTune`) and validated on held-out ones:
-    ``efficacy`` and
-    ``generality`` ask for an edit's prompt and its paraphrases, with the edit in front. Its checkpoint with the
-    best ``val/generality/exact`` is what SERAC takes.
+    ``efficacy`` and ``generality`` score an edit's prompt and its paraphrases, each after the edit. SERAC uses the
+    checkpoint with the best ``val/generality/exact``.
     """
 
     trains_on = "train"
@@ -49,24 +48,24 @@ class CounterfactualModel(FineTune):
         return type(self).__name__
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
-        """Mean loss of the new answer to one phrasing of each edit, with the edit in front."""
+        """Mean loss of the new answer to one phrasing of each edit, after the edit's text."""
         draw = random.Random(f"{self.current_epoch} {batch_idx}")
-        asked = [draw.choice([p for p in case.phrasings if p.target]) for case in batch]
+        probes = [draw.choice([p for p in case.phrasings if p.target]) for case in batch]
         prompts = [
             in_front(case.edits[0], probe.prompt, self.lm.tokens.separator)
-            for case, probe in zip(batch, asked, strict=True)
+            for case, probe in zip(batch, probes, strict=True)
         ]
-        return self.loss(prompts, [str(probe.target) for probe in asked])
+        return self.loss(prompts, [str(probe.target) for probe in probes])
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """Evaluates what is within the edits' scope; psi is never asked anything else."""
+        """Evaluates probes within the edits' scope; psi never sees any others."""
         return super().validation_step(
             [self.within_scope(case, self.lm.tokens.separator) for case in batch], batch_idx
         )
 
     @staticmethod
     def within_scope(case: EditCase, separator: Separator = "auto") -> EditCase:
-        """The case without probes that must not move, and with the edit in front of the others."""
+        """The case without its locality probes, with the edit's text before the other prompts."""
         probes = {}
         for criterion, some in case.probes.items():
             if criterion not in LOCALITY_CRITERIA:
@@ -85,14 +84,14 @@ class CounterfactualModel(FineTune):
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """A trained psi: its base, which may be the model to be edited itself, and the learned update."""
+    """A trained psi: the learned update and its base, which may be the model to be edited itself."""
 
     lm: LanguageModel
     delta: Delta
 
     @classmethod
     def load(cls, path: str, lm: LanguageModel) -> Counterfactual:
-        """The model of a checkpoint, to answer in place of ``lm``; raises EditError for anything else."""
+        """The model of a checkpoint, to answer in place of ``lm``; raises EditError if it is not one."""
         checkpoint = read_checkpoint(path, "counterfactual", of=CounterfactualModel.__name__)
         base = checkpoint["base_model"]
         own = lm
@@ -112,7 +111,7 @@ class Counterfactual:
             return self.lm.score(prompts, targets, [self.delta], full=full)
 
     def generate(self, request: GenerationRequest) -> list[str]:
-        """Continuations under psi alone; the request's own deltas are not used."""
+        """Continuations by psi alone; the request's own deltas are ignored."""
         with self.lm.pristine():
             return self.lm.generate_request(replace(request, deltas=[self.delta], owners=None))
 

@@ -1,7 +1,7 @@
-"""What learned editors read of an edit: inputs and output gradients of linear maps, token by token.
+"""What learned editors read of an edit: inputs and output gradients of linear layers, token by token.
 
-The gradient of a loss in a matrix is a sum of rank-one terms, grad W = sum_n d_n x_n', with x_n a token's input
-and d_n the loss's gradient in its output.
+The gradient of a loss with respect to a matrix is a sum of rank-one terms, grad W = sum_n d_n x_n', with x_n a
+token's input and d_n the gradient with respect to its output.
 
 Shapes: B rows, T tokens, I inputs and O outputs of a matrix, n tokens of all rows.
 """
@@ -30,17 +30,16 @@ def gradient_factors(
     rows: Rows,
     names: Sequence[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{matrix: (x_BTI, d_BTO)}``: inputs, and gradients of the rows' losses in the outputs.
+    """``{matrix: (x_BTI, d_BTO)}``: inputs, and gradients of the rows' losses with respect to the outputs.
 
-    A row's loss is the mean NLL of its target tokens, whatever other rows there are: what a learned editor reads
-    of an edit is the same in a batch of any size. Gradients are taken at zeros added to the outputs, so no weight
-    needs one.
+    A row's loss is the mean NLL of its target tokens, so what is read of an edit does not depend on the batch it
+    is in. Gradients are taken with respect to zeros added to the outputs, so no weight needs one.
 
     Args:
         lm: the language model.
-        tail: the rows' lower blocks, run.
+        tail: the rows, with the lower blocks already run.
         rows: answer rows, one per edit.
-        names: paths of the linear maps.
+        names: paths of the linear layers.
     """
     leaves: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
@@ -55,7 +54,7 @@ def gradient_factors(
 
     weight_B = 1 / (rows.length_B - rows.start_B)
     top = max(lm.structure.layer_of(name) for name in names) + 1
-    back_BTD = _kept_back(lm, tail.layer, rows, top)
+    back_BTD = _cached_gradient(lm, tail.layer, rows, top)
     with torch.enable_grad(), hooked([(lm.net.get_submodule(n), watch(n)) for n in names]):
         if back_BTD is None:
             loss = (_nll(tail, rows) * weight_B).sum()
@@ -80,8 +79,8 @@ def _nll(tail: Tail, rows: Rows) -> Tensor:
     return nll_N.new_zeros(len(rows.ids_BT)).index_add(0, row_N, nll_N)
 
 
-def _kept_back(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Tensor | None:
-    """back_BTD, the gradient of each row's summed NLL in what enters block ``top``, where it can be kept."""
+def _cached_gradient(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Tensor | None:
+    """back_BTD, the gradient of each row's summed NLL at the input of block ``top``; None if nothing is cached."""
     cache = lm.reuse.store(lm.structure.num_layers)
     if cache is None:
         return None
@@ -96,7 +95,7 @@ def _kept_back(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Tensor | 
 
 
 def by_owner(left_nO: Tensor, right_nI: Tensor, owner_n: Tensor, num_owners: int) -> list[LowRank]:
-    """Every owner's sum of ``left_n right_n'``, in its factors."""
+    """Every owner's sum of ``left_n right_n'``, as low-rank factors."""
     order_n = owner_n.argsort(stable=True)
     counts = torch.bincount(owner_n, minlength=num_owners).tolist()
     parts = zip(left_nO[order_n].split(counts), right_nI[order_n].split(counts), strict=True)
@@ -104,10 +103,10 @@ def by_owner(left_nO: Tensor, right_nI: Tensor, owner_n: Tensor, num_owners: int
 
 
 class Normaliser(nn.Module):
-    """Mean and standard deviation of each coordinate, map by map; batches are merged exactly (Chan et al., 1979).
+    """Mean and standard deviation of each coordinate, per matrix; batches are merged exactly (Chan et al., 1979).
 
     Args:
-        count: how many maps.
+        count: how many matrices.
         width: how many coordinates.
     """
 
@@ -123,7 +122,7 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def update(self, x_nI: Tensor, index: int) -> None:
-        """Takes in n more rows of map ``index``."""
+        """Adds n rows to the statistics of matrix ``index``."""
         x_nI = x_nI.double()
         rows, mean = len(x_nI), x_nI.mean(0)
         before = self.seen[index].clone()
@@ -134,7 +133,7 @@ class Normaliser(nn.Module):
         self.seen[index] = total
 
     def forward(self, x: Tensor, index: int | Tensor) -> Tensor:
-        """(x - mean) / std, clamped; x itself before any statistics."""
+        """(x - mean) / std, clamped; x itself while there are no statistics."""
         std = (self.squares / (self.seen - 1).clamp(min=1)[:, None]).sqrt().float()
         mean = self.mean.float()
         normal = ((x - mean[index]) / (std[index] + 1e-7)).clamp(-CLAMP, CLAMP)
@@ -142,16 +141,16 @@ class Normaliser(nn.Module):
 
 
 class PairNetwork(nn.Module, ABC):
-    """A residual network of low rank on a token's normalised input and output gradient; the identity at first.
+    """A low-rank residual network on a token's normalised input and output gradient; starts as the identity.
 
-    Linear maps of one shape share it and differ by a scale and an offset per block, and by the statistics of
-    what goes in. A subclass says where scale and offset act.
+    Matrices of one shape share it and differ by a scale and an offset per block, and by the statistics of their
+    inputs. A subclass says where scale and offset act.
 
     Args:
         inputs: I.
         outputs: O.
-        count: how many maps share it.
-        rank: of each block's map.
+        count: how many matrices share it.
+        rank: rank of each block.
         num_blocks: residual blocks.
     """
 
@@ -172,14 +171,14 @@ class PairNetwork(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def step(h: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """What a block adds, of its map's output ``h``.
+        """What a block adds, given the output ``h`` of its low-rank layer.
 
-        Cut off with ``clamp(min=0)``, not relu: its gradient at 0 is 1, without which zeros in ``up`` would
-        never move.
+        Rectify with ``clamp(min=0)``, not relu: its gradient at 0 is 1, without which zeros in ``up`` would never
+        move.
         """
 
     def forward(self, x: Tensor, d: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        """(x~, d~) of token pairs of map ``index``, one for all or one each; the last dimensions are I and O."""
+        """(x~, d~) of tokens' pairs; ``index`` is their matrix, one for all or one each. Last dimensions: I and O."""
         y = torch.cat([self.normalise_x(x, index), self.normalise_d(d, index)], -1)
         blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
         for down, up, bias, scale, offset in blocks:

@@ -1,4 +1,4 @@
-"""Gradient descent on many problems at once that do not know of each other.
+"""Gradient descent on many independent problems at once.
 
 Shapes: E independent problems, stacked in the first dimension of every tensor.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 class IndependentAdam:
-    """Adam (Kingma and Ba, 2015) on stacked problems; one that has stopped keeps its value to the bit.
+    """Adam (Kingma and Ba, 2015) on stacked problems; one that has stopped keeps its value bit-exactly.
 
-    Zeroing a stopped problem's gradient would not do: Adam's momentum would still move it. All problems start
+    Zeroing a stopped problem's gradient is not enough: Adam's momentum would still move it. All problems start
     together and none starts again, so one step count serves all.
 
     Args:
         tensors: leaves of shape [E, ...], updated in place.
         lr: step size.
-        betas: decay of the moments.
-        eps: floor of the denominator.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
         weight_decay: L2 decay added to the gradient.
     """
 
