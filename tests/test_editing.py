@@ -338,7 +338,9 @@ def test_weights_packed_in_an_unknown_way_are_refused(tiny_lm):
     lm = tiny_lm("llama")
     module = lm.net.get_submodule(lm.structure.out_name(0))
     module.weight = nn.Parameter(torch.zeros(1280, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UnsupportedModel, match="Linear stores its weight .* load the model without"):
+    with pytest.raises(
+        UnsupportedModel, match="Linear stores its weight .* load the model without"
+    ):
         WeightPatch(lm, two_layers(lm))
 
 

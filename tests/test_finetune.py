@@ -403,7 +403,7 @@ def test_lora_finds_query_and_value(tiny_lm):
 def test_lora_without_query_and_value_asks_for_all_maps(tiny_lm):
     lm = tiny_lm("gpt2")
     lm.net.transformer.h[1].attn = nn.ModuleDict({"one": nn.Linear(32, 32)})
-    with pytest.raises(ValueError, match="no map for queries and values among"):
+    with pytest.raises(ValueError, match="no query or value projection among"):
         LoRA(layers=[1]).start(lm, 1)
 
 

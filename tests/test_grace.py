@@ -6,6 +6,7 @@ import torch
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.grace import GAP, GRACE, SLACK, Codebook
 from corrigenda.modules.model.handle import PromptBatch
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import (
     distances,
     last_states,
@@ -26,7 +27,9 @@ OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
 @pytest.fixture
 def make(data_files):
     def editor(**changes):
-        return GRACE(**({"layer": 1, "source": data_files.text, "num_prompts": 32} | changes))
+        return GRACE(
+            **({"layer": 1, "corpus": Corpus(data_files.text), "num_prompts": 32} | changes)
+        )
 
     return editor
 
@@ -223,10 +226,10 @@ def test_values_may_stand_at_the_input_projection_where_there_is_one(tiny_lm, ma
 # ---------------------------------------------------------------------------- the radius
 
 
-def test_the_radius_is_calibrated_on_unrelated_prompts(lm, make, data_files):
+def test_the_radius_is_calibrated_on_unrelated_prompts(lm, make):
     editor = make(scale=0.25)
     editor.prepare(lm)
-    prompts, site = unrelated_prompts(data_files.text, 32), lm.structure.out_name(1)
+    prompts, site = unrelated_prompts(editor.corpus, 32, lm), lm.structure.out_name(1)
     assert len(set(prompts)) == 32 and prompts[0].endswith("near the")
     queries = []
     for prompt in prompts:
@@ -250,6 +253,6 @@ def test_distances_of_near_points_are_exact():
 def test_too_little_text_is_an_error(llama, make, tmp_path):
     (tmp_path / "one.txt").write_text("The town is here.")
     with pytest.raises(ValueError, match="fewer than two different texts"):
-        make(source=str(tmp_path / "one.txt")).prepare(llama)
+        make(corpus=Corpus(str(tmp_path / "one.txt"))).prepare(llama)
     with pytest.raises(ValueError, match="layer 9 does not exist"):
         make(layer=9).prepare(llama)

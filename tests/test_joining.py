@@ -208,7 +208,7 @@ def editors(data_files, lm):
         "LoRA": lambda: LoRA([1], steps=2),
         "GRACE": lambda: GRACE(1, epsilon=0.5, steps=2),
         "MELO": lambda: MELO(0, [1], steps=2),
-        "WISE": lambda: WISE(1, source=data_files.text, steps=2),
+        "WISE": lambda: WISE(1, corpus=Corpus(data_files.text), steps=2),
         "TPatcher": lambda: TPatcher(corpus=corpus, steps=2),
         "KN": lambda: KN(),
         "MEND": lambda: MEND(lm),

@@ -6,6 +6,7 @@ import torch
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.melo import GAP, MELO, SLACK, Blocks
 from corrigenda.modules.model.handle import PromptBatch
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import last_states
 
 EDITS = [
@@ -20,7 +21,7 @@ OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
 @pytest.fixture
 def make(data_files):
     def editor(**changes):
-        quick = {"steps": 20, "lr": 3e-2, "source": data_files.text, "num_prompts": 32}
+        quick = {"steps": 20, "lr": 3e-2, "corpus": Corpus(data_files.text), "num_prompts": 32}
         return MELO(0, [1, 2], **(quick | changes))
 
     return editor

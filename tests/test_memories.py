@@ -23,14 +23,18 @@ PROMPTS = [e.text for e in EDITS] + OTHERS
 TARGETS = [e.target_new for e in EDITS] * 2
 
 EDITORS = {
-    "GRACE": lambda files: GRACE(1, steps=30, source=files.text, num_prompts=32),
-    "GRACE-all": lambda files: GRACE(1, replace="all", steps=30, source=files.text, num_prompts=32),
+    "GRACE": lambda files: GRACE(1, steps=30, corpus=Corpus(files.text), num_prompts=32),
+    "GRACE-all": lambda files: GRACE(
+        1, replace="all", steps=30, corpus=Corpus(files.text), num_prompts=32
+    ),
     "WISE": lambda files: WISE(
-        1, steps=8, lr=0.3, contexts=[(3, 1)], source=files.text, num_prompts=8, save_freq=2
+        1, steps=8, lr=0.3, contexts=[(3, 1)], corpus=Corpus(files.text), num_prompts=8, save_freq=2
     ),
     "T-Patcher": lambda files: TPatcher(steps=60, lr=3e-2, corpus=Corpus(files.text, 300)),
     "CaliNET": lambda _: CaliNET([1, 2], slots=8, steps=30, lr=1e-2, contexts=[(3, 1)]),
-    "MELO": lambda files: MELO(0, [1, 2], steps=20, lr=3e-2, source=files.text, num_prompts=32),
+    "MELO": lambda files: MELO(
+        0, [1, 2], steps=20, lr=3e-2, corpus=Corpus(files.text), num_prompts=32
+    ),
 }
 
 

@@ -232,7 +232,7 @@ def test_preparing_again_does_nothing(gpt2, make, monkeypatch):
     editor = make()
     editor.prepare(gpt2)
     contexts, factor = editor._contexts, editor._factor_FF
-    monkeypatch.setattr(rome, "sample_contexts", None)
+    monkeypatch.setattr(value_search, "sample_contexts", None)
     monkeypatch.setattr(rome, "Moments", None)
     editor.prepare(gpt2)
     assert editor._contexts is contexts and editor._factor_FF is factor

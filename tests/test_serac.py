@@ -22,7 +22,7 @@ from corrigenda.modules.model.loading import ModelError
 from corrigenda.modules.retrieval.encoder import TextEncoder
 from corrigenda.modules.retrieval.retriever import SentenceEncoder
 from corrigenda.modules.training.counterfactual import CounterfactualModel, in_front
-from corrigenda.modules.training.pairs import Pairs, kin_of
+from corrigenda.modules.training.pairs import Pairs, related_cases
 from corrigenda.modules.training.scope import ScopeClassifier, best_threshold
 
 pytestmark = [
@@ -343,9 +343,9 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
     assert len(set(pairs.queries)) <= 3 * len(cases)  # each case is asked in one way throughout
     assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
     eats = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
-    kin = kin_of([*cases, eats])  # places and tongues and foods are asked of one subject
-    assert [c.case_id for c in kin["place"]] == ["p", "s", "p", "s"] and "None" not in kin
-    known = Pairs.to_train(cases, random.Random(0), 50, kin)
+    related = related_cases([*cases, eats])  # places and tongues and foods are asked of one subject
+    assert [c.case_id for c in related["place"]] == ["p", "s", "p", "s"] and "None" not in related
+    known = Pairs.to_train(cases, random.Random(0), 50, related)
     about = [q for e, q in zip(known.entries, known.queries, strict=True) if e == "Where is bravo"]
     assert {"bravo eats", "bravo speaks"} & set(about)  # what is usually asked about another
     few = Pairs.to_train(cases, random.Random(0), 1)

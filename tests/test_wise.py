@@ -7,8 +7,9 @@ import torch
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editing.adapters import ModulePatch
-from corrigenda.modules.editors.wise import WISE, SideMemories, concern, ties
+from corrigenda.modules.editors.wise import WISE, SideMemories, activation, ties
 from corrigenda.modules.model.handle import PromptBatch
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
 
 EDITS = [
@@ -26,7 +27,7 @@ def make(data_files):
 
     def editor(**changes):
         quick = {"steps": 15, "lr": 0.3, "contexts": [(3, 2)], "num_prompts": 8, "act_ratio": 1.0}
-        return WISE(1, source=data_files.text, **(quick | changes))
+        return WISE(1, corpus=Corpus(data_files.text), **(quick | changes))
 
     return editor
 
@@ -52,7 +53,7 @@ def memories():
     """Two memories on the plane: the first answers to the first input, the second to the second."""
     made = SideMemories(["x"], inputs=2, outputs=1)
     for column in range(2):
-        made.begin()
+        made.add_memory()
         made.delta_SOI[column, 0, column] = 1.0 + column
     made.threshold_S = torch.tensor([1.0, 1.0])
     return made
@@ -61,8 +62,8 @@ def memories():
 def test_a_prompt_goes_where_it_concerns_most(memories):
     x = torch.tensor([[[2.0, 0], [0, 0]], [[2.0, 2], [2, 2]], [[0.5, 0.4], [0.5, 0.4]]])
     prompt = torch.ones(3, 2).bool()
-    assert concern(memories.delta_SOI[0], x, prompt).tolist() == [1.0, 2.0, 0.5]
-    assert concern(memories.delta_SOI[1], x, prompt).tolist() == [0.0, 4.0, pytest.approx(0.8)]
+    assert activation(memories.delta_SOI[0], x, prompt).tolist() == [1.0, 2.0, 0.5]
+    assert activation(memories.delta_SOI[1], x, prompt).tolist() == [0.0, 4.0, pytest.approx(0.8)]
     assert memories.route(x, prompt).tolist() == [0, 1, -1]
     memories.threshold_S = torch.tensor([1.0, 5.0])  # the nearer one does not let it in
     assert memories.route(x, prompt).tolist() == [0, 0, -1]
@@ -97,7 +98,7 @@ def test_a_memory_at_its_start_changes_nothing_either_way(lm, make):
     base = answers(lm)
     editor = make()
     memory = editor.empty(lm)
-    memory.begin()
+    memory.add_memory()
     for threshold in (0.0, math.inf):
         memory.threshold_S = torch.tensor([threshold])
         patch = ModulePatch(lm, memory)
@@ -149,10 +150,10 @@ def test_the_threshold_is_a_part_of_the_least_concern(llama, make):
 def test_the_margins_are_what_the_docstring_says(llama, make):
     editor = make(margins=(0.1, 2.0, 1.5), unit=0.5, steps=4)
     patch = editor.edit(llama, EDITS[:1])
-    delta, editor_out = patch.adapter.delta_SOI[0], editor._out
+    delta = patch.adapter.delta_SOI[0]
     prompts = [context + PROMPTS[0] for context in editor._contexts]
     inside = concerns(llama, patch, prompts) / 0.5
-    outside = concern(delta, *editor_out) / 0.5
+    outside = editor._unrelated.activation(delta) / 0.5
     assert editor.unit == 0.5 and len(outside) == 8
     loss = (outside - 0.1).relu().mean() + (2.0 - inside).relu().mean()
     loss += (1.5 - (inside - outside.mean())).relu().mean()
@@ -168,7 +169,7 @@ def test_the_unit_is_the_size_of_an_output(lm, make):
     editor = make()
     editor.prepare(lm)
     site, sizes = lm.structure.out_name(1), []
-    for prompt in unrelated_prompts(editor.source, 8):
+    for prompt in unrelated_prompts(editor.corpus, 8, lm):
         ((_, y),) = read_states(lm, lm.tokens.rows([prompt]), site, output=True)
         sizes += y[0].norm(dim=-1).tolist()
     assert editor.unit == pytest.approx(sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-4)
@@ -180,7 +181,7 @@ def test_margins_part_an_edit_from_the_unrelated(llama, make, monkeypatch):
     for _ in range(2):
         editor = make(steps=60, lr=0.1, stop_loss=1e-6)
         patch = editor.edit(llama, EDITS[:1])
-        outside = concern(patch.adapter.delta_SOI[0], *editor._out).mean()
+        outside = editor._unrelated.activation(patch.adapter.delta_SOI[0]).mean()
         gaps.append(concerns(llama, patch, PROMPTS[:1])[0] / outside)
         patch.remove()
         monkeypatch.setattr(WISE, "_margins", lambda self, delta_OI, inside: 0 * delta_OI.sum())

@@ -1,16 +1,16 @@
 """AlphaEdit: null-space constrained editing (Fang et al., 2025, arXiv 2410.02355).
 
-Updates move only inputs from the null space of ordinary text's keys: with Q the eigenvectors of their second
-moment C whose eigenvalues are smallest, and P the keys of the edits in force,
+Updates act only on the null space of ordinary text's keys: with Q the eigenvectors of their second moment C that
+have the smallest eigenvalues, and P the keys of the active edits,
 
     Delta = R K_q' (K_q K_q' + P_q P_q' + l2 I)^-1 Q',   K_q = Q' K,   P_q = Q' P
 
-so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (``spread.py``). Keys of an
-edit are read on the model that it left, and are kept with the edit.
+so that Delta Q Q' = Delta. Values, keys and residuals R are MEMIT's (``spread.py``). An edit's keys are read right
+after it was made and are stored with it.
 
-Departures from the authors' code: the system is solved in the basis Q, where it is symmetric, in float64 (equal
-to the published form); the null space may be chosen by its share of C's trace, since the published bound on
-eigenvalues means something else in every model; it belongs to the hash of the weights.
+Departures from the authors' code: the system is solved in the basis Q, where it is symmetric, in float64
+(equivalent to the published form); the null space may be chosen by its share of C's trace, since the published
+bound on eigenvalues means something else in every model; it is stored under the hash of the weights.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 
 class AlphaEdit(SpreadEditor):
-    """Writes all edits together, spread over several layers, out of ordinary text's way.
+    """Writes all edits together, spread over several layers, in the null space of ordinary text's keys.
 
     Args:
         layers: blocks whose projections are edited, from 0, the lowest first.
-        null_share: the null space is of the smallest eigenvalues that together hold at most this share of C's
-            trace: how much of ordinary text's keys an update may see.
-        threshold: the null space is of the eigenvalues below this, in place of ``null_share`` (published: 0.02).
-        l2: weight of the update's own size; compares with squared norms of keys.
-        **search: as of SpreadEditor.
+        null_share: the null space has the smallest eigenvalues that sum up to at most this share of C's trace: the
+            part of ordinary text's keys that an update may affect.
+        threshold: the null space has the eigenvalues below this, in place of ``null_share`` (published: 0.02).
+        l2: weight of the update's size, on the scale of squared norms of keys.
+        **search: further settings, of SpreadEditor.
     """
 
     keeps_keys = True
@@ -69,11 +69,11 @@ class AlphaEdit(SpreadEditor):
         log.info("layer %d: the null space has %d of %d dimensions", layer, count, len(values_F))
         if count == 0:
             raise EditError(
-                f"layer {layer} has no direction that ordinary text leaves free (the smallest eigenvalue is "
+                f"layer {layer} has no direction in the null space (the smallest eigenvalue is "
                 f"{values_F[0]:.2g}): give a larger null_share or threshold"
             )
         if count == len(values_F):
-            log.warning("layer %d: every direction counts as free, nothing is protected; "
+            log.warning("layer %d: every direction is in the null space, so nothing is protected: "
                         "give a smaller null_share or threshold", layer)  # fmt: skip
         return vectors_FF[:, :count]
 

@@ -2,12 +2,12 @@
 
     MLP'(h) = MLP(h) + W_o relu(W_i h)
 
-A handful of slots is trained on all the edits of one call together, nothing else is. A further call leaves
-the slots as they are and trains new ones beside them.
+A few slots are trained on all edits of one call together; nothing else is trained. A further call leaves these
+slots as they are and trains new ones beside them.
 
-Departures from the authors' code: the base is frozen as a whole, not by parameter names; W_o starts at zero,
-so that the slots do nothing until they are trained; texts sampled from the model stand before the prompts in
-place of hand-written paraphrases; Adam in place of Adafactor. Which facts are wrong is the caller's knowledge.
+Departures from the authors' code: the whole base is frozen, not parameters by name; W_o starts at zero, so that
+the slots have no effect until they are trained; prompts follow texts sampled from the model instead of being
+paraphrased by hand; Adam instead of Adafactor. The caller has to know which facts are wrong.
 
 Shapes: S slots of a block, D residual width.
 """
@@ -36,13 +36,13 @@ class CaliNET(ModuleEditor):
 
     Args:
         layers: blocks that get slots, from 0.
-        slots: S, in each of them.
+        slots: number of slots in each of them.
         steps: updates at most.
         lr: Adam's step size.
-        batch_size: rows (an edit's prompt behind one context) of a step.
-        stop_loss: training ends after a pass over all rows in which no step's loss was above this.
-        contexts: pairs of (tokens, how many) of the sampled texts before a prompt.
-        seed: of the sampled texts, the slots' start and the order of rows.
+        batch_size: rows of a step; a row is an edit's prompt after one context.
+        stop_loss: training ends after a pass over all rows in which every step's loss was below this.
+        contexts: pairs of (tokens, number of texts) of the sampled texts before a prompt.
+        seed: of the sampled texts, the slots' initialisation and the order of rows.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CaliNET(ModuleEditor):
     def _pieces(
         self, lm: LanguageModel, edits: Sequence[Edit], generator: torch.Generator
     ) -> list[Piece]:
-        """The edits' prompts behind every context in a mixed order, in batches, lower blocks run once."""
+        """The edits' prompts after every context, shuffled, in batches whose lower blocks are run once."""
         pairs = [(c + e.text, e.target_new) for e in edits for c in self._contexts]
         order = torch.randperm(len(pairs), generator=generator).tolist()
         pieces = []

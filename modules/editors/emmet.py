@@ -1,15 +1,15 @@
 """EMMET: an equality-constrained mass edit in a transformer (Gupta et al., 2024, arXiv 2403.14236).
 
-Every key K gets its value exactly, with the least change of the answers to ordinary text (second moment C):
+Every key in K gets its value exactly, with the least change of the output on ordinary text (second moment C):
 
     Delta = R (K' C^-1 K)^-1 K' C^-1
 
-For one edit this is ROME with one key, and MEMIT comes to it as lambda goes to zero. It needs keys that are
-linearly independent, so fewer edits than a key is wide; a ``ridge`` takes the constraint back, and is MEMIT's
-lambda. Values and keys are MEMIT's (:mod:`corrigenda.modules.editors.spread`).
+For one edit this is ROME with one key, and it is the limit of MEMIT as lambda goes to zero. The keys must be
+linearly independent, so there can be at most as many edits as a key is wide; a ``ridge`` relaxes the constraint
+and is MEMIT's lambda. Values and keys are MEMIT's (:mod:`corrigenda.modules.editors.spread`).
 
-Departures from the authors' code: no inverse is formed, no pseudo-inverse is fallen back to; edits whose keys
-coincide are named; a ridge holds for a single edit, too.
+Departures from the authors' code: no inverse or pseudo-inverse is formed; edits whose keys coincide are reported
+by name; a ridge applies to a single edit, too.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class EMMET(SpreadEditor):
 
     Args:
         layers: blocks whose projections are edited, from 0, the lowest first; one in the paper.
-        ridge: lambda as a multiple of the key width, as MEMIT's; 0 is the exact constraint.
-        **search: as of SpreadEditor.
+        ridge: lambda as a multiple of the key width; 0 is the exact constraint.
+        **search: further settings, of SpreadEditor.
     """
 
     def __init__(self, layers: list[int], ridge: float = 0.0, **search: Any) -> None:  # noqa: ANN401
@@ -64,7 +64,7 @@ class EMMET(SpreadEditor):
 def _require_independent(
     layer: int, edits: Sequence[Edit], keys_FN: Tensor, factor_FF: Tensor
 ) -> None:
-    """Raises EditError where exact answers to all keys are impossible; names the two keys most alike."""
+    """Raises EditError if no update can satisfy all constraints; names the edits with the most similar keys."""
     cure = "give a ridge (0.01, say), or fewer edits at once"
     if len(edits) > len(factor_FF):
         raise EditError(

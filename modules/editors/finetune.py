@@ -1,16 +1,16 @@
-"""Fine-tuning of a few MLP projections on the edit itself: FT, FT-L and FT-M.
+"""Fine-tuning a few MLP projections on the edit itself: FT, FT-L and FT-M.
 
     FT    FT(layers, loss="prompt_last")                       one layer, no constraint
     FT-L  FT(layers, loss="prompt_last", norm_constraint=eps)  Zhu et al., 2020, arXiv 2012.00363
     FT-M  FT(layers, loss="target")                            Zhang et al., 2024, arXiv 2401.01286
 
-FT and FT-L are the baselines of Meng et al., 2022 (arXiv 2202.05262). Their loss reads one position
-and asks it for all target tokens at once, and their "norm" constraint is a box: every entry of the
-update stays within [-eps, eps]. Adam's first step is lr in every entry, so with eps <= lr the
-update stands in a corner of the box from then on.
+FT and FT-L are the baselines of Meng et al., 2022 (arXiv 2202.05262). Their loss predicts all target
+tokens from one position, and their "norm" constraint is a box: every entry of the update stays
+within [-eps, eps]. Adam's first step is lr in every entry, so with eps <= lr the update is in a
+corner of the box from then on.
 
 Departures from the authors' code: prompt and target are encoded together; every independent edit
-has its own stop; weight decay pulls towards the base weights, not towards zero.
+has its own stopping rule; weight decay pulls towards the base weights, not towards zero.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from corrigenda.modules import checks
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.training.learned import mlp_matrices
 from corrigenda.modules.training.tuning import GradientEditor, Loss
 
 
 class FT(GradientEditor):
-    """Dense updates of MLP projections, weight and (where there is one) bias.
+    """Dense updates of MLP projections: the weight and, if there is one, the bias.
 
     Args:
         layers: blocks whose projections are tuned, from 0.
         projections: ``out`` is the MLP's output projection, ``mlp`` all of its projections.
-        norm_constraint: no entry of the update may be larger than this (FT-L); none if not given.
+        norm_constraint: largest absolute value of the update's entries (FT-L); unlimited if not given.
         steps: updates at most.
         lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and moves no more.
-        weight_decay: pull of the weights towards the base's.
-        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
-            ones before it (FT-M); ``prompt_last`` asks for every one of them at the one position
-            after the prompt (FT, FT-L).
-        parallel: independent edits learned together; fewer where their updates are large.
+        stop_loss: an edit whose loss is below this has finished and is updated no more.
+        weight_decay: L2 decay of the weights towards the base's.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
+            ones before it (FT-M); ``prompt_last`` predicts all of them at the one position after the
+            prompt (FT, FT-L).
+        parallel: independent edits learned together; fewer if their updates are large.
     """
 
     def __init__(
@@ -68,15 +69,12 @@ class FT(GradientEditor):
 
     def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
         leaves = {}
-        for layer in self.layers:
-            structure = lm.structure
-            all_of_it = self.projections == "mlp"
-            for name in structure.mlp_names(layer) if all_of_it else [structure.out_name(layer)]:
-                module = lm.net.get_submodule(name)
-                inputs, outputs = sizes(module)
-                leaves[f"{name}.weight"] = torch.zeros(count, outputs, inputs, device=lm.device)
-                if getattr(module, "bias", None) is not None:
-                    leaves[f"{name}.bias"] = torch.zeros(count, outputs, device=lm.device)
+        for name in mlp_matrices(lm, self.layers, self.projections):
+            module = lm.net.get_submodule(name)
+            inputs, outputs = sizes(module)
+            leaves[f"{name}.weight"] = torch.zeros(count, outputs, inputs, device=lm.device)
+            if getattr(module, "bias", None) is not None:
+                leaves[f"{name}.bias"] = torch.zeros(count, outputs, device=lm.device)
         return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
     def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:

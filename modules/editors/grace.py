@@ -1,24 +1,24 @@
 """GRACE: a codebook at one projection (Hartvigsen et al., 2023, arXiv 2211.11031).
 
-A key is the projection's input q at a prompt's last token; a value is what the projection gives out in
-its place. With the nearest key i at distance d = |q - k_i|
+A key is the projection's input q at a prompt's last token; a value replaces the projection's output there.
+With the nearest key i at distance d = |q - k_i|
 
     output = v_i if d <= eps_i, else the projection's own
 
-An edit that the model does not answer already goes into the codebook, and then its value is searched:
+An edit that the model does not yet answer correctly is put into the codebook, and then its value is optimised:
 
     far (d > eps + eps_i)            a new key with radius eps
     near, another answer             a new key; the two radii become halves of d
     near, same answer, d > eps_i     eps_i grows to d
     inside, same answer              nothing; the value is learned again
-    the same key, another answer     the last edit counts
+    the same key, another answer     the newest edit counts
 
-Departures from the authors' code: answers are compared token by token; on a conflict no radius ever
-grows; a grown radius has a little room for rounding; keys that are equal up to rounding are one key;
-values start from the projection's own output; the edits of one call are searched side by side, each
-with its own Adam and stop; the decision is taken on the prompt and holds for what is generated. The
-radius is a multiple of the distance between unrelated prompts, unless it is given: a number in raw
-activations means nothing in another model.
+Departures from the authors' code: answers are compared token by token; a conflict never enlarges a radius; an
+enlarged radius has a small margin for rounding; keys that are equal up to rounding are one key; values start from
+the projection's own output; the values of one call are optimised together, each with its own Adam state and
+stopping rule; the look-up reads the prompt, and its result holds for generated tokens too. The radius is a
+multiple of the distance between unrelated prompts, unless it is given: a number in raw activations means nothing
+in another model.
 
 Shapes: J keys, I inputs, O outputs, M tokens of an answer; B rows, T tokens.
 """
@@ -38,6 +38,7 @@ from corrigenda.modules.editing.adapters import Adapter, ModuleEditor
 from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import (
     distances,
     last_states,
@@ -50,8 +51,8 @@ from corrigenda.modules.training.tuning import Piece
 log = logging.getLogger(__name__)
 
 GAP = 1e-5  # between the radii of two keys with different answers
-SLACK = 1e-3  # part by which a grown radius goes beyond the state it grew for
-SAME = 1e-4  # keys nearer than this part of their length are one key
+SLACK = 1e-3  # relative margin of an enlarged radius
+SAME = 1e-4  # keys closer than this fraction of their norm are one key
 
 
 class Codebook(Adapter):
@@ -61,8 +62,8 @@ class Codebook(Adapter):
         sites: the projection.
         inputs: I.
         outputs: O.
-        replace: where the value stands in: ``last``, at the prompt's last token; ``prompt``, at each of
-            its tokens; ``all``, also at those that follow.
+        replace: where the value replaces the output: ``last``, at the prompt's last token; ``prompt``, at each
+            of its tokens; ``all``, also at the tokens that follow.
     """
 
     key_JI: Tensor
@@ -84,34 +85,34 @@ class Codebook(Adapter):
         self.register_buffer("radius_J", torch.zeros(0))
         self.register_buffer("label_JM", torch.zeros(0, 0, dtype=torch.long))  # padded with -1
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
-        if asked is None or not len(self.radius_J):
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, batch: PromptBatch | None) -> Tensor:
+        if batch is None or not len(self.radius_J):
             return y_BTO
-        is_first = self not in asked.decided
+        is_first = self not in batch.decided
         if is_first:
             rows = torch.arange(len(x_BTI), device=x_BTI.device)
-            asked.decided[self] = self.lookup(x_BTI[rows, asked.last_B].float())
-        key_B = asked.decided[self]
+            batch.decided[self] = self.lookup(x_BTI[rows, batch.last_B].float())
+        key_B = batch.decided[self]
         width = y_BTO.shape[1]
-        is_whole = is_first or width > asked.prompt_BT.shape[1]
-        replaced_BT = self._replaced(asked, width, is_whole) & (key_B >= 0)[:, None]
+        is_whole = is_first or width > batch.prompt_BT.shape[1]
+        replaced_BT = self._replaced(batch, width, is_whole) & (key_B >= 0)[:, None]
         if not replaced_BT.any():
             return y_BTO
         value_BO = self.value_JO[key_B.clamp(min=0)].to(y_BTO.dtype)
         return torch.where(replaced_BT[..., None], value_BO[:, None], y_BTO)
 
-    def _replaced(self, asked: PromptBatch, width: int, is_whole: bool) -> Tensor:
-        """Which of the pass's tokens a value may stand in for; generated ones come alone or behind."""
-        all_BT = torch.ones_like(asked.prompt_BT[:, :1]).expand(-1, width)
+    def _replaced(self, batch: PromptBatch, width: int, is_whole: bool) -> Tensor:
+        """The tokens at which a value may replace the output; generated ones come alone or after the prompt."""
+        all_BT = torch.ones_like(batch.prompt_BT[:, :1]).expand(-1, width)
         if self.replace == "all":
             return all_BT
         if not is_whole:
             return ~all_BT
         column_T = torch.arange(width, device=all_BT.device)
         if self.replace == "last":
-            return column_T == asked.last_B[:, None]
-        behind = width - asked.prompt_BT.shape[1]
-        return torch.nn.functional.pad(asked.prompt_BT, (0, behind))
+            return column_T == batch.last_B[:, None]
+        behind = width - batch.prompt_BT.shape[1]
+        return torch.nn.functional.pad(batch.prompt_BT, (0, behind))
 
     def lookup(self, query_BI: Tensor) -> Tensor:
         """key_B: the nearest key, or -1 where the query is outside its radius."""
@@ -120,7 +121,7 @@ class Codebook(Adapter):
 
     @torch.no_grad()
     def place(self, query_I: Tensor, value_O: Tensor, label: list[int], radius: float) -> int:
-        """Makes the query one of the codebook's, by the table above; returns the key that answers it."""
+        """Adds the query to the codebook by the table above; returns the key that answers it."""
         if not len(self.radius_J):
             return self._add(query_I, value_O, label, radius)
         distance, key = (t[0].item() for t in distances(query_I[None], self.key_JI).min(1))
@@ -159,22 +160,22 @@ class Codebook(Adapter):
 
 
 class GRACE(ModuleEditor):
-    """Keeps each answer in a codebook; prompts outside every radius are the base model's to the bit.
+    """Stores each answer in a codebook; on prompts outside every radius the model is bit-exactly the base model.
 
     Args:
         layer: block of the projection, from 0.
-        projection: the MLP's output projection (``out``), or its input projection where it has one.
-        epsilon: radius of a new key, in raw activations; calibrated where it is not given.
-        scale: the calibrated radius is this multiple of the median distance from an unrelated prompt to
-            the nearest other one.
-        replace: where a value stands in: at the ``last`` token of the prompt, at each token of the
-            ``prompt``, or at ``all``, the answer's included.
+        projection: the MLP's output projection (``out``), or its input projection (``in``) if it has just one.
+        epsilon: radius of a new key, in raw activations; calibrated if not given.
+        scale: the calibrated radius is this multiple of the median distance between an unrelated prompt and
+            its nearest neighbour.
+        replace: where a value replaces the output: at the ``last`` token of the prompt, at each token of the
+            ``prompt``, or at ``all`` tokens, including the answer's.
         steps: updates of a value at most.
         lr: Adam's step size.
         stop_loss: an edit whose mean negative log-likelihood is below this has finished.
-        parallel: values searched for together.
-        source: corpus of the unrelated prompts, as in Corpus.
-        num_prompts: how many of them.
+        parallel: values optimised together.
+        corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
+        num_prompts: number of unrelated prompts.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class GRACE(ModuleEditor):
         lr: float = 1.0,
         stop_loss: float = 0.05,
         parallel: int = 16,
-        source: str = "facts",
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
         num_prompts: int = 256,
     ) -> None:
         checks.whole(0, layer=layer)
@@ -199,7 +200,7 @@ class GRACE(ModuleEditor):
         self.layer, self.projection, self.replace = layer, projection, replace
         self.given, self.scale = epsilon, scale
         self.steps, self.lr, self.stop_loss, self.parallel = steps, lr, stop_loss, parallel
-        self.source, self.num_prompts = source, num_prompts
+        self.corpus, self.num_prompts = corpus, num_prompts
         self.epsilon = epsilon or 0.0
         self._prepared: str | None = None
 
@@ -212,7 +213,7 @@ class GRACE(ModuleEditor):
             return
         site = self.site(lm)
         if self.given is None:
-            prompts = unrelated_prompts(self.source, self.num_prompts, lm)
+            prompts = unrelated_prompts(self.corpus, self.num_prompts, lm)
             self.epsilon = self.scale * neighbour_distance(lm, prompts, site)
             log.info("the radius of a new key is %.4g", self.epsilon)
         self._prepared = lm.weights_hash
@@ -252,7 +253,7 @@ class GRACE(ModuleEditor):
     def _search(
         self, lm: LanguageModel, memory: Codebook, keys: list[int], groups: list[list[Edit]]
     ) -> list[float]:
-        """Learns the values of some keys, each on its own edits, through the codebook as it will be asked."""
+        """Learns the values of some keys, each on its own edits, with the codebook active as it will be used."""
         edits = [edit for group in groups for edit in group]
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
         owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)

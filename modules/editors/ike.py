@@ -1,22 +1,21 @@
 """IKE: in-context knowledge editing (Zheng et al., 2023, arXiv 2305.12740).
 
-The new fact stands in the prompt, after demonstrations of how a new fact is used:
+The new fact is stated in the prompt, after demonstrations of how new facts are used:
 
     New Fact: <fact>      New Fact: <fact>                  New Fact: <fact>
     Prompt: <the same>    Prompt: <the same, reworded>      Prompt: <about something else>
     (copy)                (update: the new answer)          (retain: the old answer stays)
 
-in the ratio 1 : 3 : 4, made of the records of a pool whose facts are most like the new one, the most similar
-last, and after them a copy of the new fact itself. No weight changes.
+in the ratio 1 : 3 : 4. They are made from the records of a pool whose facts are most similar to the new one, the
+most similar last, followed by a copy demonstration of the new fact itself. No weight changes.
 
-The authors know which fact a question is about. With one edit in force that is so here, too; with several
-the fact most like the question is looked up, always one, also for questions about something else.
+The authors know which fact a question is about. With one active edit that is so here, too; with several the fact
+most similar to the question is looked up, and there is always one, even for questions about something else.
 
-Departures from the authors' code: records of the pool that are about the edited subject are left out; a
-record that cannot play each of the three parts is not used; the order of the parts is drawn for every edit,
-so that it does not depend on which edits came before; what does not fit into the context is left out from
-the least similar on. How well an edit does on its own prompt says little, the answer stands in the context:
-look at generality and locality.
+Departures from the authors' code: records of the pool about the edited subject are left out; a record that cannot
+serve in each of the three roles is not used; the order of the roles is drawn for every edit, so that it does not
+depend on earlier edits; if the context is too short the least similar demonstrations are left out. Efficacy says
+little, since the answer is in the context: look at generality and locality.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROLES = {"copy": 1, "update": 3, "retain": 4}
 
 
 class Pool(Protocol):
-    """Where demonstrations come from: every data set of edits is one."""
+    """A source of demonstrations, such as any data module of edits."""
 
     def cases(self, split: Literal["train", "val", "test"]) -> list[EditCase]:
         """The cases of a split."""
@@ -82,12 +81,12 @@ class IKE(MemoryEditor):
     """Shows each new fact to the model in the prompt, after demonstrations.
 
     Args:
-        pool: its training cases become demonstrations; a data module with no case that is evaluated.
-        num_demonstrations: before the copy of the new fact itself, 0 for that alone; an eighth of them copy,
-            three eighths update, the rest retain.
+        pool: data module whose training cases become demonstrations; must hold no case that is evaluated.
+        num_demonstrations: demonstrations before the copy of the new fact itself: an eighth copy, three eighths
+            update, the rest retain. With 0 there is only that copy.
         encoder: finds the most similar records: ``minilm``, another sentence encoder's hub id or folder, or
             ``lm`` for the language model's own hidden states.
-        seed: of the choice among a record's wordings, and of the order of the three parts.
+        seed: of the choice among a record's paraphrases, and of the order of the roles.
     """
 
     patch = Demonstrated
@@ -111,12 +110,12 @@ class IKE(MemoryEditor):
         return sentence(edit)
 
     def prepare(self, lm: LanguageModel) -> None:
-        """Encodes the pool, once per encoder; kept in the cache folder."""
+        """Encodes the pool, once per encoder; the vectors are kept in the cache folder."""
         super().prepare(lm)
         encoder = self.encoder(lm)
         if encoder.hash in self._indices or not self.num_demonstrations:
             return
-        self._cases = self._cases or [c for c in self.pool.cases("train") if _has_all_parts(c)]
+        self._cases = self._cases or [c for c in self.pool.cases("train") if _has_all_roles(c)]
         facts = [sentence(case.edits[0]) for case in self._cases]
         self._indices[encoder.hash] = Retriever.cached(facts, encoder)
 
@@ -128,7 +127,7 @@ class IKE(MemoryEditor):
         return super().edit(lm, edits)
 
     def demonstrations(self, lm: LanguageModel, edit: Edit) -> list[str]:
-        """What is shown before questions about this edit, the most similar last, then the edit's own copy."""
+        """Demonstrations for questions about this edit: the most similar last, then the edit's own copy."""
         place = self.encoder(lm).hash, lm.tokens.separator, edit
         if place not in self._chosen:
             cases = self._similar(place[0], edit)
@@ -153,7 +152,7 @@ class IKE(MemoryEditor):
         wanted = self.num_demonstrations + len(same)
         if wanted > len(index):
             raise EditError(
-                f"{self.num_demonstrations} demonstrations were asked for, and the pool has only "
+                f"num_demonstrations is {self.num_demonstrations}, but the pool has only "
                 f"{len(index) - len(same)} training cases with one edit, a paraphrase (generality) and a "
                 "neighbour (locality) about other subjects: lower num_demonstrations or give a larger pool"
             )
@@ -171,22 +170,22 @@ class IKE(MemoryEditor):
 
 
 def _roles(count: int) -> list[str]:
-    """So many parts in the ratio 1 : 3 : 4; what is left over retains."""
+    """``count`` roles in the ratio 1 : 3 : 4; the remainder retains."""
     share = count / sum(ROLES.values())
     roles = [role for role in ("copy", "update") for _ in range(int(share * ROLES[role]))]
     return roles + ["retain"] * (count - len(roles))
 
 
 def _demonstration(edit: Edit, prompt: str, answer: str, separator: Separator) -> str:
-    fact, asked = sentence(edit, separator), joined(prompt, answer, separator)
-    return f"New Fact: {fact}\nPrompt: {asked}\n\n"
+    fact, answered = sentence(edit, separator), joined(prompt, answer, separator)
+    return f"New Fact: {fact}\nPrompt: {answered}\n\n"
 
 
 def _part(case: EditCase, criterion: str) -> list[Probe]:
     return [probe for probe in case.probes.get(criterion, ()) if probe.target]
 
 
-def _has_all_parts(case: EditCase) -> bool:
+def _has_all_roles(case: EditCase) -> bool:
     return len(case.edits) == 1 and all(_part(case, name) for name in ("generality", "locality"))
 
 

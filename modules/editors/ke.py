@@ -1,24 +1,24 @@
 """KE: a hypernetwork that reads the edit (De Cao et al., 2021, arXiv 2104.08164), on causal LMs.
 
-The text "old answer >> new answer || prompt" is read by a bidirectional LSTM and becomes a condition c. From c
-every edited matrix W has its own head, which gives a gate and four vectors, and with them a mask for the
-gradient G of the edit's loss, and a part that needs no gradient:
+A bidirectional LSTM reads the text "old answer >> new answer || prompt" into a condition vector c. Every edited
+matrix W has its own head, which maps c to a gate and four vectors. These give a mask for the gradient G of the
+edit's loss, and a term that needs no gradient:
 
     W' = W + sigma(eta) * s_max * (G o A + B),   A = softmax(a_row) a_col',   B = softmax(b_row) b_col'
 
 G is a sum of token terms d_n x_n', so G o A = sum_n (softmax(a_row) o d_n) (a_col o x_n)': the update is of low
-rank and is kept in its factors, exactly. The sign is learned.
+rank and is stored exactly, as its factors. The sign is learned.
 
-Training is constrained: least edit loss such that the drift on unrelated text stays below a margin,
+Training is constrained: it minimises the edit loss such that the drift on unrelated text stays below a margin,
 
     min max over alpha >= 0 of   NLL(edited; phrasing) + alpha * (KL(base || edited; unrelated) - margin)
 
-alpha ascends its own gradient, and the margin shrinks each time a validation finds the edits made.
+alpha ascends its own gradient, and the margin shrinks after each validation in which the edits succeed.
 
 Departures from the authors' code: words are embedded by the language model's own, frozen embedding; rows of A
-and B are outputs and columns inputs whatever the module stores; several edits at once are the sum of their
-updates, each computed as if alone; an edit is made once, not repeated until it holds; alpha is moved by plain
-gradient ascent, not by the optimizer of the network.
+and B are outputs and columns inputs, however the module stores its weight; several edits at once are the sum of
+their updates, each computed as if alone; an edit is made once, not repeated until it succeeds; alpha is updated by
+plain gradient ascent, not by the network's optimizer.
 
 Shapes: E edits, B rows, I inputs and O outputs of a matrix, n tokens of all rows, C width of the condition.
 """
@@ -40,18 +40,18 @@ from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.model.tail import Tail
 from corrigenda.modules.training.gradients import by_owner, gradient_factors
-from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks
+from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks, mlp_matrices
 
-DECAY = 0.8  # of the margin, at a validation that finds the edits made
-MADE = 0.9  # share of edits made from which on that is so
+DECAY = 0.8  # of the margin, after a validation in which the edits succeed
+MADE = 0.9  # rate of successful edits above which it decays
 
 
 class Head(nn.Module):
-    """A matrix's gate and vectors, from the condition.
+    """Maps the condition to a matrix's gate and vectors.
 
     Args:
         condition: C.
-        hidden: width of the layer between.
+        hidden: width of the hidden layer.
         inputs: I.
         outputs: O.
     """
@@ -76,19 +76,19 @@ class KE(LearnedEditor):
 
     Args:
         lm: the language model to edit.
-        layers: blocks whose MLP matrices are edited; the last three if not given.
+        layers: blocks whose MLP matrices are edited, from 0; the last three if not given.
         projections: ``mlp``: every MLP matrix of these blocks; ``out``: the output projections.
-        hidden: width of the LSTM, each way, and of the heads.
-        condition: C.
+        hidden: width of the LSTM in each direction, and of the heads' hidden layer.
+        condition: width of the condition vector.
         max_scale: s_max, the largest factor of an update.
         lr: RMSprop's step size for the hypernetwork.
         lr_alpha: step size of alpha's ascent.
-        warm_up: steps until ``lr`` is reached; a cosine to 5 % follows over the run's ``max_steps``.
+        warm_up: steps until ``lr`` is reached; then a cosine to 5 % over the run's ``max_steps``.
         margin: drift allowed at first, in nats per token.
-        least_margin: drift allowed however often the edits have been found made.
-        scale: as in LearnedEditor.
-        together: as in LearnedEditor.
-        generate_tokens: as in EditingModule.
+        least_margin: lower bound of the margin.
+        scale: factor by which updates are multiplied when edits are made, not in training.
+        together: training cases whose edits are joined in one update.
+        generate_tokens: length of free-running answers; 0 leaves them out.
     """
 
     multiplier: Tensor
@@ -116,11 +116,8 @@ class KE(LearnedEditor):
         checks.positive(max_scale=max_scale, lr=lr)
         checks.at_least(0, lr_alpha=lr_alpha, margin=margin, least_margin=least_margin)
         checks.whole(0, warm_up=warm_up)
-        structure = lm.structure
         self.layers = chosen_blocks(lm, layers, 3)
-        every = (structure.mlp_names, lambda layer: (structure.out_name(layer),))
-        names_of = every[projections == "out"]
-        self.names = [name for layer in self.layers for name in names_of(layer)]
+        self.names = mlp_matrices(lm, self.layers, projections)
         self.max_scale = max_scale
         self.lr, self.lr_alpha, self.warm_up = lr, lr_alpha, warm_up
         self.least_margin = least_margin
@@ -162,7 +159,7 @@ class KE(LearnedEditor):
         return [Delta(update) for update in updates]
 
     def condition(self, tail: Tail, rows: Rows) -> Tensor:
-        """condition_BC of every row; the old answer is the model's own, of the length of the new one."""
+        """condition_BC of every row; the old answer is the model's own, as long as the new one."""
         row_N, position_N = rows.answer_positions()
         with torch.no_grad():
             greedy_N = tail.logits(row_N, position_N).argmax(-1)
@@ -191,7 +188,7 @@ class KE(LearnedEditor):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """alpha rises while the drift is above the margin, and is never below zero.
 
-        It moves before the batch has ended, when checkpoints are written.
+        It is updated before the batch ends, since checkpoints are written then.
         """
         super().on_before_optimizer_step(optimizer)
         excess = self.mean_over_processes(torch.stack(self._excesses).mean())

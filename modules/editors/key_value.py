@@ -1,12 +1,11 @@
-"""What locate-then-edit methods share: contexts, keys, and the one ridge solver.
+"""What locate-then-edit methods share: contexts, keys, and the ridge solver.
 
-An MLP output projection is read as a memory that answers a key k (its input at the subject's last token) with
-a value v (its output there). ROME and its kin choose a new value
-(:mod:`corrigenda.modules.editors.value_search`) and write
-it in closed form.
+An MLP output projection is seen as a memory that maps a key k (its input at the subject's last token) to a value
+v (its output there). ROME and related methods choose a new value (:mod:`corrigenda.modules.editors.value_search`)
+and write it in closed form.
 
 Shapes: N edits, Q context templates per edit (the bare prompt first), R = N * Q rows, F key width, D value
-width, V words.
+width.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ def sample_contexts(
     """Texts to put before a prompt, sampled from the unedited model; the first is empty (the bare prompt).
 
     Args:
-        lm: sampled with the five most likely tokens, from a handful of opening words: text sampled from an
-            end-of-text token alone is mostly junk in small models.
-        lengths: pairs of (tokens, how many).
+        lm: the model to sample from, top-5 and from a few common opening words: small models that start from the
+            end-of-text token mostly write junk.
+        lengths: pairs of (tokens, number of texts).
         seed: the same seed gives the same texts.
     """
     contexts = [""]
@@ -61,7 +60,7 @@ class KeyRows:
     Attributes:
         rows: R = N * Q answer rows, then N rows of the essence (``"<subject> is a"``) for the drift of the
             subject's meaning.
-        lookup_R: the subject's last token in every row.
+        lookup_R: position of the subject's last token in every row.
         num_edits: N.
         num_contexts: Q.
     """
@@ -97,7 +96,7 @@ class KeyRows:
         return torch.cat([edits.repeat_interleave(self.num_contexts), edits])
 
     def select(self, edits_n: Tensor) -> tuple[KeyRows, Tensor]:
-        """The rows of some edits, and their indices among all rows."""
+        """(rows of some edits, their indices among all rows)."""
         keep = torch.isin(self.owner_R, edits_n).nonzero()[:, 0]
         width = int(self.rows.mask_BT[keep].sum(1).max())
         part = self.rows.select(keep)
@@ -105,9 +104,9 @@ class KeyRows:
         return KeyRows(part, self.lookup_R[keep], len(edits_n), self.num_contexts), keep
 
     def tail(self, lm: LanguageModel, layer: int) -> Tail:
-        """Everything below ``layer`` and before the subject's last token, computed once.
+        """The rows with everything below ``layer`` and before the subject's last token already computed.
 
-        Nothing reads the last token of an answer.
+        The last token of an answer is never read.
         """
         answers = self.num_edits * self.num_contexts
         return lm.reuse.tail(self.rows.answers_read(answers), layer, self.lookup_R)
@@ -131,13 +130,13 @@ def keys_and_values(
 
 @dataclass
 class SubjectRows:
-    """Every edit's prompt in every context, cut after the subject's last token: all that keys depend on.
+    """Every edit's prompt in every context, cut after the subject's last token, since keys depend on no more.
 
     Attributes:
         rows: R = N * Q rows.
         owner_R: the edit of each row.
-        weight_R: what each row counts in its edit's mean.
-        num_contexts: Q; an edit's rows stand together, one per context.
+        weight_R: the row's weight in its edit's mean.
+        num_contexts: Q; an edit's rows are consecutive, one per context.
     """
 
     rows: Rows
@@ -164,25 +163,25 @@ class SubjectRows:
     ) -> tuple[Tensor, Tensor]:
         """(inputs_NI, outputs_NO) of module ``name`` at the subjects' last tokens, means over contexts.
 
-        Edit n is read in the model changed by ``deltas[group_N[n]]``. The pass ends at the module and goes
-        over a bounded number of tokens at a time; where one model serves all edits, what their rows in a
-        context begin with is run once. (The plain way, ``reuse_prefix: false``, goes on to the head, one edit at
-        a time.)
+        Edit n is read in the model changed by ``deltas[group_N[n]]``. The pass ends at the module and covers a
+        bounded number of tokens at a time; with one model for all edits, the common prefix of their rows in a
+        context is run once. (The reference path, ``reuse_prefix: false``, runs the whole model, one edit at a
+        time.)
         """
         count, reuse = len(group_N), lm.reuse.enabled
         run = lm.net.get_decoder() if reuse else lm.net
         module = lm.net.get_submodule(name)
         sums: list[Tensor] = []
-        for row_b, begun in self._parts(lm, module, deltas) if reuse else self._per_edit(count):
+        for row_b, prefix in self._parts(lm, module, deltas) if reuse else self._per_edit(count):
             part, owner_b = self.rows.select(row_b), self.owner_R[row_b]
-            start = begun.get_seq_length() if begun else 0
+            start = prefix.get_seq_length() if prefix else 0
             branches = lm.edits.side_by_side(deltas, group_N[owner_b.cpu()])
             with branches, capture({name: module}, stop=reuse) as seen:
                 run(
                     input_ids=part.ids_BT[:, start:],
                     attention_mask=part.mask_BT,
-                    past_key_values=first_tokens(begun, start, len(row_b)) if begun else None,
-                    use_cache=begun is not None,
+                    past_key_values=first_tokens(prefix, start, len(row_b)) if prefix else None,
+                    use_cache=prefix is not None,
                 )
             for i, found in enumerate(map(first, seen[name])):
                 found_bTX = found.view(len(row_b), -1, found.shape[-1])
@@ -196,7 +195,7 @@ class SubjectRows:
     def _parts(
         self, lm: LanguageModel, module: nn.Module, deltas: Sequence[Delta]
     ) -> Iterator[tuple[Tensor, DynamicCache | None]]:
-        """Rows that run together, and the keys and values of what they begin with, where that is shared."""
+        """Rows that run together, and the keys and values of their common prefix if that is run once."""
         if (
             len(deltas) > 1
             or lm.edits.need_whole_rows
@@ -207,12 +206,12 @@ class SubjectRows:
         every_R = torch.arange(len(self.rows.ids_BT), device=lm.device)
         for row_n in every_R.view(-1, self.num_contexts).T:
             rows = self.rows.select(row_n)
-            start, begun = rows.common_start(), None
+            start, prefix = rows.common_start(), None
             if start > 1:
                 with lm.edits.side_by_side(deltas, None):
-                    begun = run_start(lm.net, rows.ids_BT[:1, :start], until=module)
-                begun = begun if begun and can_be_cut(begun) else None
-            yield from ((row_n[b], begun) for b in batches(rows, start if begun else 0))
+                    prefix = run_start(lm.net, rows.ids_BT[:1, :start], until=module)
+                prefix = prefix if prefix and can_be_cut(prefix) else None
+            yield from ((row_n[b], prefix) for b in batches(rows, start if prefix else 0))
 
     def _per_edit(self, count: int) -> list[tuple[Tensor, None]]:
         return [((self.owner_R == n).nonzero()[:, 0], None) for n in range(count)]
@@ -231,16 +230,16 @@ def solve_update(
     """(left_DN, right_NF) of R (K' A^-1 K + ridge I)^-1 K' A^-1, all in float64; left is R itself.
 
     With A the second moment and ridge 0 this is the equality-constrained solution (ROME for one edit, EMMET
-    for many); with ridge = lambda it is MEMIT's R K' (lambda A + K K')^-1. Earlier keys join K with residuals
-    of zero, which is the same as adding P P' / lambda to A. Of the two forms the one with the smaller system
-    is solved: as many equations as keys, or as they are wide.
+    for many); with ridge = lambda it is MEMIT's R K' (lambda A + K K')^-1. Earlier keys are added to K with
+    residuals of zero, which equals adding P P' / lambda to A. Of the two equivalent systems the smaller one is
+    solved: one equation per key, or one per key dimension.
 
     Args:
         factor_FF: lower Cholesky factor of A.
         keys_FN: one column per edit.
-        residual_DN: what each key's value still lacks.
-        ridge: weight of the stored memories against the new ones.
-        earlier_FP: keys whose values are to stay as they are.
+        residual_DN: the change of the output that each key needs.
+        ridge: weight of ordinary text against the new keys.
+        earlier_FP: keys whose outputs must not change.
     """
     keys_FN, residual_DN = keys_FN.double(), residual_DN.double()
     every_FM = keys_FN if earlier_FP is None else torch.cat([earlier_FP.double(), keys_FN], 1)

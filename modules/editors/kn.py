@@ -1,29 +1,29 @@
 """KN: knowledge neurons (Dai et al., 2022, arXiv 2104.08696).
 
 A neuron is one entry of the input of an MLP output projection; its value is the column of the projection that
-it multiplies. How much a neuron carries of an answer y is its integrated gradient. With w the layer's keys at
-the positions that predict y, all of them scaled together,
+it multiplies. A neuron's contribution to an answer y is its integrated gradient. With w the layer's keys at the
+positions that predict y, all of them scaled together,
 
     attribution_j = w_j * integral_0^1 dP(y | a w) / dw_j da,    sum_j attribution_j = P(1) - P(0)
 
-and P the probability of the whole answer. The neurons of a fact are those whose attribution reaches a share of
-the largest one, over all layers, in enough of the prompts that state the fact. Their values are then changed:
+and P the probability of the whole answer. The neurons of a fact are those whose attribution is at least a given
+share of the largest one, over all layers, in enough of the fact's prompts. Their values are then changed:
 
     update    v - s |v| / |e_old| * erase * e_old + s |v| / |e_new| * write * e_new
     suppress  0
     enhance   2 v
-    erase     0, for the neurons that the given facts, their prompts taken together, share (a relation's)
+    erase     0, for the neurons that all given facts share (those of a relation)
 
-with s the sign of the neuron's activation, and e the rows of the answers in the output embedding. Setting a
-value to zero or doubling it is the same as doing so to the neuron's activation, everywhere.
+with s the sign of the neuron's activation, and e the rows of the answers in the output embedding. Setting a value
+to zero or doubling it is equivalent to doing so with the neuron's activation, on all inputs.
 
-Departures from the authors' code: midpoints instead of left ends in the integral, whose error then falls with
-the square of the number of points; a causal model, so prompts are the edit's own behind sampled texts instead
-of paraphrases with a mask; the activation is the projection's input, gate included, and as that can be
-negative, what is added to its value has its sign (theirs always add, which in a gated MLP can make the new
-answer less likely); e is the row of the output embedding, which for tied embeddings is the word embedding,
-averaged over an answer's tokens; there is no filter for neurons that other facts of the relation have, as an
-edit names no other facts.
+Departures from the authors' code: the integral uses midpoints instead of left end points, so that its error falls
+with the square of the number of points; as the model is causal, the prompts are the edit's own after sampled texts
+instead of paraphrases with a mask; the activation is the projection's input, gate included, and since that can be
+negative, the change of its value takes its sign (theirs is always added, which in a gated MLP can make the new
+answer less likely); e is the row of the output embedding (the word embedding if they are tied), averaged over an
+answer's tokens; neurons that other facts of the relation share are not filtered out, as an edit names no other
+facts.
 
 Shapes: R rows, N positions that predict answer tokens, L layers, F key width, D residual width, P points.
 """
@@ -52,29 +52,26 @@ from corrigenda.modules.model.tail import Tail
 log = logging.getLogger(__name__)
 
 Action = Literal["update", "suppress", "enhance", "erase"]
-SHARE_STEP, SHARE_TRIALS = (
-    0.05,
-    6,
-)  # how the share of prompts adapts to find a useful number of neurons
+SHARE_STEP, SHARE_TRIALS = 0.05, 6  # the share of prompts adapts until enough neurons are found
 
 
 class KN(WeightEditor):
-    """Changes the values of the few neurons that a fact's answer depends on most.
+    """Changes the values of the few neurons that contribute most to a fact's answer.
 
     Args:
-        action: ``update`` puts the new answer in the old one's place; ``suppress`` and ``enhance`` turn the
-            neurons of each fact off or up; ``erase`` turns off those that all given facts share.
-        points: of the integral.
+        action: ``update`` replaces the old answer by the new one; ``suppress`` and ``enhance`` turn each fact's
+            neurons off or double them; ``erase`` turns off the neurons that all given facts share.
+        points: number of points of the integral.
         threshold: share of the largest attribution that a neuron must reach in a prompt.
-        share: of the prompts in which it must do so; moved by 0.05 up to six times while fewer than
+        share: share of the prompts in which it must do so; adapted by 0.05 up to six times while fewer than
             ``fewest`` or more than ``most`` neurons are found.
-        fewest: neurons wanted at least.
-        most: neurons wanted at most.
-        erase_scale: lengths of its own by which a value moves away from the old answer (``update``).
-        write_scale: lengths of its own by which it moves towards the new answer (``update``).
-        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        fewest: desired minimum number of neurons.
+        most: desired maximum number of neurons.
+        erase_scale: multiple of its norm by which a value moves away from the old answer (``update``).
+        write_scale: multiple of its norm by which a value moves towards the new answer (``update``).
+        contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
         seed: of the sampled contexts.
-        batch_rows: rows run at once, one per prompt and point.
+        batch_rows: rows of one forward pass, one per prompt and point.
     """
 
     def __init__(
@@ -111,13 +108,13 @@ class KN(WeightEditor):
         self._prepared = lm.weights_hash
 
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
-        """One update for all edits, each fact's neurons found as if the other edits were not."""
+        """One update for all edits; each fact's neurons are found as if the other edits did not exist."""
         self.prepare(lm)
         rows = [self._rows(lm, edit) for edit in edits]
         attributed = [attributions(lm, part, self.points, self.batch_rows) for part in rows]
         if not all(bool(attr_RLF.isfinite().all()) for attr_RLF in attributed):
-            log.warning("attributions are not finite: the model's own probabilities are not, and the neurons "
-                        "are chosen at random")  # fmt: skip
+            log.warning("attributions are not finite, as the model's own probabilities are not: the choice of "
+                        "neurons is meaningless")  # fmt: skip
         if self.action == "erase":
             attributed = [torch.cat(attributed)]
         changes: dict[int, dict[int, Tensor]] = {}
@@ -131,7 +128,7 @@ class KN(WeightEditor):
             for layer, j in neurons:
                 value_D = _values(lm, layer)[:, j].double()
                 of_layer = changes.setdefault(layer, {})
-                if towards_D is not None:  # facts that share a neuron each add their answer to it
+                if towards_D is not None:  # facts that share a neuron add up
                     sign = -1.0 if keys_LF[layer, j] < 0 else 1.0
                     change_D = sign * vector_norm(value_D) * towards_D
                     of_layer[j] = of_layer[j] + change_D if j in of_layer else change_D
@@ -144,7 +141,7 @@ class KN(WeightEditor):
         return Delta(updates, {"notes": notes})
 
     def select(self, attr_RLF: Tensor) -> list[tuple[int, int]]:
-        """(layer, index) of the neurons that count in enough of R prompts of one fact, at least one."""
+        """(layer, index) of the neurons that reach the threshold in enough of a fact's R prompts; at least one."""
         most_R = attr_RLF.flatten(1).amax(1)
         counts_RLF = attr_RLF >= self.threshold * most_R[:, None, None]
         share_LF = counts_RLF.double().mean(0)
@@ -156,13 +153,13 @@ class KN(WeightEditor):
             share += SHARE_STEP if number > self.most else -SHARE_STEP
         found = ((share_LF >= share - 1e-9) & (share_LF > 0)).nonzero().tolist()
         if not found:
-            log.warning("the prompts of a fact share no neuron; taking the strongest alone")
+            log.warning("the prompts of a fact share no neuron: using the strongest one alone")
             strongest = int(attr_RLF.mean(0).argmax())
             found = [divmod(strongest, attr_RLF.shape[-1])]
         return [(layer, j) for layer, j in found]
 
     def _rows(self, lm: LanguageModel, edit: Edit) -> Rows:
-        """The prompt in every context with the answer so far behind it: the true one, or the likeliest token."""
+        """The prompt in every context, followed by the old answer: the true one, or the likeliest token."""
         prompts = [context + edit.text for context in self._contexts]
         if edit.target_true is not None:
             return lm.tokens.rows(prompts, [edit.target_true] * len(prompts))
@@ -176,23 +173,23 @@ class KN(WeightEditor):
         return lm.tokens.pad([[*row, answer] for row in ids], [len(row) for row in ids])
 
     def _towards(self, lm: LanguageModel, rows: Rows, edit: Edit) -> Tensor:
-        """What an update adds to a value of norm one: away from the old answer, towards the new one."""
+        """The change of a value of norm one: away from the old answer, towards the new one."""
         new = lm.tokens.rows([edit.text], [edit.target_new])
         old_D, new_D = (_answer_direction(lm, part) for part in (rows, new))
         return self.write_scale * new_D - self.erase_scale * old_D
 
 
 def attributions(lm: LanguageModel, rows: Rows, points: int, batch_rows: int = 128) -> Tensor:
-    """attr_RLF: each neuron's integrated gradient in the probability of each row's target.
+    """attr_RLF: each neuron's integrated gradient of the probability of each row's target.
 
-    Sums over a layer's neurons to P(1) - P(0), the target's probability with the layer's keys as they are
-    and with zeros in their place, up to the integral's error.
+    The sum over a layer's neurons is P(1) - P(0), the target's probability with the layer's keys minus that with
+    zeros in their place, up to the integral's error.
 
     Args:
-        lm: with the edits in force.
+        lm: the language model, with its active edits.
         rows: prompts with their targets.
-        points: midpoints of the integral.
-        batch_rows: rows run at once; the result does not depend on it.
+        points: number of midpoints of the integral.
+        batch_rows: rows of one forward pass; the result does not depend on it.
     """
     structure = lm.structure
     count = len(rows.ids_BT)
@@ -265,7 +262,7 @@ def _answer_direction(lm: LanguageModel, rows: Rows) -> Tensor:
 
 
 def _at_columns(changes: dict[int, Tensor], lm: LanguageModel) -> LowRank:
-    """Changes of single columns as factors: the changes, and rows that are one at a column each."""
+    """Changes of single columns as low-rank factors: the changes, and one-hot rows that select the columns."""
     columns = sorted(changes)
     left_Dr = torch.stack([changes[j] for j in columns], 1)
     right_rF = left_Dr.new_zeros(len(columns), lm.structure.inner_width)

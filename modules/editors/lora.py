@@ -2,12 +2,12 @@
 
     W' = W + (alpha / r) B A,   A [r, in] Kaiming-uniform, B [out, r] zero at the start
 
-The product is a low-rank update like any other: merging it is writing it, and taking it out is
+The product is a low-rank update like any other: merging it means writing it, and removing it is
 exact.
 
 Departures from common practice: no dropout, which on one example only adds noise. All edits start
-from the same A. The defaults are those published for models of some billion parameters; on one of
-135 million they write the target over everything: name one block there, and stop earlier.
+from the same A. The defaults are those published for models with billions of parameters; a model of
+135 million then answers everything with the target: tune a single block there, and stop earlier.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from corrigenda.modules.training.tuning import GradientEditor, Loss
 
 
 class LoRA(GradientEditor):
-    """Low-rank updates of attention or MLP maps.
+    """Low-rank updates of attention or MLP layers.
 
     Args:
         layers: blocks that are tuned, from 0; all if not given.
-        targets: ``attention`` is the query and value projections (the fused one, where they are one
-            map), ``mlp`` all MLP projections, ``all`` every linear map of both.
-        rank: r.
+        targets: ``attention``: the query and value projections (or the layer that fuses them);
+            ``mlp``: all MLP projections; ``all``: every linear layer of both.
+        rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
         steps: updates at most.
         lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and moves no more.
-        weight_decay: pull of the factors towards zero.
-        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
-            ones before it; ``prompt_last`` asks for every one of them at the one position after the
-            prompt.
-        seed: of A.
+        stop_loss: an edit whose loss is below this has finished and is updated no more.
+        weight_decay: L2 decay of the factors.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
+            ones before it; ``prompt_last`` predicts all of them at the one position after the prompt.
+        seed: of A's initialisation.
         parallel: independent edits learned together.
     """
 
@@ -94,28 +93,28 @@ class LoRA(GradientEditor):
         return deltas
 
     def _names(self, lm: LanguageModel, layer: int) -> list[str]:
-        """Paths of the tuned maps of one block."""
+        """Paths of the tuned linear layers of one block."""
         mlp = list(lm.structure.mlp_names(layer))
         if self.targets == "mlp":
             return mlp
-        inside = _attention_maps(lm, layer)
+        inside = _attention_layers(lm, layer)
         return inside + mlp if self.targets == "all" else _query_and_value(lm, inside)
 
 
-def _attention_maps(lm: LanguageModel, layer: int) -> list[str]:
-    """Every linear map of a block but the MLP's: attention may differ from block to block."""
+def _attention_layers(lm: LanguageModel, layer: int) -> list[str]:
+    """Every linear layer of a block except the MLP's; attention may differ from block to block."""
     block, mlp = lm.structure.block_name(layer), lm.structure.mlp_names(layer)
     inside = lm.net.get_submodule(block).named_modules()
     names = [f"{block}.{name}" for name, module in inside if is_linear(module)]
     return [name for name in names if name not in mlp]
 
 
-def _query_and_value(lm: LanguageModel, maps: list[str]) -> list[str]:
-    """Those with a q or v in their name (``q_proj``, ``query_key_value``), else the wide ones."""
-    named = [name for name in maps if {*name.rpartition(".")[2].lower()} & {"q", "v"}]
+def _query_and_value(lm: LanguageModel, names: list[str]) -> list[str]:
+    """Layers with a q or v in their name (``q_proj``, ``query_key_value``), else the wide (fused) ones."""
+    named = [name for name in names if {*name.rpartition(".")[2].lower()} & {"q", "v"}]
     if named:
         return named
-    wide = [name for name in maps if sizes(lm.net.get_submodule(name))[1] > lm.structure.width]
+    wide = [name for name in names if sizes(lm.net.get_submodule(name))[1] > lm.structure.width]
     if not wide:
-        raise ValueError(f"no map for queries and values among {maps}: use targets 'mlp' or 'all'")
+        raise ValueError(f"no query or value projection among {names}: use targets 'mlp' or 'all'")
     return wide

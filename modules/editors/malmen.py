@@ -1,13 +1,13 @@
 """MALMEN: many edits in one update (Tan et al., 2024, arXiv 2311.04661).
 
-A small network reads, for every token that predicts a target, the key k (the input of an MLP output projection)
-and the gradient g of the edit's loss in the projection's output, and says by how much the value of k should
-change:
+For every token that predicts a target, a small network reads the key k (the input of an MLP output projection)
+and the gradient g of the edit's loss with respect to the projection's output, and computes the change d of k's
+value:
 
     (k~, g~) = network(normalise(k), normalise(g)),    d = -eta (k'k~) g~
 
-The changes wanted by all tokens of all edits are then written by one ridge regression, so that hundreds of edits
-do not add up to more than each of them asks for:
+The changes of all tokens of all edits are then fitted by one ridge regression, so that hundreds of edits do not
+add up to a larger change than each of them needs:
 
     Delta = argmin sum_n |Delta k_n - d_n|^2 + lambda |Delta|^2 = D K' (K K' + lambda I)^-1 = (D S) K',
     S = (K'K + lambda I)^-1
@@ -19,7 +19,7 @@ the loss is pulled back to the network's outputs in closed form:
 
 Departures from the authors' code: the step sizes eta are learned as logarithms; statistics of the inputs are
 taken once, before the first step, and normalised inputs are clamped; the losses are means over edits, so that
-the size of a micro-batch changes nothing; the update is never written in training, it runs as a side branch.
+results do not depend on the micro-batch size; in training the update is never written but runs as a side branch.
 
 Shapes: B rows, T tokens, n predicting tokens of all rows, F width of a key, O outputs of a projection, r rank.
 """
@@ -81,24 +81,24 @@ class ShiftNetwork(PairNetwork):
 class MALMEN(LearnedEditor):
     """Learns to write many edits together; train it with ``fit``, then edit with schedule ``batch`` or ``epoch``.
 
-    A training step edits the whole training batch with one update: ``data.batch_size`` is the number of edits
-    it learns to make together. Training takes a single process.
+    A training step makes the edits of the whole batch with one update: ``data.batch_size`` is the number of edits
+    that it learns to make together. Training runs in a single process.
 
     Args:
         lm: the language model to edit.
         layers: blocks whose MLP output projections are edited; the last six if not given.
-        rank: of the network's blocks.
+        rank: rank of the network's blocks.
         eta: initial step size of a value's change.
         strength: initial lambda.
         lr: Adam's step size for the network.
         lr_scales: Adam's step size for the logarithms of eta and lambda.
-        warm_up: steps until ``lr`` is reached; a cosine to 5 % follows over the run's ``max_steps``.
-        num_normalising: training cases whose edits give the statistics of the inputs, before the first step.
-        micro_batch: rows that go through the language model together with gradient; it changes no result.
+        warm_up: steps until ``lr`` is reached; then a cosine to 5 % over the run's ``max_steps``.
+        num_normalising: training cases whose edits give the statistics of the inputs, taken before the first step.
+        micro_batch: rows of one forward and backward pass through the language model; results do not depend on it.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
-        scale: as in LearnedEditor.
-        generate_tokens: as in EditingModule.
+        scale: factor by which updates are multiplied when edits are made, not in training.
+        generate_tokens: length of free-running answers; 0 leaves them out.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class MALMEN(LearnedEditor):
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
         """``{projection: (k_nF, g_nO)}`` at the tokens that predict targets, and row_n, the row of each.
 
-        A row's loss is the mean NLL of its target tokens, whatever other rows there are.
+        A row's loss is the mean NLL of its target tokens, independent of the other rows.
         """
         parts: list[dict[str, tuple[Tensor, Tensor]]] = []
         for index in torch.arange(len(rows.ids_BT), device=self.lm.device).split(self.micro_batch):
@@ -199,7 +199,7 @@ class MALMEN(LearnedEditor):
         return pairs, rows.answer_positions()[0]
 
     def observe(self, cases: Sequence[EditCase]) -> None:
-        """Takes the statistics of keys and gradients from the first ``num_normalising`` cases."""
+        """Takes statistics of keys and gradients from the first ``num_normalising`` cases."""
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
         rows = self.lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         pairs, _ = self.keys_and_gradients(self.lm.reuse.tail(rows.read, self.lowest_layer), rows)
@@ -214,10 +214,10 @@ class MALMEN(LearnedEditor):
     ) -> tuple[Tensor, Tensor]:
         """(edit loss, locality KL) of one update for all edits.
 
-        Their values are the losses'; their gradients in the network are those pulled back from the update's.
+        Their gradients with respect to the network are pulled back from those with respect to the update.
         """
         rows, tail = self._encoded(edits, outer, local)
-        inner, asked, kept = torch.arange(3 * len(edits), device=self.lm.device).view(3, -1)
+        inner, outer_B, local_B = torch.arange(3 * len(edits), device=self.lm.device).view(3, -1)
         pairs, _ = self.keys_and_gradients(tail.select(inner), rows.select(inner))
         ridges, lefts, leaves = [], [], {}
         for i, (name, (k_nF, g_nO)) in enumerate(pairs.items()):
@@ -227,8 +227,8 @@ class MALMEN(LearnedEditor):
                 delta_OF = (lefts[i].T @ ridges[i].keys_nF).float()
             leaves[f"{name}.weight"] = delta_OF.requires_grad_()
         losses = [
-            self._accumulate(lambda i: self._nll(tail, rows, i, leaves) / len(asked), asked, leaves),
-            self._accumulate(lambda i: self._drift(tail, rows, i, leaves) / len(kept), kept, leaves),
+            self._accumulate(lambda b: self._nll(tail, rows, b, leaves) / len(edits), outer_B, leaves),
+            self._accumulate(lambda b: self._drift(tail, rows, b, leaves) / len(edits), local_B, leaves),
         ]  # fmt: skip
         pulled = [torch.zeros((), device=self.lm.device) for _ in losses]
         for i, (k_nF, g_nO) in enumerate(pairs.values()):
@@ -245,7 +245,7 @@ class MALMEN(LearnedEditor):
     def _accumulate(
         self, loss: Callable[[Tensor], Tensor], index: Tensor, leaves: dict[str, Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """(value, gradients in the leaves) of the sum of a loss over rows, a micro-batch at a time."""
+        """(value, gradients of the leaves) of a loss summed over rows, one micro-batch at a time."""
         value = torch.zeros((), device=index.device)
         total = [torch.zeros_like(leaf) for leaf in leaves.values()]
         for part in index.split(self.micro_batch):

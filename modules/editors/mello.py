@@ -1,8 +1,8 @@
-"""MeLLo: multi-hop questions against a memory of edited facts (Zhong et al., 2023, arXiv 2305.14795).
+"""MeLLo: multi-hop questions with a memory of edited facts (Zhong et al., 2023, arXiv 2305.14795).
 
-The model takes a question apart and checks itself: it writes a sub-question and a tentative answer, the most
-similar edited fact is put after them, and it says whether that contradicts the answer and which answer it
-goes on with; then comes the next sub-question or the final answer. Four worked questions show how:
+The model decomposes a question and checks itself: it writes a sub-question and a tentative answer, the most
+similar edited fact is appended, and it states whether that contradicts its answer and which intermediate answer it
+uses; then it writes the next sub-question or the final answer. Four worked questions show how:
 
     Question: <the question>
     Subquestion: <its first step>                                                   the model writes
@@ -12,17 +12,17 @@ goes on with; then comes the next sub-question or the final answer. Four worked 
     ...
     Final answer: <the answer>                                                      the model writes
 
-One round is what the model writes between two look-ups; a question of h steps needs h + 1 rounds. How its first
-line begins is given, as that cannot be otherwise: small models lose the form without. A question that is still
-open after the last round, or whose lines are not of this form, has no answer and is counted. The look-up always
-finds something: whether it bears on the question is for the model to say.
+A round is what the model writes between two look-ups; a question of h steps needs h + 1 rounds. The beginning of a
+round's first line is fixed, so it is given: small models lose the format without it. A question that is still open
+after the last round, or whose lines do not have this format, has no answer and is counted. The look-up always
+finds a fact; whether it is relevant is for the model to decide.
 
-Teacher-forced scores have no place in the published protocol. Here they are taken where the final answer
-belongs, also of a question that was left open.
+The published protocol has no teacher-forced scores. Here they are taken at the position of the final answer, even
+for a question that was left open.
 
 Departures from the authors' code: demonstrations of our own; look-up by cosine with the encoder of the other
-methods (theirs is ``facebook/contriever-msmarco``, unnormalised); demonstrations are left out from the first
-on where the context is too short; a round's first words are given, and it also ends where the model goes on to
+methods (theirs is ``facebook/contriever-msmarco``, unnormalised); if the context is too short the first
+demonstrations are left out; a round's first words are given, and it also ends if the model goes on to
 check an answer without the look-up.
 """
 
@@ -44,7 +44,7 @@ FACT, ANSWER = "Retrieved fact:", "Final answer:"
 CHECK = "The retrieved fact"
 AGREES = f"{CHECK} does not contradict the generated answer, so the intermediate answer is:"
 DISAGREES = f"{CHECK} contradicts the generated answer, so the intermediate answer is:"
-STOP = (FACT, f"\n{CHECK}", "\n\n", f"\n{QUESTION}")  # where a round ends
+STOP = (FACT, f"\n{CHECK}", "\n\n", f"\n{QUESTION}")  # each ends a round
 
 DEMONSTRATIONS = [
     f"""{QUESTION} In which city was the author of "War and Peace" born?
@@ -108,13 +108,13 @@ DEMONSTRATIONS = [
 
 @dataclass
 class Reasoning:
-    """One question on its way.
+    """The state of one question.
 
     Attributes:
-        question: as it was asked.
-        lines: what has been written about it so far.
+        question: the prompt.
+        lines: the reasoning so far.
         answer: the final answer, once there is one.
-        failed: the lines were not of the form they should be.
+        failed: the model's lines did not have the required format.
     """
 
     question: str
@@ -133,11 +133,11 @@ class Reasoning:
 
     @property
     def cue(self) -> str:
-        """How the first line of the next round begins."""
+        """The given beginning of the next round's first line."""
         return CHECK if self.lines else STEP
 
     def read(self, written: str) -> str | None:
-        """Takes in what the model wrote after the cue; gives back the sub-question to look up, if there is one."""
+        """Adds what the model wrote after the cue; returns the sub-question to look up, if there is one."""
         lines = [line.strip() for line in f"{self.cue}{written}".splitlines() if line.strip()]
         for number, line in enumerate(lines):
             if line.startswith(ANSWER):
@@ -145,13 +145,13 @@ class Reasoning:
                 lines = lines[:number]
                 break
         self.lines += "".join(f"{line}\n" for line in lines)
-        asks = len(lines) > 1 and lines[-2].startswith(STEP) and lines[-1].startswith(BELIEF)
-        self.failed = self.answer is None and not asks
-        return lines[-2].removeprefix(STEP).strip() if asks and self.answer is None else None
+        has_step = len(lines) > 1 and lines[-2].startswith(STEP) and lines[-1].startswith(BELIEF)
+        self.failed = self.answer is None and not has_step
+        return lines[-2].removeprefix(STEP).strip() if has_step and self.answer is None else None
 
 
 class SelfChecked(MemoryPatch):
-    """Answers through sub-questions, each checked against the memory."""
+    """Answers questions by sub-questions, each checked against the memory."""
 
     editor: MeLLo
 
@@ -171,14 +171,14 @@ class SelfChecked(MemoryPatch):
             return self.lm.score_request(replace(request, prompts=prompts))
 
     def generate(self, request: GenerationRequest) -> list[str]:
-        """The final answers, whole; an empty one where there is none. The lengths of rounds are the editor's."""
+        """The final answers, empty if there is none; ``round_tokens`` applies, not ``max_new_tokens``."""
         return [reasoning.answer or "" for reasoning in self._reason(request)]
 
     def _reason(self, request: Request) -> list[Reasoning]:
-        """What became of each question; worked out once, as it is the same whatever is read off it."""
+        """The reasoning about each question, done once and used for scores and generated answers alike."""
         if request.deltas:
             return self._work_out(request)
-        if self._beside != self.lm.handles:  # another edit may change what the model writes
+        if self._beside != self.lm.handles:  # other edits may change what the model writes
             self._beside, self._done = list(self.lm.handles), {}
         new = [prompt for prompt in dict.fromkeys(request.prompts) if prompt not in self._done]
         self._done |= zip(new, self._work_out(Request(prompts=new)), strict=True)
@@ -216,14 +216,14 @@ class SelfChecked(MemoryPatch):
 
 
 class MeLLo(MemoryEditor):
-    """Remembers edits and lets the model check each step of its reasoning against them.
+    """Stores edits as text and lets the model check each step of its reasoning against them.
 
-    Made for questions; give ``--model.generate_tokens`` for the published protocol, in which the final answers
-    are read (``wild_*``).
+    Made for questions. Set ``--model.generate_tokens`` for the published protocol, which evaluates the generated
+    final answers (``wild_*``).
 
     Args:
-        rounds: at most so many times the model writes on; one more than a question has steps.
-        round_tokens: at most so many tokens each time.
+        rounds: rounds at most; a question needs one more than it has steps.
+        round_tokens: tokens of a round at most.
         encoder: finds the facts: ``minilm``, another sentence encoder's hub id or folder, or ``lm`` for the
             language model's own hidden states.
     """

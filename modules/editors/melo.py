@@ -1,21 +1,21 @@
-"""MELO: blocks of LoRA, one in force at a time, chosen by the prompt (Yu et al., 2023, arXiv 2312.11795).
+"""MELO: LoRA blocks, at most one of which is active, chosen by the prompt (Yu et al., 2023, arXiv 2312.11795).
 
 Each batch of edits gets a block b of low-rank factors at projections above a routing projection:
 
     W_b x = W x + scale * B_b A_b x
 
-The routing projection's output at a prompt's last token is the query. Edits stand in clusters of equal
-answers; the nearest cluster, if the query is within its radius, says by its nearest point which block is in
-force, else none is.
+The routing projection's output at a prompt's last token is the query. Edits form clusters with equal answers; if
+the query is within the radius of the nearest cluster, the block of that cluster's nearest point is active, else
+none is.
 
     far (d > eps + eps_c)      a new cluster with radius eps
     near, the same answer      joins: the centre becomes the mean, the radius reaches every point, at least eps
     near, another answer       a new cluster; radii become halves of d, and points outside are forgotten
 
-Departures from the authors' code: there are as many blocks as needed; answers are compared token by token;
-on a conflict no radius grows; the same prompt edited again takes its old point's place; the scale of a block
-is given itself, not as a product of ranks; the radius is calibrated as in GRACE unless it is given; what was
-decided on the prompt holds for what is generated.
+Departures from the authors' code: there are as many blocks as needed; answers are compared token by token; a
+conflict never enlarges a radius; editing a prompt again replaces its old point; the scale of a block is given
+directly, not as a product of ranks; the radius is a multiple of the distance between unrelated prompts unless it
+is given; the block chosen on the prompt is also used for generated tokens.
 
 Shapes: C clusters, P points, H width of the query, K blocks, r rank, M tokens of an answer; B rows, T tokens.
 """
@@ -35,6 +35,7 @@ from corrigenda.modules.editing.adapters import Adapter, ModuleEditor
 from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import (
     distances,
     last_states,
@@ -46,19 +47,19 @@ from corrigenda.modules.training.tuning import Piece
 log = logging.getLogger(__name__)
 
 GAP = 1e-5  # between the radii of two clusters with different answers
-SLACK = 1e-3  # part by which a radius goes beyond its farthest point, for rounding
-SAME = 1e-4  # points nearer than this part of their length are one point
+SLACK = 1e-3  # relative margin of a radius beyond its farthest point, for rounding
+SAME = 1e-4  # points closer than this fraction of their norm are one point
 
 
 class Blocks(Adapter):
-    """Low-rank factors in blocks, and the clusters of prompts that say which is in force.
+    """Low-rank factors in blocks, and the clusters of prompts that choose the active one.
 
     Args:
         sites: the routing projection, then those with factors, all of which run after it.
         query: H.
         shapes: (inputs, outputs) of every projection with factors.
         rank: r.
-        scale: of what a block adds.
+        scale: factor of a block's output.
     """
 
     centre_CH: Tensor
@@ -88,20 +89,20 @@ class Blocks(Adapter):
         for n, (inputs, outputs) in enumerate(shapes):
             self.register_buffer(f"down{n}_KrI", torch.zeros(0, rank, inputs))
             self.register_buffer(f"up{n}_KOr", torch.zeros(0, outputs, rank))
-        self.forced: int | None = None  # the block every row runs through, while it is learned
+        self.forced: int | None = None  # the block that all rows use while it is learned
 
     def factors(self) -> list[tuple[str, str]]:
         """Names of the buffers (down, up) of every projection with factors."""
         return [(f"down{n}_KrI", f"up{n}_KOr") for n in range(len(self.sites) - 1)]
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
-        if asked is None:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, batch: PromptBatch | None) -> Tensor:
+        if batch is None:
             return y_BTO
         if site == self.sites[0]:
-            if self not in asked.decided:
-                asked.decided[self] = self._decide(y_BTO, asked)
+            if self not in batch.decided:
+                batch.decided[self] = self._decide(y_BTO, batch)
             return y_BTO
-        block_B = asked.decided[self]
+        block_B = batch.decided[self]
         rows = (block_B >= 0).nonzero()[:, 0]
         if not len(rows):
             return y_BTO
@@ -111,11 +112,11 @@ class Blocks(Adapter):
         added_RTO = self.scale * (x_RTI @ down_RrI.transpose(1, 2)) @ up_ROr.transpose(1, 2)
         return y_BTO.index_add(0, rows, added_RTO.to(y_BTO.dtype))
 
-    def _decide(self, y_BTH: Tensor, asked: PromptBatch) -> Tensor:
+    def _decide(self, y_BTH: Tensor, batch: PromptBatch) -> Tensor:
         rows = torch.arange(len(y_BTH), device=y_BTH.device)
         if self.forced is not None:
             return torch.full_like(rows, self.forced)
-        return self.lookup(y_BTH[rows, asked.last_B].float())
+        return self.lookup(y_BTH[rows, batch.last_B].float())
 
     def lookup(self, query_BH: Tensor) -> Tensor:
         """block_B: that of the nearest point of the nearest cluster, -1 outside its radius."""
@@ -132,7 +133,7 @@ class Blocks(Adapter):
 
     @torch.no_grad()
     def place(self, query_H: Tensor, label: list[int], radius: float, block: int) -> None:
-        """Makes the query a point of some cluster, by the table above."""
+        """Adds the query as a point of some cluster, by the table above."""
         if not len(self.radius_C):
             return self._add(query_H, label, radius, block)
         distance, nearest = (t[0].item() for t in distances(query_H[None], self.centre_CH).min(1))
@@ -150,7 +151,7 @@ class Blocks(Adapter):
         self.radius_C[c] = shrunk
         outside_P = distances(self.centre_CH[c : c + 1], self.point_PH)[0] > shrunk
         self._forget(same_P | ((self.cluster_P == c) & outside_P))
-        if not (self.cluster_P == c).any():  # nothing is left to guard
+        if not (self.cluster_P == c).any():  # an empty cluster is never the nearest
             self.radius_C[c] = -1.0
             self.centre_CH = self.centre_CH.clone()
             self.centre_CH[c] = float("inf")
@@ -196,26 +197,26 @@ class Blocks(Adapter):
 
 
 class MELO(ModuleEditor):
-    """Learns a block of LoRA per batch of edits; prompts outside every cluster are the base model's to the bit.
+    """Learns a LoRA block per batch of edits; on prompts outside every cluster it is bit-exactly the base model.
 
     Args:
         layer: block of the routing projection, from 0.
         layers: blocks with factors, all above ``layer``.
-        projection: the MLP's output projection (``out``), or its input projection where it has one; of
-            routing and of factors.
-        epsilon: radius of a new cluster, in raw activations; calibrated where it is not given.
-        epsilon_scale: the calibrated radius is this multiple of the median distance from an unrelated
-            prompt to the nearest other one.
-        rank: r, of a block.
-        scale: of what a block adds.
+        projection: the MLP's output projection (``out``), or its input projection (``in``) if it has just one;
+            for routing and for the factors.
+        epsilon: radius of a new cluster, in raw activations; calibrated if not given.
+        epsilon_scale: the calibrated radius is this multiple of the median distance between an unrelated
+            prompt and its nearest neighbour.
+        rank: rank of a block.
+        scale: factor of a block's output.
         edits_per_block: edits of one call that share a block.
         steps: updates of a block at most.
         lr: Adam's step size.
-        halve_every: steps after which it is halved.
+        halve_every: number of steps after which the step size is halved.
         stop_loss: a block whose mean loss is below this has finished.
-        seed: of the factors' start.
-        source: corpus of the unrelated prompts, as in Corpus.
-        num_prompts: how many of them.
+        seed: of the factors' initialisation.
+        corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
+        num_prompts: number of unrelated prompts.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class MELO(ModuleEditor):
         halve_every: int = 20,
         stop_loss: float = 0.05,
         seed: int = 0,
-        source: str = "facts",
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
         num_prompts: int = 256,
     ) -> None:
         checks.whole(0, layer=layer)
@@ -254,7 +255,7 @@ class MELO(ModuleEditor):
         self.rank, self.scale, self.edits_per_block = rank, scale, edits_per_block
         self.steps, self.lr, self.halve_every = steps, lr, halve_every
         self.stop_loss, self.seed = stop_loss, seed
-        self.source, self.num_prompts = source, num_prompts
+        self.corpus, self.num_prompts = corpus, num_prompts
         self.epsilon = epsilon or 0.0
         self._prepared: str | None = None
 
@@ -270,7 +271,7 @@ class MELO(ModuleEditor):
             return
         site = self._sites(lm)[0]
         if self.given is None:
-            prompts = unrelated_prompts(self.source, self.num_prompts, lm)
+            prompts = unrelated_prompts(self.corpus, self.num_prompts, lm)
             distance = neighbour_distance(lm, prompts, site, output=True)
             self.epsilon = self.epsilon_scale * distance
             log.info("the radius of a new cluster is %.4g", self.epsilon)
@@ -298,7 +299,7 @@ class MELO(ModuleEditor):
     def _learn(
         self, lm: LanguageModel, memory: Blocks, edits: Sequence[Edit], notes: list[dict[str, Any]]
     ) -> int:
-        """Learns a new block on some edits together; returns its number."""
+        """Learns a new block on some edits together; returns its index."""
         block = len(getattr(memory, memory.factors()[0][0]))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         leaves: dict[str, Tensor] = {}

@@ -1,18 +1,17 @@
 """MEMIT: mass-editing memory (Meng et al., 2023, arXiv 2210.07229).
 
-Each of some consecutive MLP output projections takes an equal share of what the edits' values still lack
-(:mod:`corrigenda.modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over
-the second
-moment C of the keys of ordinary text:
+Each of some consecutive MLP output projections takes an equal share of the remaining residual R
+(:mod:`corrigenda.modules.editors.spread`), by least squares over the new keys K and, with weight lambda, over the
+second moment C of the keys of ordinary text:
 
     Delta = R K' (lambda C + K K')^-1
 
-With ``sequential`` the keys P of the edits in force join the ordinary ones, so that a later batch does not
-overwrite an earlier one: Delta = R K' (lambda C + P P' + K K')^-1. They are read on the model that their edit
-left, and are kept with that edit.
+With ``sequential`` the keys P of the active edits are added to the ordinary ones, so that a later batch does not
+overwrite an earlier one: Delta = R K' (lambda C + P P' + K K')^-1. They are read right after their edit was made
+and are stored with it.
 
-Departures from the authors' code: C is factored once per layer, and the smaller of the two equal forms is
-solved; see also the module on spreading.
+Departures from the authors' code: C is factored once per layer, and the smaller of the two equivalent systems is
+solved; see also ``spread.py``.
 """
 
 from __future__ import annotations
@@ -34,9 +33,10 @@ class MEMIT(SpreadEditor):
 
     Args:
         layers: blocks whose projections are edited, from 0, the lowest first.
-        ridge: lambda as a multiple of the key width; lambda ordinary tokens weigh as much as one edit.
-        sequential: leave the keys of the edits in force alone (MEMIT-seq).
-        **search: as of SpreadEditor.
+        ridge: lambda as a multiple of the key width; the second moment counts as much as lambda tokens, each edit
+            as one.
+        sequential: preserve the outputs for the keys of active edits (MEMIT-seq).
+        **search: further settings, of SpreadEditor.
     """
 
     def __init__(

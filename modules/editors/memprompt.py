@@ -1,20 +1,19 @@
-"""MemPrompt: a memory of corrections, put before the questions they belong to (Madaan et al., 2022,
-arXiv 2201.06009).
+"""MemPrompt: corrections are put before similar questions (Madaan et al., 2022, arXiv 2201.06009).
 
-A question q that is like a remembered one is asked as ``<clarification> q``; every other question is asked as it
-is, so that the model's answer to it is the unedited one to the bit. Likeness is
+A question q that is similar to a stored one becomes ``<clarification> q``; every other question stays as it is, so
+that the model's answer to it is bit-exactly the unedited one. q is similar if
 
     semantic:  cosine(encoder(q), encoder(key)) > threshold         of the nearest key
     distance:  Levenshtein(normalise(q), normalise(key)) <= 5       of the nearest key
 
 For an edit the key is its prompt and the clarification states the new fact.
 
-Departures from the authors' code: they train their encoder on pairs of questions and ask for a cosine above
-0.9; here it is taken as it is, and the threshold 0.7 is chosen for MiniLM (of our own facts' val split it
-finds 94 % of the paraphrases and 0.3 % of the same statements about other subjects); correcting a question
-again replaces the correction; no worked examples stand before the question, unless the clarification holds
-one, as in the small model's configuration; in a short text five letters are most of it, so two texts that
-differ in half of their letters or more are never alike.
+Departures from the authors' code: they train their encoder on pairs of questions and require a cosine above 0.9;
+here it is not trained further, and the threshold 0.7 is chosen for MiniLM (on the val split of Facts it finds 94 %
+of the paraphrases and 0.3 % of the same statements about other subjects); correcting a question again replaces the
+correction; there are no worked examples before the question, unless the clarification holds one, as in the small
+model's configuration; five letters are most of a short text, so texts that differ in at least half of their
+letters are never similar.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from corrigenda.modules.retrieval.retriever import Encoder
 
 
 class Clarified(MemoryPatch):
-    """Puts a clarification before every prompt like a remembered one."""
+    """Puts a clarification before every prompt that is similar to a stored one."""
 
     editor: MemPrompt
 
@@ -58,15 +57,15 @@ class Clarified(MemoryPatch):
 
 
 class MemPrompt(MemoryEditor):
-    """Remembers every edit under its prompt and recalls it for prompts like that.
+    """Stores every edit under its prompt and states it again before similar prompts.
 
     Args:
-        lookup: ``semantic``: by the encoder's cosine. ``distance``: by edit distance of the letters.
-        threshold: a cosine above this is a hit; another encoder needs another.
+        lookup: ``semantic``: by the encoder's cosine. ``distance``: by edit distance between the letters.
+        threshold: a cosine above this is a hit; each encoder needs its own.
         max_distance: an edit distance up to this is a hit.
-        clarification: put before the prompt, with ``{}`` wherever the new fact goes.
-        encoder: of ``semantic``: ``minilm``, another sentence encoder's hub id or folder, or ``lm`` for the
-            language model's own hidden states.
+        clarification: text to put before the prompt, with ``{}`` for the new fact.
+        encoder: encodes prompts for ``semantic``: ``minilm``, another sentence encoder's hub id or folder, or
+            ``lm`` for the language model's own hidden states.
     """
 
     patch = Clarified
@@ -106,7 +105,7 @@ def normalise(text: str) -> str:
 
 
 def _closest(text: str, keys: dict[str, Edit], limit: int) -> Edit | None:
-    """The edit with the nearest key, the newest of equally near ones, or None if none is near enough."""
+    """The edit with the nearest key, the newest of equally near ones; None if none is near enough."""
     best, nearest = limit, None
     for key, edit in keys.items():
         found = edit_distance(text, key, min(best, (max(len(text), len(key)) - 1) // 2))
@@ -116,7 +115,7 @@ def _closest(text: str, keys: dict[str, Edit], limit: int) -> Edit | None:
 
 
 def edit_distance(a: str, b: str, limit: int) -> int | None:
-    """How many letters must be inserted, deleted or exchanged to make one the other; None above ``limit``."""
+    """Levenshtein distance between two texts; None above ``limit``."""
     if abs(len(a) - len(b)) > limit:
         return None
     far = limit + 1

@@ -1,24 +1,23 @@
-"""PRUNE: the largest singular values of all edits together are restrained (Ma et al., 2024, arXiv 2405.16821).
+"""PRUNE: restrains the largest singular values of all edits together (Ma et al., 2024, arXiv 2405.16821).
 
-A long sequence of edits makes singular values of the accumulated update D = W_now - W_base grow beyond
-those of the base weight, which hurts what was not edited. With sigma the largest singular value of W_base,
+A long sequence of edits makes singular values of the accumulated update D = W_now - W_base grow beyond those of
+the base weight, which harms everything else. With sigma the largest singular value of W_base,
 
     D = sum_i s_i u_i v_i'    ->    sum_i f(s_i) u_i v_i',
     f(s) = s  where s <= sigma,   log_a(s) - log_a(sigma) + sigma  above it
 
-The restraint is for what is evaluated and must not be fed back: every edit is computed as if the edits before
-it had been written without restraint. So the update in force is always f(D), and before the next edit
-is computed D is written again for as long as that takes. f rises strictly, and singular vectors stay what they
-are, so D is read back from f(D): nothing but the edits in force need be kept, and a stream that was
-interrupted goes on as it was. Only singular values above sigma are touched, so nothing changes while
-there are none, and what is added to an edit otherwise is of low rank.
+The model is evaluated with f(D), but f must not feed back into later edits: each is computed as if the earlier
+ones had been written without restraint. So the active update is always f(D), and D itself is written temporarily
+while the next edit is computed. f is strictly increasing and keeps singular vectors, so D is recovered from f(D):
+no state is needed besides the active edits, and an interrupted stream resumes exactly. Only singular values above
+sigma change; while there are none an edit is left as it is, and otherwise the change is of low rank.
 
-This holds wherever weights are written: for a batch or all cases together D is their update, in a stream
-it is what the steps have added up to. Under the schedule ``each`` every edit is its own D.
+D is the sum of all active updates: of a batch or of all cases together their one update, in a stream the sum over
+steps. Under the schedule ``each`` every edit is its own D.
 
-Departures from the authors' code: a is 1.2 if not given; their linear map is left out. Where sigma < 1 / ln a,
-f(s) is above s just above sigma: there the rule strengthens updates, and a larger a is the way out; a warning
-says so. Biases are left as they are. Of nested editors PRUNE is the outer one.
+Departures from the authors' code: a is 1.2 if not given; their linear variant is left out. If sigma < 1 / ln a,
+f(s) is larger than s just above sigma, so the rule strengthens updates there; a warning then suggests a larger a.
+Biases are left as they are. If editors are nested PRUNE must be the outer one.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ log = logging.getLogger(__name__)
 
 
 class PRUNE(WeightEditor):
-    """Another editor's updates, restrained in what they add up to.
+    """Restrains the singular values of the sum of another editor's updates.
 
     Args:
         editor: the method whose updates are restrained.
-        base: a of the logarithm above; the nearer to 1, the weaker the restraint.
+        base: base of the logarithm; the closer to 1, the weaker the restraint.
     """
 
     def __init__(self, editor: WeightEditor, base: float = 1.2) -> None:
@@ -67,8 +66,8 @@ class PRUNE(WeightEditor):
         return self._restrained(lm, lambda: self.editor.propose_each(lm, edits))
 
     def _restrained(self, lm: LanguageModel, propose: Callable[[], list[Delta]]) -> list[Delta]:
-        """What each proposal adds to the restrained update in force, so that the sum is restrained."""
-        before = self._in_force(lm)
+        """The update that each proposal adds to the active one so that their sum is restrained."""
+        before = self._active(lm)
         given_back = self._change(lm, before, self._loosen)  # before + given_back is D
         with lm.edits.provisional():
             if given_back.updates:
@@ -84,8 +83,8 @@ class PRUNE(WeightEditor):
         step = add_deltas([given_back, taken, delta])
         return Delta(step.updates, delta.metadata | {"restrained": self.base})
 
-    def _in_force(self, lm: LanguageModel) -> Delta:
-        """What this method has written so far."""
+    def _active(self, lm: LanguageModel) -> Delta:
+        """The sum of this method's active updates."""
         patches = [handle for handle in lm.handles if isinstance(handle, WeightPatch)]
         ours = [p.delta for p in patches if p.delta.metadata.get("restrained") == self.base]
         return add_deltas(ours)
@@ -95,7 +94,7 @@ class PRUNE(WeightEditor):
     def _change(
         self, lm: LanguageModel, delta: Delta, rule: Callable[[Tensor, float], Tensor]
     ) -> Delta:
-        """What a rule for singular values above sigma adds to a delta; nothing where there are none."""
+        """The change of a delta by a rule for its singular values above sigma; empty if it has none."""
         updates: dict[str, Update] = {}
         for name, update in delta.updates.items():
             if not isinstance(update, LowRank) and update.dim() < 2:
@@ -113,7 +112,7 @@ class PRUNE(WeightEditor):
         return sigma + (values_r / sigma).log() / math.log(self.base)
 
     def _loosen(self, values_r: Tensor, sigma: float) -> Tensor:
-        """The values that :meth:`_restrain` made these of."""
+        """The inverse of :meth:`_restrain`."""
         return sigma * ((values_r - sigma) * math.log(self.base)).exp()
 
     def _largest(self, lm: LanguageModel, name: str) -> float:

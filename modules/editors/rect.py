@@ -1,15 +1,15 @@
-"""RECT: only the largest relative changes of an edit are written (Gu et al., 2024, arXiv 2401.04700).
+"""RECT: writes only the largest relative changes of an edit (Gu et al., 2024, arXiv 2401.04700).
 
-Of another editor's update D of a weight W, the entries that change W relatively most are kept as they
-are, and all others are left out:
+Of another editor's update D of a weight W, the entries with the largest relative change of W are kept as they
+are, and all others are set to zero:
 
     D'_ij = D_ij  where  |D_ij| / (|W_ij| + eps)  is among the largest ``keep`` of all, else 0
 
-W is the weight as it is when the edit is made, earlier edits included. What is left is no longer of low
-rank. An editor that writes several edits in one call is regularised once, on the sum.
+W is the weight when the edit is made, including earlier edits. The result is no longer of low rank. Several edits
+written in one call are regularised once, on their sum.
 
-Departures from the authors' code: eps is added to |W|, where adding it to W itself can turn the sign of
-small weights; the number of entries kept is exact; biases are regularised like weights.
+Departures from the authors' code: eps is added to |W|, since adding it to W itself can change the sign of small
+weights; the number of entries kept is exact; biases are regularised like weights.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ EPS = 1e-8
 
 
 class RECT(WeightEditor):
-    """Another editor's updates, of which a share of the entries is kept.
+    """Keeps a share of the entries of another editor's updates.
 
     Args:
         editor: the method whose updates are regularised.
-        keep: the share of entries kept, of every parameter on its own: 0 keeps none, 1 all. The paper's
-            figures are for 0.2, those in AlphaEdit's comparison for 0.4.
+        keep: share of the entries kept, per parameter: 0 keeps none, 1 all. The paper's results are for 0.2,
+            those in AlphaEdit's comparison for 0.4.
     """
 
     def __init__(self, editor: WeightEditor, keep: float = 0.4) -> None:
@@ -68,7 +68,7 @@ class RECT(WeightEditor):
 
 
 def largest_changes(update: Tensor, weight: Tensor, keep: float) -> Tensor:
-    """The update with ceil(keep * size) entries, those largest relative to the weight, and zeros elsewhere."""
+    """The ceil(keep * size) entries of the update that are largest relative to the weight, and zeros elsewhere."""
     change = (update.abs() / (weight.to(update).abs() + EPS)).flatten()
     count = math.ceil(round(keep * change.numel(), 6))  # 0.07 * 100 is a little more than 7
     kept = change.topk(count, sorted=False).indices

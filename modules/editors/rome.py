@@ -1,23 +1,23 @@
 """ROME: rank-one model editing (Meng et al., 2022, arXiv 2202.05262).
 
-The MLP output projection W of one layer is read as a linear memory and given one more key and value with the
-least change of what it answers to ordinary text (second moment C):
+The MLP output projection W of one layer is seen as a linear key-value memory. One more key and value are inserted
+with the least change of its output on ordinary text (second moment C of the keys):
 
     W' = W + Lambda (C^-1 k*)',   Lambda = (v* - W k1) / ((C^-1 k*)' k1)
 
 k* is the mean key of the subject's last token over sampled contexts, k1 its key in the bare prompt, and v* the
 value that makes the new target likely (``value_search.py``), so that W' k1 = v* exactly.
 
-    ROME     ROME(layer)              k* gives the direction, k1 is where the value holds
+    ROME     ROME(layer)              k* gives the direction, k1 the place where W' k1 = v*
     r-ROME   ROME(layer, key="mean")  k* is both: Lambda = (v* - W k*) / (C^-1 k*)' k*   (arXiv 2403.07175)
     p-ROME   ROME(layer, key="bare")  k1 is both
 
-Where k* and k1 point apart ROME divides by a number near zero, the "disabling edits" of arXiv 2403.07175: an
-update larger than ``largest_change`` uses k1 in place of k* and says so.
+If k* and k1 differ a lot, ROME divides by a number near zero (the "disabling edits" of arXiv 2403.07175): an
+update larger than ``largest_change`` is computed with k1 in place of k*, with a warning.
 
-Departures from the authors' code: C is factored in float64, never inverted; the subject's last token comes
-from character offsets; contexts begin with common words; the guard above; the KL term is read after
-``"<subject> is a"``. ``ROME(layer, essence="{}", largest_change=inf)`` takes back the last two.
+Departures from the authors' code: C is factored in float64, never inverted; the subject's last token is found by
+character offsets; contexts begin with common words; the limit above; the KL term is read after
+``"<subject> is a"``. ``ROME(layer, essence="{}", largest_change=inf)`` undoes the last two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,91 +33,58 @@ from torch.nn.functional import cosine_similarity
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.editing.weight_patch import WeightPatch
-from corrigenda.modules.editors.key_value import (
-    KeyRows,
-    keys_and_values,
-    sample_contexts,
-    solve_update,
-)
+from corrigenda.modules.editors.key_value import KeyRows, keys_and_values, solve_update
 from corrigenda.modules.editors.value_search import (
-    ValueSettings,
+    ValueEditor,
     optimise_values,
     searched_together,
 )
 from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import read_weight
-from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.moments import Moments
 
 log = logging.getLogger(__name__)
 
 
-class ROME(WeightEditor):
+class ROME(ValueEditor):
     """Writes each fact as a rank-one update of one MLP output projection.
 
     Args:
         layer: block whose projection is edited, from 0.
         steps: evaluations of the value's loss; at most one update fewer.
-        lr: step size of the value's search.
-        clamp_norm: the value may move by this multiple of its norm.
-        weight_decay: weight of the value's own size in the loss.
-        kl_weight: weight of the drift of what follows the essence.
-        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
-        essence: text after which the next word is to stay as it was; the authors' code reads it after ``{}``.
-        key: ``both`` takes the mean key over contexts for the direction and the bare prompt's for the place
-            where the value holds; ``mean`` (r-ROME) and ``bare`` (p-ROME) take one for all.
-        largest_change: with ``both``, an update larger than this multiple of the weight is made with the bare
-            prompt's key alone.
-        corpus: text of the second moment.
-        seed: of the sampled contexts.
-        parallel: edits whose values are looked for together, where they are independent.
-        precision: ``bfloat16`` makes the search for values several times faster on hardware that has it.
+        clamp_norm: the value may move by at most this multiple of its norm.
+        contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
+        key: ``both`` uses the mean key over contexts for the update's direction and the bare prompt's key for the
+            constraint; ``mean`` (r-ROME) and ``bare`` (p-ROME) use one key for both.
+        largest_change: with ``both``, an update larger than this multiple of the weight's norm is computed with
+            the bare prompt's key alone.
+        **search: further settings of the value search, of ValueEditor.
     """
 
     def __init__(
         self,
         layer: int,
         steps: int = 20,
-        lr: float = 0.5,
         clamp_norm: float = 4.0,
-        weight_decay: float = 0.5,
-        kl_weight: float = 0.0625,
         contexts: list[tuple[int, int]] = [(5, 10), (10, 10)],  # noqa: B006  never changed
-        essence: str = "{} is a",
         key: Literal["both", "mean", "bare"] = "both",
         largest_change: float = 0.5,
-        corpus: Corpus = Corpus(),  # noqa: B008  frozen
-        seed: int = 0,
-        parallel: int = 8,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        **search: Any,  # noqa: ANN401
     ) -> None:
+        super().__init__(steps=steps, clamp_norm=clamp_norm, contexts=contexts, **search)
         checks.whole(0, layer=layer)
-        checks.contexts(contexts=contexts)
-        checks.with_slot(essence=essence)
         if largest_change != math.inf:  # which is no limit
             checks.at_least(0, largest_change=largest_change)
-        checks.seeds(seed=seed)
-        checks.whole(1, parallel=parallel)
-        self.layer, self.lengths, self.corpus, self.seed = layer, contexts, corpus, seed
-        self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
-        self.essence, self.key, self.largest_change = essence, key, largest_change
-        self.parallel = parallel
-        self._prepared: str | None = None
+        self.layer, self.key, self.largest_change = layer, key, largest_change
 
-    def prepare(self, lm: LanguageModel) -> None:
-        """Contexts and the factored second moment, once per model, from its unedited weights."""
-        if self._prepared == lm.weights_hash:
-            return
+    def read_statistics(self, lm: LanguageModel) -> None:
         lm.structure.block_name(self.layer)
         self._factor_FF = Moments(lm, self.corpus).factor(self.layer)
-        self._contexts = sample_contexts(lm, self.lengths, self.seed)
-        self._prepared = lm.weights_hash
 
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
-        """One after the other, each on the model that the ones before it left."""
+        """One edit after the other, each on the model that the earlier ones left."""
         deltas: list[Delta] = []
         with lm.edits.provisional():
             for edit in edits:
@@ -164,7 +131,7 @@ class ROME(WeightEditor):
         weight_norm: float,
         edit: Edit,
     ) -> tuple[LowRank, dict[str, float]]:
-        """Rank-one factors with (W + left right) key = v* at the chosen key."""
+        """(factors, notes): the rank-one update with (W + left right) key = v* at the chosen key."""
         mean_F, bare_F = keys_QF.mean(0), keys_QF[0]
         notes = {"cosine": cosine_similarity(mean_F, bare_F, dim=0).item()}
         direction_F = bare_F if self.key == "bare" else mean_F
@@ -182,7 +149,7 @@ class ROME(WeightEditor):
 
 
 def _rank_one(factor_FF: Tensor, direction_F: Tensor, key_F: Tensor, residual_D: Tensor) -> LowRank:
-    """The update along C^-1 direction that adds ``residual`` to what W answers to ``key``; float64."""
+    """The update along C^-1 direction that adds ``residual`` to the output for ``key``; float64."""
     if torch.equal(direction_F, key_F):
         return LowRank(*solve_update(factor_FF, key_F[:, None], residual_D[:, None], ridge=0.0))
     right_F = torch.cholesky_solve(direction_F.double()[:, None], factor_FF)[:, 0]

@@ -1,17 +1,17 @@
 """SERAC: a memory of edits, a scope classifier, a counterfactual model (Mitchell et al., 2022, arXiv 2206.06520).
 
-The base model is never changed. Edits are kept as text; phi says how likely a prompt x is within the scope of an
-edit e, and the model that answers is
+The base model is never changed. Edits are stored as text; phi is the probability that a prompt x is within the
+scope of an edit e, and the prompt is answered by
 
     base(x)                 if the memory is empty or max_e phi(e, x) is not above the threshold
     psi(e*, x)              else, with e* the edit of the largest phi
 
 phi (:class:`~corrigenda.modules.training.scope.ScopeClassifier`) and psi
-(:class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`) are
-trained by two runs of ``fit``; their departures from the paper are told there.
+(:class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`) are trained by two runs of ``fit``;
+their own departures from the paper are listed there.
 
-Departures from the authors' code: the decision reads the prompt alone, once, so that a teacher-forced target
-cannot give it away; vectors are computed once per edit; of several edits of one prompt the newest counts.
+Departures from the authors' code: routing reads the prompt alone, once, so that a teacher-forced target cannot
+influence it; vectors are computed once per edit; of several edits of one prompt the newest counts.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from corrigenda.modules.training.scope import ScopeClassifier
 
 
 class ScopePatch(MemoryPatch):
-    """Edits in force: prompts within the scope of one are answered by the counterfactual model."""
+    """Active edits; prompts within the scope of one are answered by the counterfactual model."""
 
     editor: SERAC
 
     def score(self, request: ScoreRequest) -> TargetScores:
         """The base model's scores, with rows within scope replaced.
 
-        The base sees the whole batch whatever is within scope, so that the other rows are its own, bit-exactly.
+        The base model always runs the whole batch, so that all other rows are bit-exactly its own.
         """
         base = self.lm.score_request(request)
         prompts, inside = self._within_scope(request.prompts)
@@ -77,7 +77,7 @@ class ScopePatch(MemoryPatch):
         )
 
     def generate(self, request: GenerationRequest) -> list[str]:
-        """Who answers is decided once, on the prompt."""
+        """Continuations; each is written by the model that its prompt is routed to."""
         prompts, inside = self._within_scope(request.prompts)
         outside = [b for b in range(len(request.prompts)) if b not in set(inside)]
         texts = [""] * len(request.prompts)
@@ -109,15 +109,15 @@ class ScopePatch(MemoryPatch):
 
 
 class SERAC(MemoryEditor):
-    """Keeps edits as text and lets a counterfactual model answer what falls within their scope.
+    """Stores edits as text; a counterfactual model answers prompts within their scope.
 
-    Edits made one after the other on one model share a memory.
+    All edits of one model share a memory.
 
     Args:
         scope: checkpoint of a trained :class:`~corrigenda.modules.training.scope.ScopeClassifier`.
         counterfactual: checkpoint of a trained
-        :class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`.
-        threshold: a prompt is within scope above this; the one found in validation if not given.
+            :class:`~corrigenda.modules.training.counterfactual.CounterfactualModel`.
+        threshold: prompts with phi above this are within scope; the one found in validation if not given.
     """
 
     patch = ScopePatch
@@ -148,7 +148,7 @@ class SERAC(MemoryEditor):
         self._lm = lm
 
     def encoder(self, lm: LanguageModel) -> Encoder:
-        """The scope classifier's own."""
+        """The scope classifier's encoder."""
         self.prepare(lm)
         return self._encoders[lm]
 
@@ -157,7 +157,7 @@ class SERAC(MemoryEditor):
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> MemoryPatch:
         handle = super().edit(lm, edits)
-        handle.memory.encode()  # part of making an edit, not of the first look-up
+        handle.memory.encode()  # so that its time counts as the edit's, not as the first look-up's
         return handle
 
     def look_up(self, handle: ScopePatch, prompts: Sequence[str]) -> list[Edit | None]:
@@ -176,6 +176,6 @@ class SERAC(MemoryEditor):
         return found
 
     def numbers(self) -> dict[str, float]:
-        """The memory's size at most, and the mean time of a look-up, encoding and phi included."""
+        """Counters, the largest size of the memory, and the mean time of a look-up with encoding and phi."""
         milliseconds = 1000 * self._seconds / max(1, self._lookups)
         return {**super().numbers(), "lookup_milliseconds": milliseconds}

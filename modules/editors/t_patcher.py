@@ -1,4 +1,4 @@
-"""T-Patcher: one further neuron per mistake in the last MLP (Huang et al., 2023, arXiv 2301.09785).
+"""T-Patcher: one extra neuron per mistake in the last MLP (Huang et al., 2023, arXiv 2301.09785).
 
     MLP'(h) = MLP(h) + sum over p of relu(k_p h + b_p) v_p
 
@@ -7,15 +7,15 @@ whose key starts at h_p / |h_p|^2. With a = k h + b before the relu, keys and va
 
     L = NLL + m * (mean exp(a_mem - a_p + 3) + mean exp(a_mem + 3))
 
-over the largest terms, where a_mem are the activations on inputs that must not fire it: ordinary text and
-all earlier edits.
+over the largest terms, where a_mem are the activations on inputs that must not fire it (the "memory"): ordinary
+text and all earlier edits.
 
-Departures from the authors' code: relu in every model, ungated, so that a neuron that does not fire adds
-an exact zero; the bias is not free but keeps a_p at 1, where it starts, because a relu that the memory has
-silenced on its own input never learns again (their loss on a_p goes with that); both margins also for
-question answering; values start at zero, so that the patch does; keys are stepped in units of 1 / |h_p|, so
-that a step size means the same in every model; an edit has finished when its loss is small and no input of
-the memory fires its neurons; inputs that are the edit's own are left out of the memory.
+Departures from the authors' code: an ungated relu in every model, so that a neuron that does not fire adds exactly
+zero; the bias is not free but keeps a_p at 1, its initial value, because a relu that the memory has silenced on
+its own input gets no gradient any more (so their loss on a_p is not needed); both margins also for question
+answering; values start at zero, so that the patch starts without effect; keys are updated in units of 1 / |h_p|,
+so that a step size means the same in every model; an edit has finished when its loss is small and no input of the
+memory fires its neurons; the edit's own inputs are left out of the memory.
 
 Shapes: P neurons of one edit, D residual width, M inputs in memory.
 """
@@ -42,11 +42,14 @@ from corrigenda.modules.training.tuning import Piece
 
 log = logging.getLogger(__name__)
 
-BELOW_EDIT, BELOW_ZERO = 3.0, 3.0  # how far a memory's activation stays below the edit's, and zero
+BELOW_EDIT, BELOW_ZERO = (
+    3.0,
+    3.0,
+)  # margins of the memory's activations below the edit's, and below zero
 OWN_ACTIVATION = 1.0  # of a neuron on the input it was made for
-NUM_WORST = 1000  # terms that count
-VALUE_SCALE = 10.0  # a step of a value is so much larger than a step of a key
-SAME = 1e-3  # an input this near to an edit's own, in parts of its length, is the same
+NUM_WORST = 1000  # largest terms that count in the loss
+VALUE_SCALE = 10.0  # step size of values relative to that of keys
+SAME = 1e-3  # an input this close to an edit's own, as a fraction of its norm, is the same
 
 
 class Patches(SideNeurons):
@@ -64,13 +67,13 @@ class TPatcher(ModuleEditor):
 
     Args:
         layer: block of the MLP, from 0; the last if not given.
-        max_neurons: mistakes of one edit that get a neuron; further ones are left.
+        max_neurons: neurons per edit at most; further mistakes are ignored.
         steps: updates per edit at most.
         lr: Adam's step size.
-        stop_loss: the mean negative log-likelihood below which an edit has finished, if nothing else
+        stop_loss: the mean negative log-likelihood below which an edit has finished, if no other input
             fires its neurons.
-        memory_weight: m.
-        corpus: the ordinary text, and how many of its tokens are remembered.
+        memory_weight: weight m of the losses on the memory.
+        corpus: the ordinary text; so many of its tokens are in the memory.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class TPatcher(ModuleEditor):
     def learn(
         self, lm: LanguageModel, memory: Patches, edits: Sequence[Edit]
     ) -> list[dict[str, Any]]:
-        """One edit after the other, each on the model that the ones before it left."""
+        """One edit after the other, each on the model that the earlier ones left."""
         notes = []
         for edit in edits:
             notes.append(self._learn(lm, memory, edit))
@@ -167,7 +170,7 @@ class TPatcher(ModuleEditor):
 
 
 def scope_loss(others_MP: Tensor) -> Tensor:
-    """What keeps neurons silent on inputs that are not theirs; from activations before the relu."""
+    """The loss that keeps neurons silent on the memory, given their activations before the relu."""
     if not others_MP.numel():
         return others_MP.new_zeros(())
     worst_n = others_MP.flatten().topk(min(NUM_WORST, others_MP.numel())).values

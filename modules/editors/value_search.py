@@ -1,8 +1,9 @@
-"""The search for values: what a projection has to answer at a subject for the target to become likely.
+"""The value search: which output of a projection at the subject's last token makes the target likely.
 
-By gradient descent through the blocks above it (methods after Meng et al., 2022, arXiv 2202.05262).
+Values are optimised by gradient descent through the blocks above (after Meng et al., 2022, arXiv 2202.05262).
+:class:`ValueEditor` holds the settings that all methods of this family share.
 
-Shapes: N edits (n of them still being searched), R rows (r of them in one pass), D value width, V words.
+Shapes: N edits (n of them still being optimised), R rows (r of them in one pass), D value width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +23,28 @@ from torch.linalg import vector_norm
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules import checks
-from corrigenda.modules.editors.key_value import KeyRows
+from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.editors.key_value import KeyRows, sample_contexts
 from corrigenda.modules.files import locked, write_tensors
 from corrigenda.modules.model.delta import EditError, read_tensors
 from corrigenda.modules.model.hooks import first, hooked, replace_first
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.training.optimize import IndependentAdam
 
 log = logging.getLogger(__name__)
 
 VALUE_FORMAT = "corrigenda-value-1"
-# Tokens of padding that are worth a pass of their own: fewer take less time than going through all weights again.
+# With fewer tokens of padding than this, one padded pass is faster than two that each read all weights.
 WORTH_A_PASS = 16
 
 
 def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -> list[list[int]]:
-    """Indices of the edits whose values are looked for side by side, the quickest first.
+    """Indices of the edits whose values are optimised together, the quickest first.
 
-    At most ``parallel`` at once, and such as run about as many tokens in every step, those from the subject on:
-    the others' would be padding.
+    At most ``parallel`` at once, and with about equally many tokens from the subject on, which every step runs:
+    the shorter ones are padded.
     """
     tokens = [
         len(lm.tokens.encode_whole([lm.tokens.join(edit.text, edit.target_new)])[0])
@@ -57,14 +61,14 @@ def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """How a new value is looked for; the published constants are the methods' defaults.
+    """Settings of the search for a new value; :class:`ValueEditor` has most of them as arguments.
 
     Attributes:
         steps: evaluations of the loss; at most ``steps - 1`` updates.
         lr: Adam's step size.
         weight_decay: weight of ``|delta| / |v0|**2``.
-        kl_weight: weight of KL(edited || original) after ``"<subject> is a"``.
-        clamp_norm: delta is kept within this multiple of ``|v0|``.
+        kl_weight: weight of KL(edited || original) after the essence.
+        clamp_norm: delta is clamped to this multiple of ``|v0|``.
         precision: ``bfloat16`` runs the network faster and moves values by a few per cent; losses, moments
             and the value itself stay in float32.
         stop_loss: an edit whose loss is below this has finished.
@@ -85,9 +89,63 @@ class ValueSettings:
         checks.at_least(0, stop_loss=self.stop_loss)
 
 
+class ValueEditor(WeightEditor):
+    """Optimises a new value for every edit; a subclass writes it into the weights.
+
+    Args:
+        steps: evaluations of the value's loss; at most one update fewer.
+        lr: Adam's step size in the search for a value.
+        clamp_norm: the value may move by at most this multiple of its norm.
+        weight_decay: weight of the size of the value's change in its loss.
+        kl_weight: weight of the KL divergence of the next word after the essence.
+        contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
+        essence: text after which the next word should not change, with ``{}`` for the subject; the authors' code
+            uses ``{}``.
+        corpus: text whose keys give the second moment.
+        seed: of the sampled contexts.
+        parallel: edits whose values are optimised together.
+        precision: ``bfloat16`` makes the search several times faster on hardware that supports it.
+    """
+
+    def __init__(
+        self,
+        steps: int = 25,
+        lr: float = 0.5,
+        clamp_norm: float = 0.75,
+        weight_decay: float = 0.5,
+        kl_weight: float = 0.0625,
+        contexts: list[tuple[int, int]] = [(10, 5)],  # noqa: B006  never changed
+        essence: str = "{} is a",
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
+        seed: int = 0,
+        parallel: int = 8,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        checks.contexts(contexts=contexts)
+        checks.with_slot(essence=essence)
+        checks.seeds(seed=seed)
+        checks.whole(1, parallel=parallel)
+        self.lengths, self.essence, self.corpus, self.seed = contexts, essence, corpus, seed
+        self.settings = ValueSettings(steps, lr, weight_decay, kl_weight, clamp_norm, precision)
+        self.parallel = parallel
+        self._prepared: str | None = None
+
+    @abstractmethod
+    def read_statistics(self, lm: LanguageModel) -> None:
+        """Reads what the subclass needs to know of the keys of ordinary text."""
+
+    def prepare(self, lm: LanguageModel) -> None:
+        """Statistics and contexts, once per model, from its unedited weights."""
+        if self._prepared == lm.weights_hash:
+            return
+        self.read_statistics(lm)
+        self._contexts = sample_contexts(lm, self.lengths, self.seed)
+        self._prepared = lm.weights_hash
+
+
 @dataclass
 class Values:
-    """Result of the search, one entry per edit: change of the value, loss and likelihood at its end."""
+    """Result of the search, one entry per edit: change of the value, steps, and loss and NLL at the end."""
 
     delta_ND: Tensor
     iterations_N: Tensor
@@ -107,8 +165,8 @@ def optimise_values(
     """The change delta of the output of module ``site`` at the lookup tokens that makes each target likely.
 
     loss(delta) = mean over contexts of the mean token NLL + kl_weight * KL + weight_decay * |delta| / |v0|^2.
-    Edits are optimised together and do not influence each other: the loss is a sum, Adam's moments, the clamp
-    and the stop are each edit's own, and an edit that has stopped leaves the batch.
+    Edits are optimised together and do not influence each other: the loss is a sum; Adam's moments, the clamp and
+    the stopping rule are per edit; and an edit that has finished leaves the batch.
     """
     num_edits = key_rows.num_edits
     delta_ND = torch.zeros_like(v0_ND, requires_grad=True)
@@ -142,7 +200,7 @@ def optimise_values(
 
 
 class _Problem:
-    """The loss of some edits as a function of their deltas; keeps what does not depend on them."""
+    """The loss of some edits as a function of their deltas; stores everything that does not depend on them."""
 
     def __init__(
         self, lm: LanguageModel, key_rows: KeyRows, tail: Tail, site: str, precision: str
@@ -184,7 +242,7 @@ class _Problem:
     def _logprobs(
         self, delta_nD: Tensor, tail: Tail, row_r: Tensor, read_N: Tensor, position_N: Tensor
     ) -> Tensor:
-        """logprob_NV of some of the rows, with their edits' deltas added at the lookup tokens."""
+        """logprob_NV of some of the rows, with their edits' deltas added at the subject's last token."""
         at_r = self.key_rows.lookup_R[row_r] - tail.offset_B
         delta_rD = delta_nD[self.key_rows.owner_R[row_r]]
         index_r = torch.arange(len(row_r), device=self.lm.device)
@@ -210,20 +268,20 @@ class _Problem:
 
 
 class FoundValues:
-    """Values that were found, a file per edit, so that a search of hours can be interrupted and shared.
+    """Values that were found, one file per edit, so that a search of hours can be interrupted and shared.
 
-    A value belongs to the weights it was found on and to everything the search depended on.
+    A value is valid only for the same weights and settings of the search.
 
     Args:
-        folder: where the files are.
-        base: JSON values that name all of that: the hash of the weights, the site, contexts, settings.
+        folder: the folder of the files.
+        base: JSON values that identify these: the hash of the weights, the site, contexts, settings.
     """
 
     def __init__(self, folder: str | Path, base: dict[str, Any]) -> None:
         self.folder, self.base = Path(folder), base
 
     def read(self, edit: Edit) -> tuple[Tensor, dict[str, Any]] | None:
-        """(delta_D, note) of an edit, None where it was not found yet; a damaged file is made again."""
+        """(delta_D, note) of an edit; None if there is no usable file, with a warning if it is damaged."""
         path = self._path(edit)
         if not path.is_file():
             return None
@@ -231,7 +289,7 @@ class FoundValues:
             tensors, header = read_tensors(path, VALUE_FORMAT, "value")
             return tensors["delta"], json.loads(header["note"])
         except (EditError, KeyError, ValueError) as error:
-            log.warning("%s is not usable (%s): looking for the value again", path, error)
+            log.warning("%s is not usable (%s): searching for the value again", path, error)
             return None
 
     def write(self, edit: Edit, delta_D: Tensor, note: dict[str, Any]) -> None:
@@ -240,11 +298,11 @@ class FoundValues:
             write_tensors(self._path(edit), {"delta": delta_D}, header)
 
     def _path(self, edit: Edit) -> Path:
-        asked = {
+        search = {
             **self.base,
             "prompt": edit.prompt,
             "subject": edit.subject,
             "new": edit.target_new,
         }
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+        digest = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()[:24]
         return self.folder / f"{digest}.safetensors"

@@ -1,23 +1,23 @@
 """WISE: side memories of one projection and a router (Wang et al., 2024, arXiv 2405.14768).
 
-Beside the projection W stand updates D_s ("side memories", W_s = W + D_s), each learned within a random
-mask. How much a prompt x with inputs k_t concerns one of them is
+The projection W has updates D_s beside it ("side memories", W_s = W + D_s), each learned within a random mask.
+The activation of memory s on a prompt x with inputs k_t is
 
     a_s(x) = mean over the prompt's tokens of |D_s k_t|
 
-and a prompt runs through the memory of the largest a_s among those with a_s >= tau_s; below every
-threshold it runs through W alone. An edit is learned through its memory at every token, with
+and a prompt runs through the memory with the largest a_s among those with a_s >= tau_s; if there is none it runs
+through W alone. An edit is learned through its memory at every token, with
 
     L = NLL + max(0, a(out) - alpha) + max(0, beta - a(in)) + max(0, gamma - (a(in) - a(out)))
 
-where ``in`` are the edit's prompts and ``out`` unrelated ones; tau_s is a part of the least a(in) of its
-edits. A full memory is left and another begun under another mask; from time to time all are merged into
-one by TIES (arXiv 2306.01708).
+where ``in`` are the edit's prompts and ``out`` unrelated ones; tau_s is a fraction of the smallest a(in) of its
+edits. Once a memory is full a new one with another mask is started; from time to time all are merged into one by
+TIES (arXiv 2306.01708).
 
-Departures from the authors' code: a(x) is the paper's, without an activation on the outputs, and its
-unit is the projection's typical output, so that margins carry over between models (``unit: 1`` for raw
-ones); only prompts are routed by, row by row, and what is generated stays where its prompt went; the
-unrelated prompts are texts of a corpus, and all of them count in every step; no replay and no decay.
+Departures from the authors' code: a(x) is the paper's, without an activation function on the outputs, and its unit
+is the projection's typical output, so that margins carry over between models (``unit: 1`` for raw ones); only
+prompts are routed, row by row, and generated tokens follow their prompt; the unrelated prompts are texts of a
+corpus, and all of them count in every step; no replay and no decay.
 
 Shapes: S memories, O outputs, I inputs, B rows, T tokens, U unrelated prompts, N edits.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ from corrigenda.modules.editors.key_value import sample_contexts
 from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
 from corrigenda.modules.training.tuning import Piece
 
@@ -47,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class SideMemories(Adapter):
-    """Updates of one projection, with the threshold that lets a prompt in and how many edits each holds.
+    """Updates of one projection, each with its routing threshold and its number of edits.
 
     Args:
         sites: the projection.
@@ -66,20 +68,19 @@ class SideMemories(Adapter):
         self.register_buffer("delta_SOI", torch.zeros(0, outputs, inputs))
         self.register_buffer("threshold_S", torch.zeros(0))
         self.register_buffer("count_S", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("num_begun", torch.zeros((), dtype=torch.long))  # memories, ever
+        # The names of these two are part of the file format.
+        self.register_buffer("num_begun", torch.zeros((), dtype=torch.long))  # memories, in total
         self.register_buffer("num_merged", torch.zeros((), dtype=torch.long))  # edits, so far
-        self.forced_OI: Tensor | None = (
-            None  # the update every row runs through, while it is learned
-        )
+        self.forced_OI: Tensor | None = None  # applied to every row while it is learned
 
-    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, asked: PromptBatch | None) -> Tensor:
+    def forward(self, site: str, x_BTI: Tensor, y_BTO: Tensor, batch: PromptBatch | None) -> Tensor:
         if self.forced_OI is not None:
             return y_BTO + _times(x_BTI, self.forced_OI).to(y_BTO.dtype)
-        if asked is None or not len(self.count_S):
+        if batch is None or not len(self.count_S):
             return y_BTO
-        if self not in asked.decided:
-            asked.decided[self] = self.route(x_BTI, asked.prompt_BT)
-        memory_B = asked.decided[self]
+        if self not in batch.decided:
+            batch.decided[self] = self.route(x_BTI, batch.prompt_BT)
+        memory_B = batch.decided[self]
         if (memory_B < 0).all():
             return y_BTO
         out_BTO = y_BTO.clone()
@@ -89,52 +90,81 @@ class SideMemories(Adapter):
         return out_BTO
 
     def route(self, x_BTI: Tensor, prompt_BT: Tensor) -> Tensor:
-        """memory_B: the memory that each prompt concerns most, -1 where it concerns none enough."""
-        concern_BS = torch.stack([concern(d, x_BTI, prompt_BT) for d in self.delta_SOI], 1)
-        let_in_BS = concern_BS >= self.threshold_S
-        best_B = concern_BS.masked_fill(~let_in_BS, -1.0).argmax(1)
-        return torch.where(let_in_BS.any(1), best_B, -1)
+        """memory_B: the memory with the largest activation at or above its threshold, -1 if there is none."""
+        active_BS = torch.stack([activation(d, x_BTI, prompt_BT) for d in self.delta_SOI], 1)
+        passes_BS = active_BS >= self.threshold_S
+        best_B = active_BS.masked_fill(~passes_BS, -1.0).argmax(1)
+        return torch.where(passes_BS.any(1), best_B, -1)
 
-    def begin(self) -> None:
-        """A further memory, without edits."""
+    def add_memory(self) -> None:
+        """Adds a memory without edits."""
         blank_1OI = self.delta_SOI.new_zeros(1, *self.delta_SOI.shape[1:])
         self.delta_SOI = torch.cat([self.delta_SOI, blank_1OI])
         self.threshold_S = torch.cat([self.threshold_S, self.threshold_S.new_tensor([math.inf])])
         self.count_S = torch.cat([self.count_S, self.count_S.new_zeros(1)])
         self.num_begun = self.num_begun + 1
 
+    def write(self, delta_OI: Tensor, threshold: Tensor, num_edits: int) -> None:
+        """Replaces the newest memory's update, which now holds further edits with this threshold."""
+        lower = torch.minimum(self.threshold_S[-1], threshold)
+        self.delta_SOI = torch.cat([self.delta_SOI[:-1], delta_OI[None]])
+        self.threshold_S = torch.cat([self.threshold_S[:-1], lower[None]])
+        self.count_S = self.count_S.clone()
+        self.count_S[-1] += num_edits
+
     def merge(self, density: float) -> None:
-        """Makes one memory of all; what every one let in is let in."""
+        """Merges all memories into one, with the lowest threshold."""
         self.delta_SOI = ties(self.delta_SOI, density)[None]
         self.threshold_S = self.threshold_S.min()[None]
         self.count_S = self.count_S.sum()[None]
         self.num_merged = self.count_S[0].clone()
 
 
+@dataclass(frozen=True)
+class PromptInputs:
+    """What the projection reads of some prompts, padded on the right."""
+
+    x_BTI: Tensor
+    prompt_BT: Tensor
+
+    @classmethod
+    def read(cls, lm: LanguageModel, prompts: Sequence[str], site: str) -> PromptInputs:
+        rows = lm.tokens.rows(prompts)
+        module = lm.net.get_submodule(site)
+        x_BTI = torch.zeros(*rows.ids_BT.shape, sizes(module)[0], device=lm.device)
+        for row_R, states_RTI in read_states(lm, rows, site):
+            x_BTI[row_R, : states_RTI.shape[1]] = states_RTI
+        return cls(x_BTI, rows.prompt_BT)
+
+    def activation(self, delta_OI: Tensor) -> Tensor:
+        """activation_B of an update on each prompt."""
+        return activation(delta_OI, self.x_BTI, self.prompt_BT)
+
+
 class WISE(ModuleEditor):
-    """Learns edits beside one projection and lets in only prompts that concern them.
+    """Learns edits in side memories of one projection and routes only prompts about them there.
 
     Args:
         layer: block of the projection, from 0.
-        projection: the MLP's output projection (``out``), or its input projection where it has one.
-        margins: alpha, beta and gamma, in units: an unrelated prompt's concern stays below alpha, an edit's goes
-            above beta, and the two are gamma apart.
-        unit: of the margins, in raw activations; the median size of the projection's output on unrelated prompts
-            where it is not given.
-        act_ratio: the threshold's part of the least concern of an edit.
-        mask_ratio: part of the matrix that a memory may change.
-        norm_constraint: no entry of an update gets larger than this.
+        projection: the MLP's output projection (``out``), or its input projection (``in``) if it has just one.
+        margins: alpha, beta and gamma, in units: unrelated prompts activate a memory by less than alpha, an edit's
+            prompts by more than beta, and the two are at least gamma apart.
+        unit: unit of the margins, in raw activations; if not given, the median norm of the projection's output
+            on unrelated prompts.
+        act_ratio: the routing threshold, as a fraction of the smallest activation by an edit's prompt.
+        mask_ratio: fraction of the matrix that a memory may change.
+        norm_constraint: largest absolute value of an update's entries.
         steps: updates per edit at most.
         lr: step size of plain gradient descent.
-        stop_loss: an edit whose whole loss is below this has finished.
+        stop_loss: an edit whose total loss is below this has finished.
         together: edits learned at once.
         save_freq: edits in one memory.
         merge_freq: edits after which all memories are merged into one.
-        density: part of each memory that is kept in a merge.
-        contexts: pairs of (tokens, how many) of the sampled texts before the prompt.
+        density: fraction of each memory's entries that a merge keeps.
+        contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
         seed: of the masks and the sampled texts.
-        source: corpus of the unrelated prompts, as in Corpus.
-        num_prompts: how many of them.
+        corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
+        num_prompts: number of unrelated prompts.
     """
 
     def __init__(
@@ -155,7 +185,7 @@ class WISE(ModuleEditor):
         density: float = 0.53,
         contexts: list[tuple[int, int]] = [(5, 5), (10, 5)],  # noqa: B006  never changed
         seed: int = 0,
-        source: str = "facts",
+        corpus: Corpus = Corpus(),  # noqa: B008  frozen
         num_prompts: int = 32,
     ) -> None:
         checks.whole(0, layer=layer)
@@ -173,29 +203,26 @@ class WISE(ModuleEditor):
         checks.seeds(seed=seed)
         checks.whole(2, num_prompts=num_prompts)
         self.layer, self.projection, self.margins, self.given = layer, projection, margins, unit
-        self.act_ratio, self.mask_ratio, self.norm_constraint = (
-            act_ratio,
-            mask_ratio,
-            norm_constraint,
-        )
+        self.act_ratio, self.mask_ratio = act_ratio, mask_ratio
+        self.norm_constraint = norm_constraint
         self.steps, self.lr, self.stop_loss, self.together = steps, lr, stop_loss, together
         self.save_freq, self.merge_freq, self.density = save_freq, merge_freq, density
         self.contexts, self.seed = contexts, seed
-        self.source, self.num_prompts = source, num_prompts
+        self.corpus, self.num_prompts = corpus, num_prompts
         self._prepared: str | None = None
 
     def site(self, lm: LanguageModel) -> str:
         return lm.structure.projection_name(self.layer, self.projection)
 
     def prepare(self, lm: LanguageModel) -> None:
-        """Contexts, and what the projection sees of unrelated prompts, once per model."""
+        """Contexts, and the projection's inputs on unrelated prompts, once per model."""
         if self._prepared == lm.weights_hash:
             return
         site = self.site(lm)
         self._contexts = sample_contexts(lm, self.contexts, self.seed)
-        prompts = unrelated_prompts(self.source, self.num_prompts, lm)
+        prompts = unrelated_prompts(self.corpus, self.num_prompts, lm)
         with lm.pristine():
-            self._out = _inputs(lm, prompts, site)
+            self._unrelated = PromptInputs.read(lm, prompts, site)
             rows = lm.tokens.rows(prompts)
             outputs = [
                 states_RTO[rows.select(row_R).prompt_BT]
@@ -215,7 +242,7 @@ class WISE(ModuleEditor):
         left = list(edits)
         while left:
             if not len(memory.count_S) or memory.count_S[-1] >= self.save_freq:
-                memory.begin()
+                memory.add_memory()
             room = self.save_freq - int(memory.count_S[-1])
             now, left = left[: min(self.together, room)], left[min(self.together, room) :]
             notes += self._learn(lm, memory, now)
@@ -229,7 +256,7 @@ class WISE(ModuleEditor):
         """Writes some edits into the newest memory together."""
         prompts = [context + edit.text for edit in edits for context in self._contexts]
         targets = [edit.target_new for edit in edits for _ in self._contexts]
-        inside = _inputs(lm, prompts, self.site(lm))
+        inside = PromptInputs.read(lm, prompts, self.site(lm))
         rows = lm.tokens.rows(prompts, targets)
         owner_R = torch.arange(len(rows.ids_BT), device=lm.device)
         piece = Piece.of(lm, rows, owner_R, self.layer, "target")
@@ -249,30 +276,24 @@ class WISE(ModuleEditor):
                 delta_OI -= self.lr * gradient_OI * mask_OI
                 delta_OI.clamp_(-self.norm_constraint, self.norm_constraint)
         delta_OI = delta_OI.detach()
-        concern_N = concern(delta_OI, *inside).view(len(edits), -1)[:, 0]
-        memory.delta_SOI = torch.cat([memory.delta_SOI[:-1], delta_OI[None]])
-        least = self.act_ratio * concern_N.min()
-        memory.threshold_S = torch.cat(
-            [memory.threshold_S[:-1], torch.minimum(memory.threshold_S[-1], least)[None]]
-        )
-        memory.count_S = memory.count_S.clone()
-        memory.count_S[-1] += len(edits)
+        active_N = inside.activation(delta_OI).view(len(edits), -1)[:, 0]
+        memory.write(delta_OI, self.act_ratio * active_N.min(), len(edits))
         if not nll.item() <= 1:
             log.warning("%r -> %r: learning ended at NLL %.2f; the edit will likely fail",
                         edits[0].text, edits[0].target_new, nll.item())  # fmt: skip
         return [
             {"nll": nll.item(), "loss": loss.item(), "concern": value}
-            for value in concern_N.tolist()
+            for value in active_N.tolist()
         ]
 
-    def _margins(self, delta_OI: Tensor, inside: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of concern: of the edits' prompts, and of unrelated ones; in raw activations.
+    def _margins(self, delta_OI: Tensor, inside: PromptInputs) -> Tensor:
+        """The loss of the activations by the edits' prompts and by unrelated ones; in raw activations.
 
-        Counted in units its gradient would be as many times smaller, and an edit learned long before the router
-        can tell its prompts.
+        In units its gradient would be smaller by the same factor, and an edit would be learned long before the
+        router can tell its prompts from others.
         """
         alpha, beta, gamma = (self.unit * margin for margin in self.margins)
-        in_R, out_U = concern(delta_OI, *inside), concern(delta_OI, *self._out)
+        in_R, out_U = inside.activation(delta_OI), self._unrelated.activation(delta_OI)
         return (
             (out_U - alpha).relu().mean()
             + (beta - in_R).relu().mean()
@@ -280,21 +301,21 @@ class WISE(ModuleEditor):
         )
 
     def _mask(self, memory: SideMemories) -> Tensor:
-        """Which entries the newest memory may change; drawn anew for each, the same for a seed."""
+        """The entries that the newest memory may change; drawn for each memory, reproducible by the seed."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(memory.num_begun))
         drawn_OI = torch.rand(memory.delta_SOI.shape[1:], generator=generator)
         return (drawn_OI < self.mask_ratio).to(memory.delta_SOI.device)
 
 
-def concern(delta_OI: Tensor, x_BTI: Tensor, prompt_BT: Tensor) -> Tensor:
-    """concern_B: mean over each prompt's tokens of the size of what the update adds to the output."""
+def activation(delta_OI: Tensor, x_BTI: Tensor, prompt_BT: Tensor) -> Tensor:
+    """activation_B: the mean over each prompt's tokens of the norm of what the update adds to the output."""
     prompt_BT = torch.nn.functional.pad(prompt_BT, (0, x_BTI.shape[1] - prompt_BT.shape[1]))
     size_BT = vector_norm(_times(x_BTI, delta_OI), dim=-1)
     return (size_BT * prompt_BT).sum(1) / prompt_BT.sum(1)
 
 
 def ties(delta_SOI: Tensor, density: float) -> Tensor:
-    """One update of all: trimmed to the largest entries, then the mean of those of the prevailing sign."""
+    """Merges updates: each trimmed to its largest entries, then the mean of those with the prevailing sign."""
     flat_Sn = delta_SOI.flatten(1)
     count = max(1, math.ceil(density * flat_Sn.shape[1]))
     least_S1 = flat_Sn.abs().topk(count, dim=1).values[:, -1:]
@@ -302,16 +323,6 @@ def ties(delta_SOI: Tensor, density: float) -> Tensor:
     agrees_Sn = (trimmed_Sn != 0) & (trimmed_Sn.sign() == trimmed_Sn.sum(0).sign())
     mean_n = (trimmed_Sn * agrees_Sn).sum(0) / agrees_Sn.sum(0).clamp(min=1)
     return mean_n.view(delta_SOI.shape[1:])
-
-
-def _inputs(lm: LanguageModel, prompts: Sequence[str], site: str) -> tuple[Tensor, Tensor]:
-    """(x_BTI, prompt_BT): what the projection sees of each prompt, padded on the right."""
-    rows = lm.tokens.rows(prompts)
-    module = lm.net.get_submodule(site)
-    x_BTI = torch.zeros(*rows.ids_BT.shape, sizes(module)[0], device=lm.device)
-    for row_R, states_RTI in read_states(lm, rows, site):
-        x_BTI[row_R, : states_RTI.shape[1]] = states_RTI
-    return x_BTI, rows.prompt_BT
 
 
 def _times(x_BTI: Tensor, delta_OI: Tensor) -> Tensor:

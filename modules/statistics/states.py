@@ -11,10 +11,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from corrigenda.datamodules.corpus import texts
 from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows, batches
+from corrigenda.modules.statistics.corpus import Corpus
 
 MAX_WORDS = 32  # of an unrelated prompt
 
@@ -31,7 +31,9 @@ def read_states(
             lm.net.get_decoder()(
                 input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
             )
-        yield row_R, seen[site][output].view(*part.ids_BT.shape, -1).float()
+        before, after = seen[site]
+        states = after if output else before
+        yield row_R, states.view(*part.ids_BT.shape, -1).float()
 
 
 def last_states(
@@ -47,22 +49,23 @@ def last_states(
     return torch.cat(found)[torch.cat(order).argsort()]
 
 
-def unrelated_prompts(source: str, count: int, lm: LanguageModel | None = None) -> list[str]:
+def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str]:
     """The first different texts of a corpus, each without its last word, as prompts end.
 
     Texts that ``lm`` cannot read whole are left out.
     """
-    limit = lm.max_length if lm is not None else None
     prompts: dict[str, None] = {}
-    for text in islice(texts(source), 10 * count):
+    for text in islice(corpus.texts(lm), 10 * count):
         words = text.split()[:MAX_WORDS]
         prompt = " ".join(words[:-1] or words)
-        if lm is None or limit is None or len(lm.tokens.encode([prompt])[0]) <= limit:
+        if lm.max_length is None or len(lm.tokens.encode([prompt])[0]) <= lm.max_length:
             prompts[prompt] = None
         if len(prompts) == count:
             break
     if len(prompts) < 2:
-        raise ValueError(f"the corpus {source!r} holds fewer than two different texts: use more")
+        raise ValueError(
+            f"the corpus {corpus.source!r} holds fewer than two different texts: use more"
+        )
     return list(prompts)
 
 

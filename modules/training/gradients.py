@@ -178,7 +178,7 @@ class PairNetwork(nn.Module, ABC):
         """
 
     def forward(self, x: Tensor, d: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        """(x~, d~) of tokens' pairs; ``index`` is their matrix, one for all or one each. Last dimensions: I and O."""
+        """(x~, d~) of pairs (last dimensions I and O); ``index`` is their matrix, one for all or one each."""
         y = torch.cat([self.normalise_x(x, index), self.normalise_d(d, index)], -1)
         blocks = zip(self.down, self.up, self.bias, self.scale, self.offset, strict=True)
         for down, up, bias, scale, offset in blocks:

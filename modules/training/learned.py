@@ -1,7 +1,8 @@
-"""What learned editors share: training from edits, their paraphrases and what must stay.
+"""What learned editors share: training on edits, their paraphrases and locality facts.
 
-One training step edits with the current editor, every case on its own, and asks the edited models for the new
-answer to a paraphrase and for the old distribution on unrelated text (Mitchell et al., 2022, arXiv 2110.11309):
+A training step makes each case's edit with the current editor, then scores the edited models on the new answer to
+a paraphrase and compares their distribution on unrelated text with the base model's (Mitchell et al., 2022, arXiv
+2110.11309):
 
     loss = c_edit * NLL(edited; paraphrase) + c_loc * KL(base || edited; unrelated)
 
@@ -17,7 +18,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
@@ -38,16 +39,16 @@ log = logging.getLogger(__name__)
 
 
 class LearnedEditor(EditingModule, WeightEditor):
-    """An editor with weights of its own, trained by ``fit``.
+    """An editor with trainable weights of its own, trained by ``fit``.
 
     Args:
         lm: the language model to edit; it is never changed.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
-        scale: length of an update that is made, in multiples of what was learned; training takes no notice of it.
-            A little less than 1 often leaves more of what must stay and loses no edit.
-        together: training cases whose edits are one update, as when a batch of edits is made.
-        generate_tokens: as in EditingModule.
+        scale: factor by which updates are multiplied when edits are made, not in training. A little below 1 often
+            improves locality at no cost in efficacy.
+        together: training cases whose edits are joined in one update, as when a batch of edits is made.
+        generate_tokens: length of free-running answers; 0 leaves them out.
     """
 
     trains_on: ClassVar[str] = "train"
@@ -73,7 +74,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
         self._step_started = 0.0
-        self._seed = torch.initial_seed()  # the run's
+        self._seed = torch.initial_seed()  # that of the run
 
     @property
     def training_seconds(self) -> float:
@@ -89,11 +90,11 @@ class LearnedEditor(EditingModule, WeightEditor):
     @property
     @abstractmethod
     def lowest_layer(self) -> int:
-        """The lowest block with an edited matrix; what enters it is kept while the editor learns."""
+        """The lowest block with an edited matrix; its inputs are cached during training."""
 
     @property
     def _joins(self) -> bool:
-        """Whether edits of different training cases are one update."""
+        """Whether edits of different training cases are joined in one update."""
         return self.together > 1
 
     @abstractmethod
@@ -101,7 +102,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         """Each edit's update, differentiable in the editor's weights.
 
         Args:
-            tail: the rows' lower blocks, run.
+            tail: the rows, with the lower blocks already run.
             rows: one answer row per edit text.
             owner_B: the edit of each row.
             num_edits: E.
@@ -145,8 +146,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     def on_fit_start(self) -> None:
         if self._joins and self.trainer.world_size > 1:
             raise ValueError(
-                f"{type(self).__name__} makes one update for several training cases here, of which each process "
-                "would see a part: train it with --trainer.devices 1"
+                f"{type(self).__name__} joins several training cases in one update here, and each process would "
+                "see only some of them: train it with --trainer.devices 1"
             )
         self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
 
@@ -154,7 +155,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.lm.reuse.drop()
 
     def on_train_start(self) -> None:
-        """A new run takes its statistics and keeps the untrained editor, to be compared with the trained one."""
+        """A new run takes its statistics and saves the untrained editor, for comparison with the trained one."""
         if self.global_step > 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         cases = list(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
@@ -170,10 +171,10 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.training_time += time.perf_counter() - self._step_started
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """One step on a batch of independent edits; a non-finite loss is skipped, counted and reported.
+        """One step on a batch of independent edits; a step with a non-finite loss is skipped, counted and logged.
 
-        Losses are means over cases, so that processes with equal parts of a batch make the step of one that
-        has all of it.
+        Losses are means over cases, so that several processes with equal parts of a batch make the same step as
+        one process with all of it.
         """
         edit_loss, kl = self._losses(*self._choose(batch))
         loss = self.objective(edit_loss, kl)
@@ -183,13 +184,13 @@ class LearnedEditor(EditingModule, WeightEditor):
             self.log("train/skipped", self.num_skipped.float(), batch_size=len(batch))
         if torch.isfinite(loss):
             return loss
-        if self.trainer.world_size > 1:  # a gradient that is not finite in any process either
+        if self.trainer.world_size > 1:  # makes the gradient non-finite in every process
             return loss * torch.nan
         self._skip("the loss")
         return None
 
     def mean_over_processes(self, value: Tensor) -> Tensor:
-        """The mean of what the processes have, where several train together."""
+        """The mean over processes that train together."""
         return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
 
     def _skip(self, what: str) -> None:
@@ -198,16 +199,17 @@ class LearnedEditor(EditingModule, WeightEditor):
                     self.global_step, what, int(self.num_skipped))  # fmt: skip
 
     def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
-        """What a step descends."""
+        """The loss that a step minimises."""
         return self.c_edit * edit_loss + self.c_loc * kl
 
     def scheduled(
         self, optimizer: torch.optim.Optimizer, warm_up: int, floor: float = 0.05
     ) -> OptimizerLRScheduler:
-        """The optimizer with rates that rise over ``warm_up`` steps and fall as a cosine to ``floor``."""
+        """The optimizer with a schedule: linear warm-up over ``warm_up`` steps, then a cosine to ``floor``."""
         total = int(self.trainer.estimated_stepping_batches)
-        # To estimate, Lightning has set up the training data, and it would not do so again after the
-        # checkpoint of an interrupted run is read: the place in the epoch, which is in it, would be lost.
+        # For this estimate Lightning has set up the training data, and it would not do so again after reading
+        # the checkpoint of an interrupted run: the position in the epoch, which the checkpoint holds, would be
+        # lost.
         self.trainer.fit_loop._combined_loader = None
 
         def factor(step: int) -> float:
@@ -227,10 +229,10 @@ class LearnedEditor(EditingModule, WeightEditor):
             optimizer.zero_grad()
 
     def _choose(self, batch: list[EditCase]) -> tuple[list[Edit], list[Probe], list[Probe]]:
-        """For each case its edit, one rephrasing (or the edit's own prompt) and one unrelated probe.
+        """For each case its edit, one paraphrase (or the edit's own prompt) and one locality probe.
 
-        The choice depends on run, epoch and case alone, so that a resumed run and several processes make the
-        same.
+        The choice depends on run, epoch and case alone, so that resumed runs and several processes make the same
+        one.
         """
         edits, outer, local = [], [], []
         for case in batch:
@@ -238,17 +240,14 @@ class LearnedEditor(EditingModule, WeightEditor):
             edits.append(case.edits[0])
             same, *others = case.phrasings
             outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
-            kept = [
-                probe
-                for name in LOCALITY_CRITERIA
-                for probe in case.probes.get(name, ())
-                if probe.target
+            probes = [
+                probe for name in LOCALITY_CRITERIA for probe in case.probes.get(name, ()) if probe.target
             ]
-            local.append(draw.choice(kept or [self._neighbour(case, draw)]))
+            local.append(draw.choice(probes or [self._neighbour(case, draw)]))
         return edits, outer, local
 
     def _neighbour(self, case: EditCase, draw: random.Random) -> Probe:
-        """Another case's own prompt, for a case of which it is not known what must stay."""
+        """Another case's own prompt, for a case without locality probes."""
         cases: Sequence[EditCase] = self.trainer.datamodule.cases("train")  # type: ignore[attr-defined]
         others = [other for other in draw.sample(cases, min(2, len(cases))) if other is not case]
         edit = (others or [case])[0].edits[0]
@@ -261,22 +260,22 @@ class LearnedEditor(EditingModule, WeightEditor):
         count = len(edits)
         rows, tail = self._encoded(edits, outer, local)
         index = torch.arange(3 * count, device=self.lm.device)
-        inner, asked = index[:count], index[count:]
+        inner, scored = index[:count], index[count:]
         owner_E = inner // self.together
         num_updates = int(owner_E[-1]) + 1
         deltas = self.deltas(tail.select(inner).trimmed(), rows.select(inner), owner_E, num_updates)
-        asked_rows, asked_tail = rows.select(asked), tail.select(asked).trimmed()
-        answer_N, local_N = _training_positions(asked_rows, count)
+        scored_rows, scored_tail = rows.select(scored), tail.select(scored).trimmed()
+        answer_N, local_N = _training_positions(scored_rows, count)
         with self.lm.edits.side_by_side(deltas, torch.cat([owner_E, owner_E])):
-            logits = asked_tail.logits(*torch.cat([answer_N, local_N], 1))
+            logits = scored_tail.logits(*torch.cat([answer_N, local_N], 1))
         answer_NV, local_NV = logits.split([answer_N.shape[1], local_N.shape[1]])
         with torch.no_grad():
             row_N, position_N = local_N
-            local_tail = asked_tail.select(index[count : 2 * count])
+            local_tail = scored_tail.select(index[count : 2 * count])
             base_tail = self.lm.reuse.higher(local_tail, self.lm.structure.num_layers)
             base_NV = base_tail.logits(row_N - count, position_N)
         row_N, position_N = answer_N
-        target_N = asked_rows.ids_BT[row_N, position_N + 1]
+        target_N = scored_rows.ids_BT[row_N, position_N + 1]
         nll_N = cross_entropy(answer_NV.float(), target_N, reduction="none")
         edit_loss = _mean_of_means(nll_N, row_N, count)
         return edit_loss, _mean_of_means(drift(base_NV, local_NV), local_N[0] - count, count)
@@ -284,7 +283,7 @@ class LearnedEditor(EditingModule, WeightEditor):
     def _encoded(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
     ) -> tuple[Rows, Tail]:
-        """Rows of edits, outer and local probes, in this order; the last token of local ones alone is read."""
+        """Rows of edits, outer and local probes, in this order; only local ones are read at their last token."""
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
         rows = self.lm.tokens.rows(prompts, targets)
@@ -293,14 +292,24 @@ class LearnedEditor(EditingModule, WeightEditor):
 
 
 def chosen_blocks(lm: LanguageModel, layers: Sequence[int] | None, last: int) -> list[int]:
-    """The given blocks, the lowest first; the ``last`` so many of the model if none were given."""
+    """The given blocks, the lowest first; the model's ``last`` so many if none are given."""
     checks.blocks(layers=layers)
     count = lm.structure.num_layers
     return list(range(max(0, count - last), count)) if layers is None else sorted(layers)
 
 
+def mlp_matrices(
+    lm: LanguageModel, layers: Sequence[int], projections: Literal["mlp", "out"]
+) -> list[str]:
+    """Paths of the MLP matrices of some blocks: all of them (``mlp``) or the output projections (``out``)."""
+    structure = lm.structure
+    if projections == "out":
+        return [structure.out_name(layer) for layer in layers]
+    return [name for layer in layers for name in structure.mlp_names(layer)]
+
+
 class _Drift(torch.autograd.Function):
-    """The gradient in the edited logits, softmax(edited) - softmax(base), is made in passing and in place."""
+    """KL whose gradient, softmax(edited) - softmax(base), is computed in place during the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, base_NV: Tensor, edited_NV: Tensor) -> Tensor:  # noqa: ANN401
@@ -319,12 +328,12 @@ class _Drift(torch.autograd.Function):
 
 
 def drift(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
-    """KL(base || edited) of logits, at each of N positions; differentiable in the edited ones, float32."""
+    """KL(base || edited) of logits at each of N positions, in float32; differentiable in the edited ones."""
     return cast(Tensor, _Drift.apply(base_NV, edited_NV))
 
 
 def _training_positions(rows: Rows, count: int) -> tuple[Tensor, Tensor]:
-    """Rows and positions, [2, N] each: where the first ``count`` rows are answered, and all of the others."""
+    """Rows and positions, [2, N] each: the answers of the first ``count`` rows, and all tokens of the others."""
     answer_N = torch.stack(rows.answer_positions())
     local_N = rows.mask_BT.bool().nonzero().T
     return answer_N[:, answer_N[0] < count], local_N[:, local_N[0] >= count]

@@ -1,4 +1,4 @@
-"""What a scope classifier learns from: edits' prompts, other prompts, and whether the one is about the other."""
+"""Training pairs of a scope classifier: an edit's prompt, another prompt, and whether that is within its scope."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from itertools import permutations
 from corrigenda.datamodules.records import EditCase
 from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
 
-Kin = dict[
-    str, list[EditCase]
-]  # by relation: cases of other relations that subjects of this one have, too
+# For each relation, cases of other relations about the same subjects.
+Related = dict[str, list[EditCase]]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Edits' prompts, prompts asked, and whether the second is in the scope of the first."""
+    """Edits' prompts, queries, and whether each query is within the scope of its edit."""
 
     entries: list[str]
     queries: list[str]
@@ -29,17 +28,21 @@ class Pairs:
 
     @classmethod
     def to_train(
-        cls, batch: Sequence[EditCase], draw: random.Random, count: int, kin: Kin | None = None
+        cls,
+        batch: Sequence[EditCase],
+        draw: random.Random,
+        count: int,
+        related: Related | None = None,
     ) -> Pairs:
         """One phrasing of each case, and up to ``count`` hard and ``count`` easy negatives.
 
-        Hard: something else about the subject, a locality probe, and how cases of the same relation are asked.
-        Easy: an unrelated probe, and how the rest of the batch is asked. Each case is asked in one way
-        throughout, so that there are few texts.
+        Hard: another fact about the subject, a locality probe, and the prompts of cases of the same relation.
+        Easy: an unrelated probe, and the prompts of the rest of the batch. Each case has one phrasing throughout,
+        which keeps the number of texts small.
         """
-        asked = [draw.choice(case.phrasings).prompt for case in batch]
+        phrasings = [draw.choice(case.phrasings).prompt for case in batch]
         triples = []
-        for case, prompt in zip(batch, asked, strict=True):
+        for case, prompt in zip(batch, phrasings, strict=True):
             text = case.edits[0].text
             triples.append((text, prompt, True))
             for criterion, alike in (("locality", True), ("unrelated", False)):
@@ -47,18 +50,18 @@ class Pairs:
                 pool = [draw.choice(probes).prompt] if probes else []
                 pool += [
                     its
-                    for other, its in zip(batch, asked, strict=True)
+                    for other, its in zip(batch, phrasings, strict=True)
                     if _same_relation(case, other) is alike
                 ]
                 others = draw.sample(pool, min(count, len(pool)))
                 if alike:
-                    others += _something_else(case, kin or {}, draw)
+                    others += _something_else(case, related or {}, draw)
                 triples += [(text, its, False) for its in others if its != text]
         return cls.of(triples)
 
     @classmethod
     def to_validate(cls, cases: Sequence[EditCase]) -> Pairs:
-        """All phrasings of each case, its probes that must not move, and the next case's own prompt."""
+        """All phrasings of each case, its locality probes, and the next case's own prompt."""
         triples = []
         for i, case in enumerate(cases):
             text = case.edits[0].text
@@ -71,19 +74,19 @@ class Pairs:
 
 
 def subject_of(case: EditCase) -> str:
-    """Equal for cases about the same."""
+    """The case's subject, regardless of case."""
     return case.edits[0].subject.casefold()
 
 
 def unmoved(case: EditCase) -> list[str]:
-    """What is asked about a case and must not move."""
+    """The prompts of a case's locality probes."""
     return [probe.prompt for name in LOCALITY_CRITERIA for probe in case.probes.get(name, ())]
 
 
 def _same_relation(case: EditCase, other: EditCase) -> bool | None:
-    """Whether another case has the relation of this one; None where it may even mean the same.
+    """Whether another case has the same relation; None if it may even state the same fact.
 
-    Cases about the same subject and the same or an unnamed relation may, and are no negatives.
+    Cases about the same subject with the same or an unnamed relation may, so they are no negatives.
     """
     mine, its = case.edits[0], other.edits[0]
     alike = mine.relation is not None and mine.relation == its.relation
@@ -94,23 +97,23 @@ def _same_relation(case: EditCase, other: EditCase) -> bool | None:
     return alike
 
 
-def kin_of(cases: Sequence[EditCase]) -> Kin:
-    """For each relation what else is known about its subjects: where somebody was born and what he plays."""
+def related_cases(cases: Sequence[EditCase]) -> Related:
+    """For each relation (birthplace, say), the cases of other relations (instrument) about its subjects."""
     by_subject: dict[str, list[EditCase]] = {}
     for case in cases:
         by_subject.setdefault(subject_of(case), []).append(case)
-    kin: Kin = {}
+    related: Related = {}
     for about in by_subject.values():
         for case, other in permutations(about, 2):
             if _same_relation(case, other) is False:
-                kin.setdefault(str(case.edits[0].relation), []).append(other)
-    return kin
+                related.setdefault(str(case.edits[0].relation), []).append(other)
+    return related
 
 
-def _something_else(case: EditCase, kin: Kin, draw: random.Random) -> list[str]:
-    """A question usually asked about another subject, put to that of the case; none if its relation has no kin."""
+def _something_else(case: EditCase, related: Related, draw: random.Random) -> list[str]:
+    """A prompt of a related relation, rewritten for the case's subject; none if no relation is related."""
     edit = case.edits[0]
-    others = kin.get(str(edit.relation))
+    others = related.get(str(edit.relation))
     if not others:
         return []
     other = draw.choice(others)

@@ -1,17 +1,18 @@
-"""Which prompts an edit is about: SERAC's scope classifier (Mitchell et al., 2022, arXiv 2206.06520).
+"""SERAC's scope classifier: which edit, if any, a prompt is about (Mitchell et al., 2022, arXiv 2206.06520).
 
-phi(e, x) says how likely prompt x is within the scope of edit e. It has two forms, with E a sentence encoder:
+phi(e, x) is the probability that prompt x is within the scope of edit e. It has two forms, with E a sentence
+encoder:
 
     distance   phi = exp(-scale * |E(e) - E(x)|^2), on unit vectors
     cross      phi = sigmoid(w' h(e, x)), h the state of the first token of the pair, read together;
-               asked only of the edits whose vectors (of the encoder as it came) are nearest
+               evaluated only for the edits whose vectors (of the untrained encoder) are nearest
 
-and is trained on pairs, within scope and without, by balanced cross-entropy.
+and is trained on pairs inside and outside an edit's scope, by balanced cross-entropy.
 
 Departures from the authors' code: phi reads the edit's prompt without its target, so an edit's scope does not
-depend on what it says; the scale is learned; all prompts of a step are drawn once, and every edit of the step
-is compared with all of them, which costs nothing in the distance form; the threshold is not 1/2 but the one
-that routes held-out prompts best with all held-out edits in one memory (:func:`best_threshold`).
+depend on its answer; the scale is learned; all prompts of a step are drawn once, and every edit of the step is
+compared with all of them, which costs nothing in the distance form; the threshold is not 1/2 but the one that
+routes held-out prompts best with all held-out edits in one memory (:func:`best_threshold`).
 
 Shapes: B pairs or prompts, E edits, K candidates per prompt, D width of the encoder.
 """
@@ -37,11 +38,11 @@ from corrigenda.modules.model.delta import EditError
 from corrigenda.modules.retrieval.encoder import TextEncoder
 from corrigenda.modules.retrieval.search import nearest
 from corrigenda.modules.training.checkpoints import read_checkpoint
-from corrigenda.modules.training.pairs import Kin, Pairs, kin_of, unmoved
+from corrigenda.modules.training.pairs import Pairs, Related, related_cases, unmoved
 
-EPSILON = 1e-6  # 1 - phi is not taken to be smaller
-READ_TOGETHER = 64  # pairs
-OTHERS = 20.0
+EPSILON = 1e-6  # lower bound of 1 - phi
+READ_TOGETHER = 64  # pairs of one forward pass
+OTHERS = 20.0  # weight of prompts outside every scope, see best_threshold
 
 
 # ---------------------------------------------------------------------------- two forms
@@ -54,7 +55,7 @@ class Scorer(Protocol):
 
     @property
     def finder(self) -> TextEncoder:
-        """Makes the unit vectors by which candidates are found."""
+        """The encoder of the unit vectors by which candidates are found."""
 
     def log_scores(self, entries: Sequence[str], queries: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(log phi, log(1 - phi)) of B pairs, differentiable."""
@@ -62,7 +63,7 @@ class Scorer(Protocol):
     def judge(
         self, queries: Sequence[str], entries: Sequence[Sequence[str]], cosine_BK: Tensor
     ) -> Tensor:
-        """phi_BK of each query and its candidates, whose vectors have these inner products; on the CPU."""
+        """phi_BK of each query and its candidates, given the cosines of their vectors; on the CPU."""
 
 
 class Distance(nn.Module):
@@ -94,7 +95,7 @@ class Distance(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """phi from edit and prompt read together; candidates are found with the encoder as it came."""
+    """phi from edit and prompt read together; candidates are found with the untrained encoder."""
 
     num_candidates = 4
 
@@ -136,15 +137,16 @@ FORMS: dict[str, type[Distance] | type[CrossEncoder]] = {
 
 
 def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[float, float]:
-    """(threshold, balance): where prompts within scope find their own edit and others find none.
+    """(threshold, balance): how well prompts within scope are routed to their own edit, and others to none.
 
-    Balance is the mean of the two shares. For the threshold the second counts OTHERS times as much as the
-    first, as little of what a model is asked is about an edit; of equally good ones the middle one is taken.
+    Balance is the mean of the two rates. For the choice of the threshold the second counts OTHERS times as much as
+    the first, since most prompts that a model is given are about no edit; of equally good thresholds the middle
+    one is taken.
 
     Args:
         score_B: phi of the most likely edit.
-        own_B: whether that is the one the prompt was made for.
-        inside_B: whether it was made for any.
+        own_B: whether that is the edit the prompt was made for.
+        inside_B: whether the prompt was made for an edit at all.
     """
     levels_L = torch.cat([score_B.new_zeros(1), score_B.unique(), score_B.new_ones(1)])
     middles_L = (levels_L[1:] + levels_L[:-1]) / 2
@@ -160,17 +162,17 @@ def best_threshold(score_B: Tensor, own_B: Tensor, inside_B: Tensor) -> tuple[fl
 class ScopeClassifier(LightningModule):
     """phi: whether a prompt is within the scope of an edit. Train it with ``fit``; it needs no language model.
 
-    Validation reports ``scope/auc`` over pairs, and ``scope/routed``, the balance of what is found and what is
-    left alone with all validation cases in one memory, at the threshold of :func:`best_threshold`, which is kept.
-    Its checkpoint with the best ``val/scope/routed`` is what SERAC takes.
+    Validation reports ``scope/auc`` over pairs, and ``scope/routed``, the balance of :func:`best_threshold` with
+    all validation cases in one memory; the threshold is saved. SERAC uses the checkpoint with the best
+    ``val/scope/routed``.
 
     Args:
         encoder: a BERT-like model: a hub id, a local folder, or ``minilm``.
-        form: ``distance`` compares vectors, one look-up however many edits there are; ``cross`` reads edit and
+        form: ``distance`` compares vectors, in one look-up however many edits there are; ``cross`` reads edit and
             prompt together, for the nearest few edits.
         lr: Adam's step size for the encoder.
         lr_head: Adam's step size for the scale or the classifying layer.
-        num_negatives: hard and, as many again, easy negatives per case and step, at most.
+        num_negatives: at most so many hard negatives per case and step, and as many easy ones.
     """
 
     trains_on = "train"
@@ -198,7 +200,7 @@ class ScopeClassifier(LightningModule):
         self.means: dict[str, float] = {}  # of the last finished validation
         self.method_name = type(self).__name__
         self.trained = False
-        self._kin: Kin = {}
+        self._related: Related = {}
         self._held_out: list[EditCase] = []  # of the validation that is running
 
     def setup(self, stage: str) -> None:
@@ -213,14 +215,14 @@ class ScopeClassifier(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Looks through all training cases: few batches hold two that are about one subject."""
+        """Relates all training cases at once: few batches hold two cases about one subject."""
         self.trained = True
-        self._kin = kin_of(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
+        self._related = related_cases(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
-        """Balanced cross-entropy: the mean over pairs within scope plus the mean over pairs without."""
+        """Balanced cross-entropy: the mean over pairs within scope plus the mean over the others."""
         draw = random.Random(f"{self.current_epoch} {batch_idx}")
-        pairs = Pairs.to_train(batch, draw, self.num_negatives, self._kin)
+        pairs = Pairs.to_train(batch, draw, self.num_negatives, self._related)
         log_phi_B, log_rest_B = self.scorer.log_scores(pairs.entries, pairs.queries)
         inside_B = torch.tensor(pairs.inside, device=log_phi_B.device)
         loss = -log_phi_B[inside_B].mean()
@@ -234,7 +236,7 @@ class ScopeClassifier(LightningModule):
             warn_untrained(self)
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """Keeps the cases for the epoch's end; none is edited, so there are no results of cases."""
+        """Collects the cases for the epoch's end; nothing is edited, so there are no per-case results."""
         self._held_out += batch
         return {"results": []}
 
@@ -262,25 +264,25 @@ class ScopeClassifier(LightningModule):
     def _routes(
         self, cases: Sequence[EditCase], vectors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(score_B, own_B, inside_B) of all that is asked about the cases, with all of them remembered.
+        """(score_B, own_B, inside_B) of the cases' phrasings and locality prompts, with all cases in one memory.
 
-        What must not move is left out where it is a case's own prompt.
+        Locality prompts that are some case's own prompt are left out.
         """
         entries = list(dict.fromkeys(case.edits[0].text for case in cases))
         known = set(entries)
-        asked = [(p.prompt, case.edits[0].text) for case in cases for p in case.phrasings]
-        asked += [(prompt, "") for c in cases for prompt in unmoved(c) if prompt not in known]
-        queries = [prompt for prompt, _ in asked]
+        routed = [(p.prompt, case.edits[0].text) for case in cases for p in case.phrasings]
+        routed += [(prompt, "") for c in cases for prompt in unmoved(c) if prompt not in known]
+        queries = [prompt for prompt, _ in routed]
         near = nearest(_rows(queries, vectors), _rows(entries, vectors), self.scorer.num_candidates)
         score_B, index_B = self.best(queries, entries, *near)
-        own_B = [entries[i] == own for i, (_, own) in zip(index_B.tolist(), asked, strict=True)]
-        return score_B, torch.tensor(own_B), torch.tensor([own != "" for _, own in asked])
+        own_B = [entries[i] == own for i, (_, own) in zip(index_B.tolist(), routed, strict=True)]
+        return score_B, torch.tensor(own_B), torch.tensor([own != "" for _, own in routed])
 
     @torch.no_grad()
     def best(
         self, queries: Sequence[str], entries: Sequence[str], cosine_BK: Tensor, index_BK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(score_B, index_B): phi and number of the most likely of each query's nearest entries."""
+        """(score_B, index_B): phi and index of the most likely of each query's nearest entries."""
         candidates = [[entries[i] for i in row] for row in index_BK.tolist()]
         best = self.scorer.judge(queries, candidates, cosine_BK).max(1)
         return best.values, index_BK.gather(1, best.indices[:, None])[:, 0]
@@ -288,7 +290,7 @@ class ScopeClassifier(LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what was trained, and which encoder it began with."""
+        """Saves the trained weights, and the name and hash of the initial encoder."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if ".selector." not in k}
         checkpoint["scope"] = {"form": self.form}
@@ -305,12 +307,12 @@ class ScopeClassifier(LightningModule):
 
     @classmethod
     def load(cls, path: str) -> ScopeClassifier:
-        """The trained classifier of a checkpoint, to be used; raises EditError for anything else."""
+        """The trained classifier of a checkpoint; raises EditError if it is not one."""
         checkpoint = read_checkpoint(path, "scope", of=cls.__name__)
         try:
             scope = cls(checkpoint["base_model"]["name"], checkpoint["scope"]["form"])
         except KeyError:
-            raise EditError(f"{path}: a damaged checkpoint: it does not say its form") from None
+            raise EditError(f"{path}: a damaged checkpoint: it does not name its form") from None
         if scope.base_model != checkpoint["base_model"]:
             raise EditError(
                 f"{path} was trained from the encoder {checkpoint['base_model']}, and that name now stands for "
@@ -321,7 +323,7 @@ class ScopeClassifier(LightningModule):
             scope.load_state_dict(frozen | checkpoint["state_dict"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise EditError(f"{path}: its weights do not fit its form: {reason}") from None
+            raise EditError(f"{path}: its weights do not match its form: {reason}") from None
         return scope.requires_grad_(False)
 
 

@@ -1,8 +1,8 @@
 """Fine-tuning as an editor: an update learned by gradient descent on the edits' own loss.
 
-What the update is made of (a dense matrix, two factors) and how far it may go is the subclass's;
-the loss, the search and many independent edits side by side are here. The network's weights are
-never written: the update runs as a side branch, and blocks below the lowest tuned one run once.
+Subclasses define the update's parameters (a dense matrix, two factors) and its limits; the loss, the
+optimisation and many independent edits side by side are here. The network's weights are never
+written: the update runs as a side branch, and blocks below the lowest tuned one run once.
 
 Shapes: E independent problems, R rows (one per edit), N target tokens.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Loss = Literal["target", "prompt_last"]
 
-MAX_ELEMENTS = 2**26  # learned at once; with gradient and Adam's moments, four times this is held
+MAX_ELEMENTS = 2**26  # learned at once; gradient and Adam's moments take three times as much again
 PIECE_TOKENS = 2048  # padded tokens of one forward and backward pass
 
 
@@ -47,12 +47,12 @@ class GradientEditor(WeightEditor):
         steps: updates at most.
         lr: Adam's step size.
         stop_loss: an edit whose loss is below this has finished and moves no more.
-        weight_decay: pull of what is learned towards zero: of the weights towards the base's.
-        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each after the
+        weight_decay: L2 decay of the learned update towards zero, so of the weights towards the base's.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
             ones before it. ``prompt_last`` is that of the published FT and FT-L: every target token
-            is asked for at the one position after the prompt. With m different tokens it cannot
-            fall below log m, and it says nothing about their order.
-        parallel: independent edits learned together; fewer where their updates are large.
+            is predicted at the one position after the prompt. With m different tokens it cannot
+            fall below log m, and it does not depend on their order.
+        parallel: independent edits learned together; fewer if their updates are large.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class GradientEditor(WeightEditor):
 
     @abstractmethod
     def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
-        """What is learned, by name: ``count`` equal copies, changing nothing; [E, ...], float32."""
+        """The initial parameters by name, ``count`` equal copies that change nothing; [E, ...], float32."""
 
     @abstractmethod
     def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
-        """The E updates that the leaves stand for, differentiable in them."""
+        """The E updates that the leaves parametrise, differentiable in them."""
 
     @abstractmethod
     def lowest_layer(self, lm: LanguageModel) -> int:
-        """No block below this one is changed."""
+        """The lowest block that is changed."""
 
     def project(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Brings the leaves back, in place, to where they may be; called after each step."""
+        """Projects the leaves onto the allowed set, in place; called after each step."""
 
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
-        """One update for all edits, on their mean loss."""
+        """One update for all edits, learned on their mean loss."""
         return self._learn(lm, [edits])[0]
 
     def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
@@ -132,14 +132,14 @@ class GradientEditor(WeightEditor):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows and where their loss is read.
+    """Some rows and the positions of their loss.
 
     Attributes:
-        tail: the rows, with the blocks below the tuned ones run.
+        tail: the rows, with the blocks below the tuned ones already run.
         prompt_RT: True on their prompts' tokens.
         owner_R: the problem of each row.
         row_N: for each target token its row.
-        position_N: the position whose prediction counts for it.
+        position_N: the position that predicts it.
         target_N: the token itself.
     """
 
@@ -159,7 +159,7 @@ class Piece:
         return cls(lm.reuse.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
 
     def losses(self, lm: LanguageModel, deltas: Sequence[Delta] = ()) -> Tensor:
-        """loss_R: mean over each row's target tokens, under its problem's update."""
+        """loss_R: the mean over each row's target tokens, under its problem's update."""
         with lm.edits.announce(self.prompt_RT), lm.edits.side_by_side(deltas, self.owner_R.cpu()):
             logits_NV = self.tail.logits(self.row_N, self.position_N)
         nll_N = nn.functional.cross_entropy(logits_NV.float(), self.target_N, reduction="none")
@@ -167,7 +167,7 @@ class Piece:
         return total_R / torch.bincount(self.row_N, minlength=len(self.owner_R))
 
     def select(self, active_E: Tensor) -> Piece | None:
-        """The rows of active problems; None where there are none."""
+        """The rows of active problems; None if there are none."""
         keep_R = active_E[self.owner_R]
         if keep_R.all():
             return self
@@ -188,11 +188,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Problems:
-    """The losses of E groups of edits, each a function of its own update only.
+    """The losses of E groups of edits, each a function of its own update alone.
 
     Attributes:
-        size_E: edits of each group; its loss is their mean.
-        pieces: their rows, as many at once as fit.
+        size_E: number of edits in each group; its loss is their mean.
+        pieces: the rows, in parts that fit into memory.
     """
 
     editor: GradientEditor
@@ -218,7 +218,7 @@ class Problems:
         return cls(editor, lm, size_E, pieces)
 
     def gradients(self, leaves: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(loss_E, gradient of each leaf): of the sum over problems, so that they stay apart."""
+        """(loss_E, gradients of the leaves); gradients of the sum over problems, which keeps them independent."""
         loss_E = torch.zeros(len(self.size_E), device=self.lm.device)
         total: list[Tensor] = []
         for piece in self.pieces:
@@ -230,7 +230,7 @@ class Problems:
         return loss_E, total
 
     def select(self, active_E: Tensor) -> Problems:
-        """Without the rows of problems that have finished; problems keep their numbers."""
+        """Drops the rows of problems that have finished; problems keep their indices."""
         pieces = [part for piece in self.pieces if (part := piece.select(active_E)) is not None]
         return Problems(self.editor, self.lm, self.size_E, pieces)
 
@@ -244,22 +244,22 @@ def _parts(rows: Rows) -> Iterator[Tensor]:
         order = order[count:]
 
 
-# ---------------------------------------------------------------------------- through fit
+# ---------------------------------------------------------------------------- training with fit
 
 
 class FineTune(EditingModule):
     """Trains one update of a :class:`GradientEditor` on all edits with ``fit``.
 
-    The base weights are never written: validation scores through the learned update, so that
+    The base weights are never written: validation runs the learned update beside them, so that
     locality compares with the true base model, and checkpoints hold the learned tensors only.
 
     Args:
         lm: the language model.
-        method: what is learned and from which loss. Its ``steps``, ``stop_loss`` and ``parallel``
-            do not apply here: the trainer decides how long.
+        method: the parameters to learn and their loss. Its ``steps``, ``stop_loss`` and ``parallel``
+            have no effect here: the trainer decides when to stop.
         optimizer: Adam with the method's ``lr`` and ``weight_decay`` if not given.
-        generate_tokens: length of free-running answers; 0 leaves them out, they cost several times
-            as much as all the rest.
+        generate_tokens: length of free-running answers; 0 leaves them out, which makes evaluation
+            several times faster.
     """
 
     trains_on = "edits"
@@ -298,7 +298,7 @@ class FineTune(EditingModule):
         return self.method.deltas(self.lm, self.leaves)[0].detach()
 
     def delta(self, edits: Sequence[Edit] = ()) -> Delta:
-        """The learned update, with base model and ``edits`` in its metadata, to save or write."""
+        """The learned update, with base model and ``edits`` in its metadata, ready to be saved or written."""
         return copy.deepcopy(self.method.stamp(self.lm, self.own_delta(), edits))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -309,12 +309,12 @@ class FineTune(EditingModule):
         )
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
-        """Mean loss of the batch's edits under the present update."""
+        """Mean loss of the batch's edits under the current update."""
         edits = [edit for case in batch for edit in case.edits]
         return self.loss([e.text for e in edits], [e.target_new for e in edits])
 
     def loss(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """Mean loss of the targets after their prompts under the present update, logged."""
+        """Mean loss of the targets after their prompts under the current update; logged."""
         rows = self.lm.tokens.rows(prompts, targets)
         owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
         layer = self.method.lowest_layer(self.lm)
@@ -324,7 +324,7 @@ class FineTune(EditingModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """The limits are part of the step: a checkpoint that is kept right after it has them applied."""
+        """Also projects, as part of the step: a checkpoint written right after it is within the limits."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.method.project(self.lm, self.leaves)
