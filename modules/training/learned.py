@@ -241,7 +241,10 @@ class LearnedEditor(EditingModule, WeightEditor):
             same, *others = case.phrasings
             outer.append(draw.choice(others) if others and draw.random() < 0.5 else same)
             probes = [
-                probe for name in LOCALITY_CRITERIA for probe in case.probes.get(name, ()) if probe.target
+                probe
+                for name in LOCALITY_CRITERIA
+                for probe in case.probes.get(name, ())
+                if probe.target
             ]
             local.append(draw.choice(probes or [self._neighbour(case, draw)]))
         return edits, outer, local
