@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
 import stat
 import sys
@@ -130,6 +131,8 @@ def at_home(value: Any) -> Any:  # noqa: ANN401
 
 # Classes
 
+_allowed: set[str] = set()  # jsonargparse only ever adds to what it knows
+
 
 def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[str] = ()) -> None:
     """Makes jsonargparse import only what is known, and read only local YAML within the limits.
@@ -143,15 +146,23 @@ def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[
     """
     from jsonargparse import get_loader, set_loader, set_parsing_settings
 
-    known = known or {}
-    members = [f"{path}.{name}" for path, cls in known.items() for name in dir(cls)]
-    set_parsing_settings(
-        config_read_mode_fsspec_enabled=False,
-        config_read_mode_urls_enabled=False,
-        instantiate_subclass_spec_in_any=False,
-        import_path_denylist=["*", *members],
-        import_path_allowlist=[*known, *plugins],
-    )
+    new = {path: cls for path, cls in (known or {}).items() if path not in _allowed}
+    members = [f"{path}.{name}" for path, cls in new.items() for name in dir(cls)]
+    level = logging.root.manager.disable
+    logging.disable(
+        logging.DEBUG
+    )  # it logs every one of them, which takes longer than all the rest
+    try:
+        set_parsing_settings(
+            config_read_mode_fsspec_enabled=False,
+            config_read_mode_urls_enabled=False,
+            instantiate_subclass_spec_in_any=False,
+            import_path_denylist=["*", *members],
+            import_path_allowlist=[*new, *plugins],
+        )
+    finally:
+        logging.disable(level)
+    _allowed.update(new)
     plain = get_loader("yaml")
     if plain.__module__ == __name__:
         return
