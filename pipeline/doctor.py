@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.editors.rome import ROME
 from corrigenda.modules.files import replacing, write_text
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.model.structure import is_linear, is_quantised, sizes
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.first_tokens import first_token_shares
@@ -349,13 +350,13 @@ def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) 
 
 
 def self_test(lm: LanguageModel, edit: Edit, layer: int, corpus: Corpus) -> None:
-    """One edit with ROME; raises UserError if it is not answered, or not undone to the bit."""
+    """One edit with ROME; raises UserError if it is not answered, or is not removed bit-exactly."""
     Moments(lm, corpus).gather([layer])
     before = lm.weights_hash
     handle = ROME(layer, corpus=corpus).edit(lm, [edit])
     took = bool(lm.score([edit.text], [edit.target_new]).exact_B[0])
     handle.remove()
-    after = cast(Any, LanguageModel.weights_hash).func(lm)
+    after = hash_weights(lm.net)
     if after != before:
         raise UserError("self-test failed: the weights are not what they were before the edit")
     if not took:

@@ -335,7 +335,9 @@ def test_a_pool_that_is_too_small_is_said_so(lm):
     pool.records[3].probes.pop("locality")
     pool.records[2] = EditCase("2", pool.records[2].edits * 2, pool.records[2].probes)
     editor = ike(pool=pool)
-    with pytest.raises(EditError, match="8 demonstrations .* only 7 training cases") as caught:
+    with pytest.raises(
+        EditError, match="num_demonstrations is 8, .* only 7 training cases"
+    ) as caught:
         editor.edit(lm, [PARIS])
     assert "\n" not in str(caught.value) and lm.handles == []
 

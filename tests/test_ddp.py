@@ -202,7 +202,9 @@ def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_all(two):
 def test_malmen_is_refused_in_one_line(two):
     for said in two[1]:
         (line,) = (line for line in said.splitlines() if line.startswith("corrigenda: error"))
-        assert "one update for several training cases" in line and "--trainer.devices 1" in line
+        assert (
+            "joins several training cases in one update" in line and "--trainer.devices 1" in line
+        )
 
 
 def test_a_command_starts_its_processes_and_they_share_a_folder(write, tmp_path):

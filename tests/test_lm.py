@@ -96,8 +96,8 @@ def test_special_tokens_are_in_front_once_and_never_behind(gpt2, llama, tiny_lm)
         single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 0)]
     )
     assert both.tokenizer(text).input_ids == [1, *plain, 0]
-    assert both.encode([text, ""]) == [[1, *plain], [1]]
-    rows = both.rows([text], ["is"])
+    assert both.tokens.encode([text, ""]) == [[1, *plain], [1]]
+    rows = both.tokens.rows([text], ["is"])
     assert rows.ids_BT[0].tolist() == [1, *gpt2.tokenizer(text + " is").input_ids]
 
 
