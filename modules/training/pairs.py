@@ -66,7 +66,7 @@ class Pairs:
         for i, case in enumerate(cases):
             text = case.edits[0].text
             triples += [(text, probe.prompt, True) for probe in case.phrasings]
-            triples += [(text, prompt, False) for prompt in unmoved(case)]
+            triples += [(text, prompt, False) for prompt in locality_prompts(case)]
             other = cases[(i + 1) % len(cases)]
             if _same_relation(case, other) is not None:
                 triples.append((text, other.edits[0].text, False))
@@ -78,7 +78,7 @@ def subject_of(case: EditCase) -> str:
     return case.edits[0].subject.casefold()
 
 
-def unmoved(case: EditCase) -> list[str]:
+def locality_prompts(case: EditCase) -> list[str]:
     """The prompts of a case's locality probes."""
     return [probe.prompt for name in LOCALITY_CRITERIA for probe in case.probes.get(name, ())]
 

@@ -38,7 +38,7 @@ from corrigenda.modules.model.delta import EditError
 from corrigenda.modules.retrieval.encoder import TextEncoder
 from corrigenda.modules.retrieval.search import nearest
 from corrigenda.modules.training.checkpoints import read_checkpoint
-from corrigenda.modules.training.pairs import Pairs, Related, related_cases, unmoved
+from corrigenda.modules.training.pairs import Pairs, Related, locality_prompts, related_cases
 
 EPSILON = 1e-6  # lower bound of 1 - phi
 READ_TOGETHER = 64  # pairs of one forward pass
@@ -271,7 +271,9 @@ class ScopeClassifier(LightningModule):
         entries = list(dict.fromkeys(case.edits[0].text for case in cases))
         known = set(entries)
         routed = [(p.prompt, case.edits[0].text) for case in cases for p in case.phrasings]
-        routed += [(prompt, "") for c in cases for prompt in unmoved(c) if prompt not in known]
+        routed += [
+            (prompt, "") for c in cases for prompt in locality_prompts(c) if prompt not in known
+        ]
         queries = [prompt for prompt, _ in routed]
         near = nearest(_rows(queries, vectors), _rows(entries, vectors), self.scorer.num_candidates)
         score_B, index_B = self.best(queries, entries, *near)
