@@ -202,9 +202,9 @@ def test_every_command_explains_itself(corrigenda, capsys, command, words):
 def test_short_names_stand_for_classes(parsed):
     found = parsed("validate", "--model", "MEND", "--data", "Facts", "--edit.editor", "ROME",
                    "--edit.editor.layer", "3")  # fmt: skip
-    assert found["model"]["class_path"] == "corrigenda.modules.editors.mend.MEND"
-    assert found["data"]["class_path"] == "corrigenda.datamodules.facts.Facts"
-    assert found["edit"]["editor"]["class_path"] == "corrigenda.modules.editors.rome.ROME"
+    assert found["model"]["class_path"] == "corrigenda.MEND"
+    assert found["data"]["class_path"] == "corrigenda.Facts"
+    assert found["edit"]["editor"]["class_path"] == "corrigenda.ROME"
     assert found["edit"]["editor"]["init_args"]["layer"] == 3
     assert found["trainer"]["inference_mode"] is False  # from configs/defaults.yaml
 
@@ -245,7 +245,7 @@ def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
         "own.yaml",
     )
     assert found["model"]["init_args"]["lm"]["init_args"]["name"] == "smollm2"
-    assert found["data"]["class_path"] == "corrigenda.datamodules.zsre.ZsRE"
+    assert found["data"]["class_path"] == "corrigenda.ZsRE"
     assert (
         found["data"]["init_args"]["variant"] == "E"
         and found["data"]["init_args"]["batch_size"] == 3

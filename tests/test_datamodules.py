@@ -606,7 +606,7 @@ def test_known_only_is_kept_with_a_checkpoint(split):
     assert ids(again.evaluation_cases()) == expected
     other = ZsRE(data.path, known_only=True, limit=2)
     other.load_state_dict(data.state_dict())
-    with pytest.raises(DataError, match="known_only asks the model"):
+    with pytest.raises(DataError, match="known_only needs a Trainer"):
         other.evaluation_cases()
 
 

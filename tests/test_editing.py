@@ -230,7 +230,7 @@ def test_what_is_put_in_comes_out_to_the_bit(lm):
 def test_edits_come_off_newest_first(lm):
     first, second, third = (WeightPatch(lm, two_layers(lm)) for _ in range(3))
     kept = snapshot(lm)
-    with pytest.raises(EditError, match=r"2 later edit\(s\) stand on this one.*newest first"):
+    with pytest.raises(EditError, match=r"2 later edit\(s\) depend on this one.*newest first"):
         first.remove()
     assert same(lm, kept) and lm.handles == [first, second, third]
     for patch in (third, second, first):
@@ -621,14 +621,14 @@ def test_a_text_patch_set_aside_stays_so_under_pristine(tiny_lm):
     lm = tiny_lm()
     patch = Prefixed(lm, "The ")
     with patch.set_aside():
-        assert not patch.active
+        assert patch.answering is None
         with lm.pristine():
-            assert not patch.active
-        assert not patch.active
-    assert patch.active
+            assert patch.answering is None
+        assert patch.answering is None
+    assert patch.answering is not None
     with lm.pristine(), patch.set_aside():
-        assert not patch.active
-    assert patch.active
+        assert patch.answering is None
+    assert patch.answering is not None
 
 
 def test_handles_save_what_they_consist_of(tiny_lm, tmp_path):

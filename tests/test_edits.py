@@ -229,7 +229,7 @@ def test_a_merge_is_the_sum(edits, saved, tmp_path):
     WeightPatch(patched, other)
     merged = base_of(files[0])
     WeightPatch(merged, both)
-    ids = merged.encode(PROMPTS)
+    ids = merged.tokens.encode(PROMPTS)
     torch.testing.assert_close(logits(merged.net, ids), logits(patched.net, ids), rtol=0, atol=1e-4)
 
 
@@ -369,7 +369,7 @@ def test_the_whole_edited_model(edits, mixed, tmp_path, base):
     assert not list(folder.glob("*.bin")) and (folder / "model.safetensors").is_file()
     ids, wanted = edited_logits(file)
     again = LanguageModel(str(folder))
-    assert again.encode(PROMPTS) == ids
+    assert again.tokens.encode(PROMPTS) == ids
     assert torch.equal(logits(again.net, ids), wanted)
     source = base_of(file)
     WeightPatch(source, Delta.load(file))

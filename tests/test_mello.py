@@ -9,6 +9,7 @@ from corrigenda.modules.editors import mello
 from corrigenda.modules.editors.mello import DEMONSTRATIONS, MeLLo, Reasoning
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.handle import GenerationRequest
 from corrigenda.modules.retrieval.retriever import Encoder
 
 OWL = Edit("The owner of {} is", "the Tin Owl", "Iris Vane")
@@ -78,7 +79,7 @@ def edited(lm, monkeypatch, *rounds, **settings):
 def test_a_question_goes_through_its_steps(lm, monkeypatch):
     rounds = (f"{STEP_1}\n", f"{CHECK_1}\n{STEP_2}\n", f"{CHECK_2}\n{FINAL}")
     editor, handle, script = edited(lm, monkeypatch, *rounds)
-    assert handle.generate([QUESTION], 5) == ["Zembla"]
+    assert handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5)) == ["Zembla"]
     begin = "".join(DEMONSTRATIONS) + f"Question: {QUESTION}\n"
     first = begin + f"{STEP_1}\nRetrieved fact: The owner of the Tin Owl is Iris Vane.\n"
     second = first + f"{CHECK_1}\n{STEP_2}\nRetrieved fact: Iris Vane was born in Zembla.\n"
@@ -97,7 +98,7 @@ def test_a_question_goes_through_its_steps(lm, monkeypatch):
 def test_it_stops_after_the_last_round(lm, monkeypatch, rounds, expected):
     written = (STEP_1, *[f"{CHECK_1}\n{STEP_1}"] * 8)
     editor, handle, script = edited(lm, monkeypatch, *written, rounds=rounds)
-    assert handle.generate([QUESTION], 5) == [""]
+    assert handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5)) == [""]
     assert len(script.asked) == expected
     assert editor.numbers()["out_of_rounds"] == 1 and editor.numbers()["format_failures"] == 0
 
@@ -113,7 +114,7 @@ def test_four_rounds_are_the_default():
 )  # fmt: skip
 def test_lines_of_another_form_are_a_counted_failure(lm, monkeypatch, written):
     editor, handle, script = edited(lm, monkeypatch, written)
-    assert handle.generate([QUESTION], 5) == [""]
+    assert handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5)) == [""]
     assert len(script.asked) == 1 and editor.numbers()["format_failures"] == 1
 
 
@@ -127,7 +128,9 @@ def test_questions_are_worked_out_side_by_side(lm, monkeypatch):
 
     _, handle, script = edited(lm, monkeypatch, first, second, f"{CHECK_2}\n{FINAL}")
     prompts = ["Why is the sea deep?", QUESTION, "Who owns it?", QUESTION]
-    assert handle.generate(prompts, 5, owners=[0, 0, 0, 0]) == ["", "Zembla", "Rome", "Zembla"]
+    assert handle.generate(
+        GenerationRequest(prompts=prompts, max_new_tokens=5, owners=[0, 0, 0, 0])
+    ) == ["", "Zembla", "Rome", "Zembla"]
     assert [len(asked) for asked in script.asked] == [3, 2, 1], (
         "one of each question, open ones only"
     )
@@ -161,15 +164,15 @@ def test_scores_are_taken_where_the_final_answer_belongs(lm, monkeypatch):
 
 def test_another_edit_has_questions_worked_out_again(lm, monkeypatch):
     _, handle, script = edited(lm, monkeypatch, *[AT_ONCE] * 3)
-    handle.generate([QUESTION], 5)
-    handle.generate([QUESTION], 5)
+    handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
+    handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
     assert len(script.asked) == 1
     name = lm.structure.out_name(0) + ".weight"
     patch = WeightPatch(lm, Delta({name: torch.zeros(32, lm.net.get_parameter(name).shape[0])}))
-    handle.generate([QUESTION], 5)
+    handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
     assert len(script.asked) == 2
     patch.remove()
-    handle.generate([QUESTION], 5)
+    handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
     assert len(script.asked) == 3
 
 
@@ -177,14 +180,18 @@ def test_deltas_of_rows_reach_every_round(lm, monkeypatch):
     _, handle, script = edited(
         lm, monkeypatch, lambda p: AT_ONCE if "Question: one?" in p else STEP_1, AT_ONCE
     )
-    handle.generate(["one?", "two?"], 5, deltas=["left", "right"], owners=[1, 0])
+    handle.generate(
+        GenerationRequest(
+            prompts=["one?", "two?"], max_new_tokens=5, deltas=["left", "right"], owners=[1, 0]
+        )
+    )
     assert script.owners == [[1, 0], [0]]
 
 
 def test_a_short_context_loses_demonstrations_first(tiny_lm, monkeypatch):
     lm = tiny_lm("gpt2", max_position_embeddings=900)
     editor, handle, script = edited(lm, monkeypatch, AT_ONCE, round_tokens=40)
-    handle.generate([QUESTION], 5)
+    handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
     (asked,) = script.asked[0]
     assert (
         asked.endswith(f"Question: {QUESTION}\nSubquestion:") and asked.count("Final answer:") < 4
@@ -220,7 +227,7 @@ def test_answers_are_evaluated_as_free_text(lm, monkeypatch):
         QUESTION: " No idea.",
     }
 
-    def write(_patch, reasonings, _deltas, _owners):
+    def write(_patch, reasonings, _request):
         for reasoning in reasonings:
             reasoning.read(written[reasoning.question])
 

@@ -421,6 +421,7 @@ def test_a_corpus_without_sense_is_refused():
 
 PROCESS = """
 import sys
+from pathlib import Path
 import torch
 from corrigenda.modules.statistics import moments
 from corrigenda.modules.statistics.corpus import Corpus
