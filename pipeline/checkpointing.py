@@ -43,7 +43,7 @@ class LastCheckpoint(Checkpoint):
         self._step = 0
         self._whole = False  # no gradients are being accumulated, which a checkpoint would lose
         self._signals = _UntilStepEnds()
-        self._at_epoch_end = False  # a step is kept when its epoch has ended, not before
+        self._at_epoch_end = False  # the last epoch's last step is kept when the epoch has ended
         self._to_log: tuple[int, dict[str, float]] = (
             0,
             {},
@@ -64,9 +64,8 @@ class LastCheckpoint(Checkpoint):
             is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
             due = late or is_last or self._signals.is_held
             due = trainer.strategy.broadcast(due)  # all processes save together
-            self._at_epoch_end = (
-                due and trainer.is_last_batch and trainer.max_steps != trainer.global_step
-            )
+            ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+            self._at_epoch_end = due and ends and trainer.max_steps != trainer.global_step
             if due and not self._at_epoch_end:
                 self._to_log = values_to_log(trainer)
                 self._keep(trainer)
@@ -75,7 +74,7 @@ class LastCheckpoint(Checkpoint):
             self._deliver_signals()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """Lightning counts epochs wrongly in a run that goes on from the end of an epoch's last step."""
+        """Lightning counts epochs wrongly in a run that is extended from its last epoch's last step."""
         if self._at_epoch_end:
             self._at_epoch_end = False
             self._keep(trainer)
