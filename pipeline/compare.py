@@ -34,11 +34,13 @@ from rich.text import Text
 
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report import is_finished, report
+from corrigenda.pipeline.report.records import LONGEST_NAME, is_folder_name, read_study_record
 from corrigenda.pipeline.signals import run_child, status_of
 from corrigenda.pipeline.trust import read_yaml, take_plugins
 
 STUDY_KEYS = ("out", "baseline", "common", "runs")
 RUN_KEYS = ("name", "args", "report")
+COMMANDS = ("fit", "validate")  # those that write a run folder
 SECONDS_TO_CLOSE = 30.0
 LOCK = "study.lock"
 
@@ -82,9 +84,12 @@ def compare(
         seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
         plugins: modules whose classes the runs may name, which a study file cannot add to.
     """
+    from corrigenda.modules.checks import seeds as check_seeds
     from corrigenda.modules.files import locked  # imports torch
 
     study = read_study(file, out)
+    for seed in seeds or ():
+        check_seeds(**{"each of --seeds": seed})
     studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
     chosen = [(part, run) for part in studies for run in _choose(part, only)]
     try:
@@ -97,7 +102,7 @@ def compare(
     with ExitStack() as locks:
         for folder in dict.fromkeys(part.out for part in (study, *studies)):
             locks.enter_context(locked(folder / LOCK, f"the study's folder {folder}"))
-        known = {part.out: _read_record(part.out) for part in studies}
+        known = {part.out: read_study_record(part.out) for part in studies}
         for part, run in chosen:
             _require_unchanged(part, run, known[part.out])
         try:
@@ -145,13 +150,18 @@ def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # n
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where} needs a name (text), got {name!r}")
-    if "/" in name or "\\" in name or name.startswith((".", "-")):
+    if not is_folder_name(name):
         raise UserError(
-            f"{where}: the name is a folder's name, without slashes, dots or dashes first"
+            f"{where}: the name must be one of a folder: at most {LONGEST_NAME} characters, "
+            "no slashes, no dots or dashes first"
         )
     if not entry.get("args"):
         raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
     verb, *own = _words(entry["args"], f"{where}: args")
+    if verb not in COMMANDS:
+        raise UserError(
+            f"{where}: a run is made by {' or '.join(COMMANDS)}, and {verb!r} is neither"
+        )
     args = (verb, *common, *own)
     if take_plugins(args)[0]:
         raise UserError(
@@ -205,21 +215,11 @@ def _with_seed(study: Study, seed: int) -> Study:
 # What was run with which arguments: study.json beside the runs
 
 
-def _read_record(out: Path) -> dict[str, Any]:
-    path = out / "study.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; repair it, or remove it to trust the runs") from None
-
-
 def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> None:
     """Note a run's arguments; None where it was run by hand and nobody knows them."""
     from corrigenda.modules.files import write_text
 
-    runs = _read_record(study.out)
+    runs = read_study_record(study.out)
     runs[run.name] = {"args": args and list(args), "report": run.is_reported}
     in_order = [known.name for known in study.runs if known.name in runs]
     in_order += [name for name in runs if name not in in_order]
@@ -252,7 +252,7 @@ def _do(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None
     """Bring one run to its end, whatever state it is in; exits if that fails."""
     console = Console(highlight=False)
     folder = study.out / run.name
-    before = _read_record(study.out).get(run.name, {}).get("args")
+    before = read_study_record(study.out).get(run.name, {}).get("args")
     if is_finished(folder):
         console.print(f"{title}: finished before, skipped", markup=False)
         _write_record(study, run, before)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from corrigenda.pipeline.errors import UserError
+
 Log = Sequence[Mapping[str, float]]
 
 
@@ -33,8 +35,11 @@ def read_log(folder: Path) -> Log:
     files = (folder / "logs").glob("version_*/metrics.csv")
     rows = []
     for file in sorted(files, key=lambda file: (len(file.parent.name), file.parent.name)):
-        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-            rows += [_numbers(row) for row in csv.DictReader(lines)]
+        with file.open(newline="", encoding="utf-8") as lines:
+            try:
+                rows += [_numbers(row) for row in csv.DictReader(lines)]
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"{file}: not CSV ({error}); repair or remove it") from None
     return rows
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +12,13 @@ from typing import Any, TypeVar
 
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.logs import curve, read_log
+from corrigenda.pipeline.report.records import (
+    numbers,
+    parse,
+    probes,
+    read_study_record,
+    read_summary,
+)
 
 K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
@@ -165,9 +170,7 @@ def _expand(folder: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
 
 def _members(folder: Path) -> dict[Path, bool]:
     """Run folders one level below in a study's order, and whether it wants them reported."""
-    study: dict[str, Any] = {}  # what `corrigenda compare` noted about the folder
-    if (folder / "study.json").exists():
-        study = _read_json(folder / "study.json").get("runs", {})
+    study = read_study_record(folder)
     names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
     return {
         folder / name: study.get(name, {}).get("report", True)
@@ -183,14 +186,14 @@ def _has_any(folder: Path, *names: str) -> bool:
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` came to its end; a damaged summary is no end."""
     try:
-        return _read_json(folder / "summary.json").get("finished") is True
+        return read_summary(folder).get("finished") is True
     except (OSError, UserError):
         return False
 
 
 def read_run(folder: Path) -> Run:
     """A finished run, checked."""
-    summary = _read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if summary.get("finished") is not True:
         raise UserError(f"run {folder} is unfinished (summary.json says so); let it finish first")
     if summary.get("format") != 1:
@@ -214,32 +217,19 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _parse_row(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-        stated = row["metrics"].items()
-        values = {str(name): float(value) for name, value in stated if value is not None}
+        row = parse(line)
+        metrics = numbers(row["metrics"], "metrics")
         return Row(
             case_id=str(row["case_id"]),
             fingerprint=str(row["fingerprint"]),
             phase=str(row["phase"]),
             num_edits=int(row["num_edits"]),
-            metrics={name: value for name, value in values.items() if not math.isnan(value)},
-            probes=[dict(probe) for probe in row.get("probes") or ()],
+            metrics=metrics,
+            probes=probes(row.get("probes") or []),
         )
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); repair or remove that line") from None
     except KeyError as error:
         raise UserError(f"{where}: a case row lacks {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: not a case row ({error})") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: not a case row: {error}; repair or remove that line") from None
