@@ -27,7 +27,7 @@ from corrigenda.modules.evaluation.measures import CaseResult
 from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.files import file_name
 from corrigenda.modules.metrics import FactsForgotten
-from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.pipeline.cost import Cost
 
@@ -79,6 +79,10 @@ class EditCallback(Callback):
                 "text's perplexity could be taken: set --edit.schedule epoch or stream, or leave out "
                 "--model.perplexity"
             )
+        trains = type(pl_module).training_step is not EditingModule.training_step
+        if self.schedule != "stream" and trainer.state.fn == TrainerFn.FITTING and not trains:
+            raise ValueError(f"fit with the schedule {self.schedule!r} has nothing to train: run validate, "
+                             "or set --edit.schedule stream")  # fmt: skip
         if self.schedule == "stream":
             if trainer.state.fn != TrainerFn.FITTING:
                 raise ValueError("the schedule 'stream' edits step by step: run it with fit")
@@ -92,7 +96,11 @@ class EditCallback(Callback):
             trainer.fit_loop.max_epochs = 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._restore(pl_module, trainer.is_global_zero)
+        try:
+            self._restore(pl_module, trainer.is_global_zero)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise EditError(f"{trainer.ckpt_path}: its edits cannot be restored: it was made by "
+                            f"another program or is damaged ({error})") from error  # fmt: skip
 
     def _prepare(self, pl_module: EditingModule) -> Editor:
         """The editor with its statistics and the like, whose time is not the edits' own."""

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from corrigenda.datamodules.corpus import texts
 from corrigenda.datamodules.facts import Facts
 from corrigenda.datamodules.records import Edit
+from corrigenda.modules import checks
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.editors.rome import ROME
 from corrigenda.modules.files import replacing, write_text
@@ -79,8 +80,7 @@ def doctor(
         tokens: of the second moment the edit is made with (default: ten times the key width, at
             least 50,000).
     """
-    if facts < 1:
-        raise UserError(f"facts must be at least 1, got {facts}")
+    checks.whole(1, facts=facts, samples=samples, tokens=tokens)
     out = out or Path("runs") / f"doctor-{Path(lm.name).name}"
     edits = [case.edits[0] for case in Facts().cases("train")]
     _show("Model", _roles(lm))

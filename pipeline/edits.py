@@ -72,6 +72,12 @@ def merge(files: Sequence[Path], out: Path) -> None:
     if len(files) < 2:
         raise UserError("merge needs two files or more")
     deltas = _read(files)
+    shapes: dict[str, str] = {}
+    for file, delta in zip(files, deltas, strict=True):
+        for name, update in delta.updates.items():
+            if shapes.setdefault(name, _shape(update)) != _shape(update):
+                raise UserError(f"{file}: its change of {name} has the shape {_shape(update)}, that of the files "
+                                f"before {shapes[name]}")  # fmt: skip
     for line in (*_contradictions(files, deltas), *_overlaps(files, deltas)):
         _print(line)
     total = add_deltas(deltas)

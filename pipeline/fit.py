@@ -40,10 +40,15 @@ NOISE = (
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
 MIN_COLUMNS = 40
+# Environment variables that Lightning reads when it is imported.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def fit_or_validate(args: list[str]) -> None:
     """Runs one of the two; raises what :func:`corrigenda.pipeline.cli.main` makes one line of."""
+    for name in RANKS:
+        if not (rank := os.environ.get(name, "0")).isdecimal():
+            raise UserError(f"the environment variable {name} must be a whole number, got {rank!r}")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from corrigenda.pipeline import board  # noqa: F401  configurations may name its class

@@ -30,6 +30,7 @@ VERBS = {
     "validate": "Edit the model and measure efficacy, generality and locality.",
 }
 ABOVE_ZERO = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")
+NOT_NEGATIVE = ("gradient_clip_val", "log_every_n_steps", "min_epochs", "min_steps")
 
 
 class PipelineCLI(LightningCLI):
@@ -125,7 +126,10 @@ class PipelineCLI(LightningCLI):
         if given.enable_checkpointing is not False:
             given.callbacks = [*given.callbacks, LastCheckpoint(self.run.path)]
         given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # of values that Lightning's type hints allow
+            raise UserError(f"trainer: {error}") from error
         seed = self.config[self.subcommand].seed_everything
         writer = RunWriter(self.run.path, self.subcommand, seed, self.run.depends_on)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -159,14 +163,16 @@ def _require_possible(config: Namespace) -> None:
     """Refuses settings that jsonargparse and Lightning take, and then fail with."""
     if config.edit is None:
         raise UserError("edit is null: leave it out, or say editor: null, to edit nothing")
+    for part in ("edit", "trainer"):
+        if not isinstance(config[part], Namespace):
+            raise UserError(f"{part} must be a mapping of options, got {config[part]!r}")
     for name in ABOVE_ZERO:
         value = config.trainer[name]
         if isinstance(value, int | float) and value <= 0:
             raise UserError(f"trainer.{name} must be above 0, got {value}")
-    if (config.trainer.gradient_clip_val or 0) < 0:
-        raise UserError(
-            f"trainer.gradient_clip_val is negative: {config.trainer.gradient_clip_val}"
-        )
+    for name in NOT_NEGATIVE:
+        if (config.trainer[name] or 0) < 0:
+            raise UserError(f"trainer.{name} is negative: {config.trainer[name]}")
 
 
 def _require_local_tensors(config: Namespace, verb: str) -> None:

@@ -11,6 +11,7 @@ import logging
 import re
 import stat
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def check_yaml(text: str) -> None:
             raise UserError(f"nested more than {MAX_DEPTH} levels deep")
         if count > MAX_VALUES:
             raise UserError(f"more than {MAX_VALUES:,} values, aliases written out")
+    _require_keys_once(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+def _require_keys_once(node: Any) -> None:  # noqa: ANN401
+    """Of a key that is given twice the loader would take the last and say nothing."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise UserError(f"the key {twice[0]!r} is given twice")
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                _require_keys_once(part)
 
 
 def at_home(value: Any) -> Any:  # noqa: ANN401

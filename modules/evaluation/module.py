@@ -109,6 +109,14 @@ class EditingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
+        limit = self.lm.max_length
+        if limit is not None and self.generate_tokens >= limit:
+            raise ValueError(
+                f"generate_tokens is {self.generate_tokens}, and {self.lm.name!r} reads at most {limit} tokens at "
+                "once, prompt included"
+            )
+        if self.perplexity is not None:
+            self.perplexity.require_text()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         return None

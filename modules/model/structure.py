@@ -210,6 +210,8 @@ def find_structure(net: PreTrainedModel) -> Structure:
     """The structure of a Hugging Face causal LM; raises :class:`UnsupportedModel` with what was found."""
     config = net.config.get_text_config(decoder=True)
     kind, depth, width = config.model_type, config.num_hidden_layers, config.hidden_size
+    if not depth:
+        raise UnsupportedModel(f"{kind}: the model has no layers")
     core = net.get_decoder()
     stacks = [
         (name, module)

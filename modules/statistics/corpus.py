@@ -46,6 +46,11 @@ class Corpus:
             return sampled_texts(lm, self.seed)
         return corpus_texts(self.source)
 
+    def require_text(self) -> None:
+        """Raises ValueError or OSError, before any work is done, unless the source has a first text."""
+        if self.source != "model" and next(corpus_texts(self.source), None) is None:
+            raise ValueError(f"{self.source}: there is no text in it")
+
     @property
     def key(self) -> str:
         """A name that tells this corpus from every other; a local file is told by its content, not its path."""

@@ -87,6 +87,8 @@ def _check(found: Any) -> None:  # noqa: ANN401
         for name, value in found.get(part, {}).items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
                 raise EditError(f"its {part!r} holds {name!r}, which is not a tensor")
+            if not value.isfinite().all():
+                raise EditError(f"its {name} holds numbers that are not finite: train it again")
     base = found["base_model"]
     if not all(isinstance(base.get(key), str) for key in ("name", "hash")):
         raise EditError("its 'base_model' does not give the name and the hash of a model")
