@@ -82,6 +82,7 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401
         yaml.YAMLError, ValueError: it is not YAML.
     """
     check_yaml(text)
+    _require_keys_once(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     return at_home(yaml.safe_load(text))
 
 
@@ -112,7 +113,6 @@ def check_yaml(text: str) -> None:
             raise UserError(f"nested more than {MAX_DEPTH} levels deep")
         if count > MAX_VALUES:
             raise UserError(f"more than {MAX_VALUES:,} values, aliases written out")
-    _require_keys_once(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def _require_keys_once(node: Any) -> None:  # noqa: ANN401

@@ -38,6 +38,7 @@ if what == "wait" and not (folder.parent / "closed").exists():
     from corrigenda.pipeline.signals import interruptible, status_of
     with interruptible():
         try:
+            (folder.parent / "waiting").touch()
             time.sleep(60)
         except KeyboardInterrupt as stop:
             (folder.parent / "closed").touch()
@@ -212,7 +213,8 @@ def test_a_run_ends_when_only_its_comparison_is_killed(study, tmp_path):
     file = study(("a", "validate ok"), ("b", "validate wait"))
     command = [sys.executable, "-c", ALONE, str(tmp_path / "fake.py"), str(file)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    until(lambda: called(tmp_path) == ["a", "b"])
+    until((tmp_path / "out" / "waiting").exists)
+    assert called(tmp_path) == ["a", "b"]
     with pytest.raises(BlockingIOError, match="study's folder .*out is being written by another"):
         compare(file)
     process.kill()
