@@ -72,7 +72,7 @@ def merge(files: Sequence[Path], out: Path) -> None:
     if len(files) < 2:
         raise UserError("merge needs two files or more")
     deltas = _read(files)
-    shapes: dict[str, str] = {}
+    shapes: dict[str, list[int]] = {}
     for file, delta in zip(files, deltas, strict=True):
         for name, update in delta.updates.items():
             if shapes.setdefault(name, _shape(update)) != _shape(update):
