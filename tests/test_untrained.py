@@ -90,6 +90,8 @@ def test_a_plain_validate_of_the_unedited_model_is_told_once(tiny_lm, data_files
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_a_precision_that_converts_weights_is_refused(corrigenda, tiny, capsys, precision, verb):
     given = ["--model", "EditingModule", "--trainer.precision", precision]
+    if verb == "fit":  # a stream, as nothing is trained
+        given += ["--edit.schedule", "stream", "--edit.editor", "FT", "--edit.editor.layers", "[0]"]
     assert corrigenda(verb, *given, *tiny) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"trainer.precision {precision} would" in error
