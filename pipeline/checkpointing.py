@@ -51,10 +51,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._kept_at, self._step = time.monotonic(), trainer.global_step
-        step, values = self._to_log
-        for logger in trainer.loggers if values else ():
-            logger.log_metrics(values, step)
-        self._to_log = 0, {}
+        self._log_kept(trainer)
+        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == self.path.resolve():
+            self._kept_step = trainer.global_step
         self._hold_signals(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
@@ -94,6 +93,18 @@ class LastCheckpoint(Checkpoint):
         if self._kept_step != trainer.global_step:
             self._keep(trainer)
         self._deliver_signals()
+
+    def teardown(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+        """Where the last step had been kept, training did not start again."""
+        if stage == TrainerFn.FITTING:
+            self._log_kept(trainer)
+
+    def _log_kept(self, trainer: Trainer) -> None:
+        """Logs the values of the step that this run goes on from, which the process before may not have logged."""
+        step, values = self._to_log
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step)
+        self._to_log = 0, {}
 
     def on_exception(self, *_: object) -> None:
         self._signals.drop()

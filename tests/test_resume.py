@@ -16,6 +16,9 @@ from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import locked
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline import checkpointing
+from corrigenda.pipeline.checkpointing import LastCheckpoint
+from corrigenda.pipeline.report.logs import read_log
+from corrigenda.pipeline.run_writer import RunWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -202,6 +205,47 @@ def test_what_a_killed_process_was_writing_is_removed(corrigenda, stream, tmp_pa
     other.mkdir()
     assert corrigenda(*stream, "--run_dir", "cut", *ONE_MORE) == 0
     assert not left.exists() and not other.exists()
+
+
+def test_a_run_interrupted_before_its_summary_only_writes_that(
+    corrigenda, base, tmp_path, monkeypatch
+):
+    """The checkpoint stays as it was, and the memory has its size although nothing is looked up again."""
+    memory = ["--edit.editor", "MemPrompt", "--edit.editor.encoder", "lm"]
+    args = ["fit", *base, *memory, "--edit.schedule", "stream"]
+    assert corrigenda(*args, "--run_dir", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, RunWriter, "on_fit_end", 0)
+        assert corrigenda(*args, "--run_dir", "cut") == 130
+    kept = (tmp_path / "cut" / "checkpoints" / "last.ckpt").read_bytes()
+    assert corrigenda(*args, "--run_dir", "cut", *ONE_MORE) == 0
+    assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").read_bytes() == kept
+    whole, cut = (summary(tmp_path / name)["numbers"] for name in ("whole", "cut"))
+    assert cut["memory_bytes"] == whole["memory_bytes"] > 0
+    assert cut["questions"] == whole["questions"]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_values_of_a_step_that_was_kept_are_logged(
+    corrigenda, tuning, tmp_path, monkeypatch, number
+):
+    """Killed after a step was kept and before Lightning logged it; the third is the last."""
+    args = [*tuning, "--run_dir", "cut", "--trainer.check_val_every_n_epoch", "2",
+            "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"]  # fmt: skip
+    keep, calls = LastCheckpoint._keep, []
+
+    def kept_and_killed(self, trainer):
+        keep(self, trainer)
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "_keep", kept_and_killed)
+        assert corrigenda(*args) == 130
+    assert corrigenda(*args, *ONE_MORE) == 0
+    rows = read_log(tmp_path / "cut")
+    assert sorted(row["step"] for row in rows if "train/loss" in row) == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------------- going on for longer

@@ -101,7 +101,9 @@ class EditMemory:
     ) -> None:
         """Adds edits with their keys, and the tensors of those keys if they are already known."""
         if known is not None:
-            self.encode().add(keys, known)
+            retriever = self.encode()
+            retriever.add(keys, known)
+            self.most_bytes = max(self.most_bytes, retriever.nbytes)
         for place, edit in enumerate(edits, start=len(self)):
             self._places.setdefault(_same(edit), []).append(place)
         self.edits += edits
