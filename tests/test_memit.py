@@ -1,6 +1,7 @@
 """MEMIT, EMMET and AlphaEdit: their solutions, how values are spread over layers, and what is left alone."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 import torch
@@ -92,6 +93,37 @@ def test_memit_solves_its_normal_equations(moment, count, earlier):
     assert left.shape == (VALUE, count) and right.shape == (count, WIDTH)
     if count <= 4:
         near(of_kind(MEMIT([0], ridge=0.3), factor)(keys, residual, past), left @ right)
+
+
+@pytest.mark.parametrize(
+    ("count", "ridge", "wanted"),
+    [
+        (3, 0.5, ("solve", 3)),
+        (12, 0.5, ("solve", 12)),
+        (13, 0.5, ("cholesky", 12)),
+        (13, 1e-3, ("cholesky", 12)),
+        (3, 0, ("solve", 3)),
+        (13, 0, ("solve", 13)),  # without a ridge the other form is another problem
+    ],
+)
+def test_the_smaller_of_the_two_systems_is_solved(moment, count, ridge, wanted, monkeypatch):
+    """One equation per key, or one per key dimension."""
+    factor, seen = torch.linalg.cholesky(moment), []
+
+    def watched(name):
+        plain = getattr(torch.linalg, name)
+
+        def solve(matrix, *rest):
+            seen.append((name, len(matrix)))
+            return plain(matrix, *rest)
+
+        return solve
+
+    for name in ("solve", "cholesky"):
+        monkeypatch.setattr(torch.linalg, name, watched(name))
+    with suppress(torch.linalg.LinAlgError):  # 13 keys of 12 dimensions cannot all hold exactly
+        solve_update(factor, torch.randn(WIDTH, count), torch.randn(VALUE, count), ridge)
+    assert seen == [wanted]
 
 
 def test_one_edit_gets_its_share(problem, moment):
