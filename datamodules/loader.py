@@ -8,10 +8,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from corrigenda.datamodules.files import DataError
 from corrigenda.datamodules.records import EditCase
+from corrigenda.modules.processes import rank_and_number
 
 T = TypeVar("T")
 Share = Literal["even", "each_once", "same"]
@@ -119,9 +118,8 @@ class CaseLoader:
         """Number of processes that share the cases, and the index of this one."""
         if self._replicas is not None and self._rank is not None:
             return self._replicas, self._rank
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_world_size(), torch.distributed.get_rank()
-        return 1, 0
+        rank, number = rank_and_number()
+        return number, rank
 
     def _batches(self, items: Sequence[T]) -> list[Sequence[T]]:
         """This process's share of ``items``, in batches."""

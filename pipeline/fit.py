@@ -83,12 +83,7 @@ def _prepare_libraries() -> None:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
-    # jsonargparse's null logger makes a record of each of the names that may not be imported, 80,000 of them.
-    for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric",
-        "jsonargparse_null_logger",
-    ):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()
 

@@ -25,6 +25,7 @@ import yaml
 
 from corrigenda.modules.files import locked, remove_unfinished, write_text
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.records import parse
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -268,9 +269,7 @@ def require_same(
 def read_progress(folder: Path) -> dict[str, Any]:
     """What is known about an unfinished validation: ``depends_on`` and ``budget``; empty if nothing is."""
     with suppress(OSError, ValueError):
-        found = json.loads((folder / "progress.json").read_text("utf-8"))
-        if isinstance(found, dict):
-            return found
+        return parse((folder / "progress.json").read_text("utf-8"))
     return {}
 
 

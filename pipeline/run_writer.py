@@ -24,6 +24,7 @@ from corrigenda.pipeline.callbacks import EditCallback, wandb_loggers
 from corrigenda.pipeline.cost import Cost
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.logs import read_training
+from corrigenda.pipeline.report.records import parse
 from corrigenda.pipeline.run_folder import last_checkpoint, read_progress, require_same
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class RunWriter(Callback):
         measured = {}
         for number, line in enumerate(self._cases.read_text("utf-8").splitlines(), start=1):
             try:
-                row = json.loads(line)
+                row = parse(line)
                 values = {
                     str(k): None if v is None else float(v) for k, v in row["metrics"].items()
                 }

@@ -162,20 +162,15 @@ def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[
 
     new = {path: cls for path, cls in (known or {}).items() if path not in _allowed}
     members = [f"{path}.{name}" for path, cls in new.items() for name in dir(cls)]
-    level = logging.root.manager.disable
-    logging.disable(
-        logging.DEBUG
-    )  # it logs every one of them, which takes longer than all the rest
-    try:
-        set_parsing_settings(
-            config_read_mode_fsspec_enabled=False,
-            config_read_mode_urls_enabled=False,
-            instantiate_subclass_spec_in_any=False,
-            import_path_denylist=["*", *members],
-            import_path_allowlist=[*new, *plugins],
-        )
-    finally:
-        logging.disable(level)
+    # It logs every one of them, which takes longer than all the rest.
+    logging.getLogger("jsonargparse_null_logger").setLevel(logging.WARNING)
+    set_parsing_settings(
+        config_read_mode_fsspec_enabled=False,
+        config_read_mode_urls_enabled=False,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*", *members],
+        import_path_allowlist=[*new, *plugins],
+    )
     _allowed.update(new)
     plain = get_loader("yaml")
     if plain.__module__ == __name__:

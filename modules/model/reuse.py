@@ -217,13 +217,29 @@ class Reuse:
             return distinct(rows, owner_B)
         return trees(rows, owner_B)
 
-    def prefix(self, ids: list[int], length: int, beside_deltas: bool) -> Prefix | None:
-        """The first ``length`` tokens of all rows, run once; None where that is not possible.
+    def prefix_of_rows(self, rows: Rows, beside_deltas: bool) -> Prefix | None:
+        """The tokens that all rows start with, run once; None where that is not possible or not wanted."""
+        if not self._shares_prefixes(beside_deltas):
+            return None
+        return self._prefix(rows.ids_BT[0].tolist(), rows.common_start())
+
+    def prefix_of_prompts(self, ids: Sequence[list[int]], beside_deltas: bool) -> Prefix | None:
+        """The same of prompts whose padding is to the left, between the prefix and the rest."""
+        if not self._shares_prefixes(beside_deltas):
+            return None
+        same = min(common_prefix(ids[0], row) for row in ids)
+        found = self._prefix(ids[0], min(same, *(len(row) - 1 for row in ids)))
+        # A local attention window would count the padding after the prefix.
+        return found if found and can_be_cut(found.cache) and self._sees_all else None
+
+    def _shares_prefixes(self, beside_deltas: bool) -> bool:
+        return self._finds_prefixes and not beside_deltas and not self.edits.need_whole_rows
+
+    def _prefix(self, ids: list[int], length: int) -> Prefix | None:
+        """The first ``length`` of these tokens, run once; None where a layer keeps a running state.
 
         If the last call's prefix covers at least half of them, that part is reused instead.
         """
-        if not self._finds_prefixes or beside_deltas or self.edits.need_whole_rows:
-            return None
         device, can_last = self.edits.device, not self.edits.change_network
         if can_last and self._last_prefix and self._last_prefix[1] == device:
             same = min(common_prefix(self._last_prefix[0], ids), length)
@@ -236,14 +252,6 @@ class Reuse:
         if can_last and can_be_cut(cache):
             self._last_prefix = ids[:length], device, cache
         return Prefix(length, cache)
-
-    def prefix_of_prompts(self, ids: Sequence[list[int]], beside_deltas: bool) -> Prefix | None:
-        """The shared prefix of prompts whose padding is to the left, between the prefix and the rest."""
-        same = min(common_prefix(ids[0], row) for row in ids)
-        length = min(same, *(len(row) - 1 for row in ids))
-        found = self.prefix(ids[0], length, beside_deltas)
-        # A local attention window would count the padding after the prefix.
-        return found if found and can_be_cut(found.cache) and self._sees_all else None
 
     @cached_property
     def _takes_trees(self) -> bool:

@@ -94,8 +94,7 @@ class Scorer:
     def score(self, request: ScoreRequest) -> TargetScores:
         """See :meth:`LanguageModel.score`: encode, merge, run, scatter."""
         rows = self.tokens.rows(request.prompts, request.targets)
-        ids = rows.ids_BT[0].tolist()
-        prefix = self.reuse.prefix(ids, rows.common_start(), beside_deltas=bool(request.deltas))
+        prefix = self.reuse.prefix_of_rows(rows, beside_deltas=bool(request.deltas))
         merged = self.reuse.merge(rows.read, request.owner_B, prefix)
         table = _ScoreTable(rows, merged, request.full)
         for rows_C in batches(merged.rows, prefix.length if prefix else 0):
