@@ -213,10 +213,11 @@ class EditCallback(Callback):
             self.num_edits = 1
             if left:
                 self._propose_each(trainer, pl_module, left)
-        elif self.schedule == "batch" and left:
-            name = f"batch-{batch_idx * trainer.world_size + trainer.global_rank:06d}"
-            self._handles = [self._edit(trainer, pl_module, batch, name)]
+        elif self.schedule == "batch":
             self.num_edits = len(batch)
+            if left:
+                name = f"batch-{batch_idx * trainer.world_size + trainer.global_rank:06d}"
+                self._handles = [self._edit(trainer, pl_module, batch, name)]
 
     def on_validation_batch_end(
         self,

@@ -225,6 +225,21 @@ def test_a_run_interrupted_before_its_summary_only_writes_that(
     assert cut["questions"] == whole["questions"]
 
 
+@pytest.mark.parametrize("schedule", ["each", "batch", "epoch"])
+def test_a_validation_interrupted_before_its_summary_logs_how_many_edits_were_active(
+    corrigenda, base, tmp_path, monkeypatch, schedule
+):
+    """Though every case had been measured, so that none is edited again."""
+    args = ["validate", *base, *FT, "--edit.schedule", schedule, "--data.batch_size", "2"]
+    assert corrigenda(*args, "--run_dir", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, RunWriter, "on_validation_end", 0)
+        assert corrigenda(*args, "--run_dir", "cut") == 130
+    assert corrigenda(*args, "--run_dir", "cut") == 0
+    whole, cut = (read_log(tmp_path / name)[-1]["edit/num_edits"] for name in ("whole", "cut"))
+    assert cut == whole > 0
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_values_of_a_step_that_was_kept_are_logged(
     corrigenda, tuning, tmp_path, monkeypatch, number
