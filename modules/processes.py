@@ -37,3 +37,12 @@ def total(part: Tensor) -> Tensor:
     if rank_and_number()[1] > 1:
         torch.distributed.all_reduce(summed)
     return summed
+
+
+def leave_group() -> None:
+    """Closes the connections to the other processes, if there are any.
+
+    The threads of a gloo group that is still open may abort a process that ends (exit status 134).
+    """
+    if are_several():
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ anything is loaded. Classes can be named by their short name (``ROME``, ``MEND``
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
@@ -51,9 +52,11 @@ def fit_or_validate(args: list[str]) -> None:
             raise UserError(f"the environment variable {name} must be a whole number, got {rank!r}")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from corrigenda.modules.processes import leave_group
     from corrigenda.pipeline import board  # noqa: F401  configurations may name its class
     from corrigenda.pipeline.lightning_cli import PipelineCLI
 
+    atexit.register(leave_group)
     _prepare_libraries()
     plugins, args = take_plugins(args)
     args = [args[0], *_files_first(args[1:])]

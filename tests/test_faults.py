@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -40,9 +41,10 @@ POINTS = {  # by kind and fault: where it strikes, as shares of all operations
 @pytest.fixture(scope="module")
 def bench():
     import_everything()
-    found = Bench()
-    yield found
-    found.close()
+    with mock.patch.dict(os.environ):  # it has a cache folder of its own
+        found = Bench()
+        yield found
+        found.close()
 
 
 @pytest.mark.parametrize(("kind", "fault"), POINTS, ids=lambda word: word.replace(" ", "-"))
