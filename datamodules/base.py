@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from corrigenda.datamodules.files import DataError, Row, read_rows
 from corrigenda.datamodules.loader import CaseLoader, Share
 from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.datamodules.tasks import TaskLoader, Tasks
 from corrigenda.modules import checks
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class EditDataModule(LightningDataModule):
         seed: of the held-out share. The order of training cases depends on the run's seed.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
+        tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
+            one set.
     """
 
     source: ClassVar[str] = ""
@@ -59,6 +62,7 @@ class EditDataModule(LightningDataModule):
         seed: int = 0,
         known_only: bool = False,
         val_limit: int | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         super().__init__()
         checks.whole(1, batch_size=batch_size, limit=limit, val_limit=val_limit)
@@ -72,6 +76,7 @@ class EditDataModule(LightningDataModule):
         self.seed = seed
         self.known_only = known_only
         self.val_limit = val_limit
+        self.tasks = tasks
         self._files: dict[str, list[EditCase]] = {}
         self._parts: dict[str, list[EditCase]] = {}
         self._evaluated: list[EditCase] | None = None
@@ -100,14 +105,20 @@ class EditDataModule(LightningDataModule):
         return self._parts[split]
 
     def evaluation_cases(self) -> list[EditCase]:
-        """Cases to edit and evaluate: the test split after ``known_only`` and ``limit``."""
+        """Cases to edit and evaluate: the test split after ``known_only``, ``limit`` and ``tasks``."""
         if self._evaluated is None:
             cases = self.cases("test")
             if self.known_only:
                 cases = self._known(cases)
                 self._known_ids = [case.case_id for case in cases]
-            self._evaluated = cases[: self.limit]
+            cases = cases[: self._limit]
+            self._evaluated = self.tasks.deal(cases) if self.tasks else cases
         return self._evaluated
+
+    @property
+    def _limit(self) -> int | None:
+        """Number of cases that are wanted before they are dealt to tasks."""
+        return self.limit or (self.tasks.enough if self.tasks else None)
 
     def edits(self) -> list[Edit]:
         """All edits of the evaluation cases."""
@@ -117,7 +128,17 @@ class EditDataModule(LightningDataModule):
 
     def train_dataloader(self) -> CaseLoader:
         if self._trains_on == "edits":
-            return self._loader(self.evaluation_cases(), share="same")
+            cases = self.evaluation_cases()
+            if self.tasks:
+                return TaskLoader(
+                    self.tasks, self.batch_size, self.tasks.seed, processed=self._processed
+                )
+            return self._loader(cases, share="same")
+        if self.tasks:
+            raise DataError(
+                "--data.tasks are learned one after the other, and this module trains on other cases: train it "
+                "without them, and evaluate it with --model EditingModule and --edit.schedule stream"
+            )
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         return self._loader(self.cases("train"), shuffle=not overfit, share="even")
 
@@ -141,10 +162,10 @@ class EditDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         if self._known_ids is None:
             return {}
-        return {"path": self.path, "limit": self.limit, "known": self._known_ids}
+        return {"path": self.path, "limit": self._limit, "known": self._known_ids}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (state_dict["path"], state_dict["limit"]) == (self.path, self.limit):
+        if (state_dict["path"], state_dict["limit"]) == (self.path, self._limit):
             self._known_ids = state_dict["known"]
 
     # ------------------------------------------------------------------ internals
@@ -228,7 +249,7 @@ class EditDataModule(LightningDataModule):
             )
         kept: list[EditCase] = []
         for start in range(0, len(cases), KNOWN_BATCH):
-            if self.limit is not None and len(kept) >= self.limit:
+            if self._limit is not None and len(kept) >= self._limit:
                 break
             chunk = cases[start : start + KNOWN_BATCH]
             kept += [case for case, yes in zip(chunk, known(chunk), strict=True) if yes]
@@ -237,7 +258,7 @@ class EditDataModule(LightningDataModule):
                 f"{type(self).__name__}: the model answers none of the {len(cases)} cases "
                 "correctly, so --data.known_only leaves nothing to edit"
             )
-        return kept[: self.limit]
+        return kept[: self._limit]
 
 
 def subjects(cases: Iterable[EditCase]) -> set[str]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from corrigenda.datamodules.base import EditDataModule
 from corrigenda.datamodules.records import SLOT, Edit, EditCase, Probe
+from corrigenda.datamodules.tasks import Tasks
 
 FOLDER = Path(__file__).parent / "assets" / "facts"
 NUM_SEEN = 3  # paraphrase templates of training cases; the others are kept for val and test
@@ -94,6 +95,8 @@ class Facts(EditDataModule):
         seed: of the false targets and the choice of neighbours; splits do not depend on it.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
+        tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
+            one set.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Facts(EditDataModule):
         seed: int = 0,
         known_only: bool = False,
         val_limit: int | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -110,6 +114,7 @@ class Facts(EditDataModule):
             seed=seed,
             known_only=known_only,
             val_limit=val_limit,
+            tasks=tasks,
         )
         self._cases: dict[str, list[EditCase]] = {}
 

@@ -174,12 +174,14 @@ class EditCase:
         edits: usually one; several for multi-hop records.
         probes: criterion (``efficacy``, ``generality``, ``locality``, ``portability``, ...) to probes.
         generation_prompts: texts to continue freely.
+        task: the dataset's name of the task it belongs to, where it has one.
     """
 
     case_id: str
     edits: tuple[Edit, ...]
     probes: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     generation_prompts: tuple[str, ...] = ()
+    task: str | None = None
 
     @property
     def phrasings(self) -> tuple[Probe, ...]:
@@ -190,6 +192,7 @@ class EditCase:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the whole case: runs with equal hashes evaluated the same thing."""
-        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        """Hash of the whole case, without its task: runs with equal hashes evaluated the same thing."""
+        fields = {name: value for name, value in asdict(self).items() if name != "task"}
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Literal
 from corrigenda.datamodules.base import EditDataModule
 from corrigenda.datamodules.files import Row
 from corrigenda.datamodules.records import EditCase, Probe
+from corrigenda.datamodules.tasks import Tasks
 
 
 class ZsRE(EditDataModule):
@@ -36,6 +37,8 @@ class ZsRE(EditDataModule):
         seed: of the held-out share.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
+        tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
+            one set.
         variant: whose convention. M (ROME, MEMIT): write the first of 'answers', a true one; the
             locality question ends in a question mark. E (EasyEdit): write 'alt', a wrong answer.
             P (the code of MEND and SERAC): as E, but efficacy is measured on the rephrase, as their
@@ -58,10 +61,11 @@ class ZsRE(EditDataModule):
         seed: int = 0,
         known_only: bool = False,
         val_limit: int | None = None,
+        tasks: Tasks | None = None,
         variant: Literal["M", "E", "P"] = "E",
     ) -> None:
         super().__init__(
-            path, train_path, batch_size, limit, val_fraction, seed, known_only, val_limit
+            path, train_path, batch_size, limit, val_fraction, seed, known_only, val_limit, tasks
         )
         if variant not in ("M", "E", "P"):
             raise ValueError(f"variant must be M, E or P, got {variant!r}")
