@@ -66,6 +66,11 @@ class Tasks:
             self.number * (self.size + self.unrelated) if self.size and self.by == "chunk" else None
         )
 
+    def learned(self, begun: int) -> int:
+        """Number of cases in the tasks that ``begun`` epochs have learned."""
+        tasks = self.cases if self.joint and begun else self.cases[:begun]
+        return sum(map(len, tasks))
+
     def deal(self, cases: Sequence[EditCase]) -> list[EditCase]:
         """Deals cases out to the tasks; returns those dealt, in the order of the tasks."""
         pool = list(cases)[: self.enough]

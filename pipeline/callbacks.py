@@ -30,6 +30,8 @@ from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.pipeline.cost import Cost
+from corrigenda.pipeline.lightning_parts import epochs_begun
+from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +93,15 @@ class EditCallback(Callback):
             if pl_module.trains_on != "edits":
                 raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
                                  "--model EditingModule and --edit.editor")  # fmt: skip
-            pl_module.conditions = Conditions(only_cases=self._done.keys())
-            # Without a limit Lightning would make the same edits again and again.
-            trainer.fit_loop.max_epochs = 1
+            tasks = tasks_of(trainer)
+            if tasks is None:
+                pl_module.conditions = Conditions(only_cases=self._done.keys())
+                # Without a limit Lightning would make the same edits again and again.
+                trainer.fit_loop.max_epochs = 1
+            elif tasks.passes > 1:
+                raise ValueError(
+                    "the schedule 'stream' edits each case once: leave out --data.tasks.passes"
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         try:
@@ -187,11 +195,14 @@ class EditCallback(Callback):
         if trainer.sanity_checking:
             return
         is_tuned = pl_module.method_name is not None and pl_module.trains_on == "edits"
-        if self.schedule != "epoch" and not is_tuned:
+        tasks = tasks_of(trainer)
+        if self.schedule != "epoch" and not is_tuned and tasks is None:
             return
         cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
         pl_module.conditions = Conditions(edited=_prompts(cases))
-        if self.schedule == "epoch" if self.editor else is_tuned:
+        if tasks is not None and self.schedule != "stream":
+            self.num_edits = tasks.learned(epochs_begun(trainer))
+        elif self.schedule == "epoch" if self.editor else is_tuned:
             self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
             if self.editor:
                 self._handles = [self._edit(trainer, pl_module, cases, "all")]
@@ -231,7 +242,8 @@ class EditCallback(Callback):
         elif self.schedule == "each":
             pl_module.conditions = Conditions()
         elif self.schedule == "stream" and not trainer.sanity_checking:
-            self._remember(outputs["results"], "retention")
+            done = [result for result in outputs["results"] if result.case.case_id in self._done]
+            self._remember(done, "retention")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self.schedule == "epoch":
@@ -291,9 +303,10 @@ class EditCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: EditingModule, batch: list[EditCase], batch_idx: int
     ) -> None:
-        if self.schedule != "stream":
+        self.current = []
+        if self.schedule != "stream" or not batch:  # a task may have fewer batches than others
             return
-        new = self._edit(trainer, pl_module, batch, f"step-{batch_idx:06d}")
+        new = self._edit(trainer, pl_module, batch, f"step-{trainer.global_step:06d}")
         last = self._handles[-1] if self._handles else None
         if last is not None and last.can_absorb(new):
             last.absorb(new)
@@ -302,7 +315,7 @@ class EditCallback(Callback):
         self._done |= {case.case_id: None for case in batch}
         self.num_edits = len(self._done)
         self._edited |= _prompts(batch)
-        pl_module.conditions = Conditions(only_cases=self._done.keys(), edited=self._edited)
+        pl_module.conditions = self._stream_conditions(trainer)
         self.current = pl_module.evaluate(batch)
         self._remember(self.current, "current")
         names = {name for result in self.current for name in result.metrics}
@@ -313,11 +326,16 @@ class EditCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """After a stream's last step all its edits are evaluated, whatever the interval."""
-        if self.schedule == "stream" and (
-            trainer.is_last_batch or trainer.global_step == trainer.max_steps
-        ):
+        is_last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if self.schedule == "stream" and (is_last or trainer.global_step == trainer.max_steps):
             trainer.should_stop = True
         self._choose_axes(trainer)
+
+    def _stream_conditions(self, trainer: Trainer) -> Conditions:
+        """Of tasks all cases are evaluated, and always the same probes of them."""
+        if (tasks := tasks_of(trainer)) is not None:
+            return Conditions(edited=_prompts([case for task in tasks.cases for case in task]))
+        return Conditions(only_cases=self._done.keys(), edited=self._edited)
 
     def _remember(self, results: list[CaseResult], phase: Literal["current", "retention"]) -> None:
         ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]
@@ -356,7 +374,7 @@ class EditCallback(Callback):
         if self._done:
             cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
             self._edited = _prompts([case for case in cases if case.case_id in self._done])
-        pl_module.conditions = Conditions(only_cases=self._done.keys(), edited=self._edited)
+        pl_module.conditions = self._stream_conditions(pl_module.trainer)
 
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:

@@ -110,6 +110,7 @@ class LastCheckpoint(Checkpoint):
         self._signals.drop()
 
     def _hold_signals(self, trainer: Trainer) -> None:
+        self._deliver_signals()
         if trainer.world_size == 1:  # of several processes only some may have got the signal
             self._signals = _UntilStepEnds()
             self._signals.__enter__()

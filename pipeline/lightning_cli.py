@@ -21,6 +21,7 @@ from corrigenda.pipeline.lightning_parts import WholeCheckpoints
 from corrigenda.pipeline.run_folder import open_run
 from corrigenda.pipeline.run_writer import RunWriter
 from corrigenda.pipeline.signals import listen
+from corrigenda.pipeline.tasks import TaskMatrices
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -122,7 +123,7 @@ class PipelineCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
         given = self.config_init[self.subcommand].trainer
-        given.callbacks = [_Listening(), *_as_list(given.callbacks)]
+        given.callbacks = [_Listening(), *_as_list(given.callbacks), TaskMatrices()]
         if given.enable_checkpointing is not False:
             given.callbacks = [*given.callbacks, LastCheckpoint(self.run.path)]
         given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
@@ -231,9 +232,13 @@ def _as_list(callbacks: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _pass_on_seed(config: Namespace) -> None:
-    """An editor's ``seed`` that was left at 0 is the run's; the data's decides what is asked."""
+    """A ``seed`` that was left at 0 is the run's, of an editor and of tasks; the data's decides what is edited."""
     for name, value in list(config.items()):
-        if name.startswith(("model.", "edit.")) and name.endswith(".init_args.seed") and value == 0:
+        if (
+            name.startswith(("model.", "edit.", "data.init_args.tasks."))
+            and name.endswith(".init_args.seed")
+            and value == 0
+        ):
             config[name] = int(config.seed_everything)
 
 

@@ -82,3 +82,21 @@ def evaluates_now(trainer: Trainer) -> bool:
     """Whether an evaluation follows the training step that has just ended."""
     loop = trainer.fit_loop
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]
+
+
+def epochs_begun(trainer: Trainer) -> int:
+    """Training epochs that have begun, the present one included; 0 before the first, unlike ``current_epoch``."""
+    return trainer.fit_loop.epoch_progress.current.ready
+
+
+def evaluate_now(trainer: Trainer) -> None:
+    """Evaluates within ``fit`` before the first training step, with all hooks and logs of an evaluation.
+
+    Lightning itself only checks there that an evaluation works, and drops what it finds.
+    """
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first

@@ -123,9 +123,10 @@ class EditingModule(LightningModule):
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """Trains nothing, but counts as a step: checkpoints and ``max_steps`` go by those."""
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        steps.increment_ready()
-        steps.increment_completed()
+        if batch:
+            steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            steps.increment_ready()
+            steps.increment_completed()
         return None
 
     def on_validation_epoch_start(self) -> None:

@@ -28,7 +28,7 @@ def incremental_accuracy(after_TT: Tensor) -> Tensor:
 
 
 def backward_transfer(after_TT: Tensor) -> Tensor:
-    """BWT, what earlier tasks gained since they were learned: mean_{j < T} (R[T, j] - R[j, j]) (GEM, equation 3)."""
+    """BWT, what earlier tasks gained since then: mean_{j < T} (R[T, j] - R[j, j]) (GEM, equation 3)."""
     just_learned_T = after_TT.diagonal(dim1=-2, dim2=-1)
     return (after_TT[..., -1, :-1] - just_learned_T[..., :-1]).mean(-1)
 
