@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.interrupts import uninterrupted
 from corrigenda.pipeline.lightning_parts import evaluates_now, values_to_log
 from corrigenda.pipeline.run_folder import last_checkpoint
+from corrigenda.pipeline.signals import end_at_once
 
 SAVE_EVERY = 60.0  # seconds between checkpoints; a step that takes longer is saved when it ends
 NEEDED_TO_RESUME = {"loops", "optimizer_states", "lr_schedulers", "callbacks"}  # of a checkpoint
@@ -33,7 +35,7 @@ class LastCheckpoint(Checkpoint):
     more goes on with the next batch.
 
     Ctrl-C and SIGTERM wait for the end of a training step, which is then kept: within a step there is no state to
-    go on from. A second signal, or one during an evaluation, ends the run at once.
+    go on from. During an evaluation they end the run at once, and a second Ctrl-C ends the process.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -140,7 +142,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class _UntilStepEnds(uninterrupted):
-    """Holds the first signal back; a second one is delivered at once."""
+    """Holds a signal back until the step ends; a further Ctrl-C ends the process at once."""
 
     @property
     def is_held(self) -> bool:
@@ -151,8 +153,9 @@ class _UntilStepEnds(uninterrupted):
         self._held.clear()
         self._end()
 
-    def _holds(self, frame: FrameType | None) -> bool:
-        if self._held:
-            return False
-        os.write(2, b"corrigenda: stopping after this step; once more stops at once\n")
-        return True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._held:
+            os.write(2, b"corrigenda: stopping after this step; Ctrl-C once more stops at once\n")
+            self._held.append(number)
+        elif number == signal.SIGINT:
+            end_at_once()

@@ -60,10 +60,15 @@ def _stop(number: int, _: Any) -> None:  # noqa: ANN401
     global _stopping
     if _stopping:
         if number == signal.SIGINT:
-            os._exit(INTERRUPTED)
+            end_at_once()
         return
     _stopping = True
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def end_at_once() -> None:
+    """Ends the process without closing anything, as a second Ctrl-C does."""
+    os._exit(INTERRUPTED)
 
 
 def status_of(stop: KeyboardInterrupt) -> int:

@@ -519,15 +519,27 @@ def test_a_signal_waits_for_the_step_and_keeps_it(
     assert len(calls) == (5 if kind == "stream" else 15)
 
 
-def test_a_second_signal_does_not_wait(corrigenda, tuning, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 60.0)
-    after = []
+def test_a_second_ctrl_c_does_not_wait(corrigenda, tuning, tmp_path, monkeypatch):
+    """The process ends within the step; a second SIGTERM changes nothing."""
+
+    class AtOnce(BaseException):
+        pass
+
+    def end(status):
+        raise AtOnce(status)
+
+    said = []
 
     def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        after.append(1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            said.append(number)
+            os.kill(os.getpid(), number)
+        said.append("went on")
 
+    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 60.0)
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(FineTune, "training_step", interrupted)
-    assert corrigenda(*tuning, "--run_dir", "cut") == 130
-    assert not after and not (tmp_path / "cut" / "checkpoints").exists()
+    with pytest.raises(AtOnce, match="130"):
+        corrigenda(*tuning, "--run_dir", "cut")
+    assert said == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    assert not (tmp_path / "cut" / "checkpoints").exists()

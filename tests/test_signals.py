@@ -80,7 +80,7 @@ def test_a_second_ctrl_c_ends_a_run_that_is_stopping(corrigenda, tiny, monkeypat
     monkeypatch.setattr(LanguageModel, "score", lambda *_, **__: send(signal.SIGINT))
     monkeypatch.setattr(RunWriter, "on_exception", lambda *_: send(signal.SIGINT))
     with pytest.raises(AtOnce, match="130"):
-        corrigenda(*tiny)
+        corrigenda("validate", *tiny[1:], "--edit.schedule", "each")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -200,5 +200,5 @@ def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
     assert process.returncode == 143
     lines = [line for line in error.splitlines() if line]
     assert lines[-1] == "corrigenda: terminated; what was written is kept"
-    assert lines[:-1] in ([], ["corrigenda: stopping after this step; once more stops at once"])
+    assert lines[:-1] in ([], ["corrigenda: stopping after this step; Ctrl-C once more stops at once"])
     assert not (tmp_path / "a" / "summary.json").exists()
