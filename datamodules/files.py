@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from corrigenda.datamodules.records import SLOT, Edit, occurrences
+from corrigenda.modules import hub
+from corrigenda.modules.interrupts import replaced
 
 T = TypeVar("T")
 LONGEST_LINE = 1 << 26  # characters
@@ -123,10 +125,12 @@ def _parsed(where: str, text: str) -> Any:  # noqa: ANN401
 def _rows_of_hub(
     path: str, name: str, config: str | None, split: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset  # slow to import, and most runs read files
+    import datasets  # slow to import, and most runs read files
 
+    offline = datasets.config.HF_HUB_OFFLINE or not hub.responds()
     try:
-        data = load_dataset(name, config, split=split)
+        with replaced(datasets.config, HF_HUB_OFFLINE=offline):
+            data = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: no such file, and not loaded from the Hub: {reason}") from error

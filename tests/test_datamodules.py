@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import time
 import types
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from corrigenda.datamodules.files import DataError, read_rows
 from corrigenda.datamodules.loader import CaseLoader
 from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
+from corrigenda.modules import hub
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -154,7 +156,7 @@ def test_empty_file(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def datasets_library(monkeypatch):
     """A stand-in for the datasets library; records what it was asked for."""
     asked = []
 
@@ -169,22 +171,23 @@ def hub(monkeypatch):
 
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
+    module.config = types.SimpleNamespace(HF_HUB_OFFLINE=True)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return asked
 
 
-def test_hub_datasets(hub):
+def test_hub_datasets(datasets_library):
     assert list(read_rows("own-er/na.me:test")) == [("own-er/na.me:test, record 1", {"text": "b"})]
     assert list(corpus.texts("owner/name/part:train")) == ["a"]
     assert list(corpus.texts("one/split")) == ["a"]
-    assert hub == [
+    assert datasets_library == [
         ("own-er/na.me", None, "test"),
         ("owner/name", "part", "train"),
         ("one/split", None, None),
     ]
 
 
-def test_hub_errors(hub):
+def test_hub_errors(datasets_library):
     with pytest.raises(DataError, match="owner/name: add the split, one of :train, :test"):
         list(read_rows("owner/name"))
     with pytest.raises(
@@ -193,6 +196,30 @@ def test_hub_errors(hub):
         list(read_rows("no/where"))
     with pytest.raises(FileNotFoundError, match="nothing: no such file; public source: x"):
         read_rows("nothing", "x")
+
+
+def test_without_a_network_an_unknown_dataset_fails_at_once(monkeypatch):
+    """One request finds that out; the datasets library would retry for half a minute."""
+    import datasets
+
+    calls = []
+
+    class Session:
+        def head(self, url, timeout):
+            calls.append(timeout)
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    start = time.perf_counter()
+    message = (
+        "^nobody/no-such-dataset: no such file, and not loaded from the Hub: Couldn't reach .*$"
+    )
+    with pytest.raises(DataError, match=message):
+        list(read_rows("nobody/no-such-dataset"))
+    assert calls == [5.0] and time.perf_counter() - start < 5
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize(

