@@ -18,10 +18,11 @@ from corrigenda.datamodules.loader import CaseLoader, Share
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.datamodules.tasks import TaskLoader, Tasks
 from corrigenda.modules import checks
+from corrigenda.modules.lightning_internals import processed_batches
 
 log = logging.getLogger(__name__)
 
-KNOWN_BATCH = 64  # cases for which known_only queries the model at once
+KNOWN_BATCH = 64  # cases that known_only scores per call
 
 
 class EditDataModule(LightningDataModule):
@@ -41,14 +42,14 @@ class EditDataModule(LightningDataModule):
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
         seed: of the held-out share. The order of training cases depends on the run's seed.
-        known_only: evaluate only cases the model answers correctly before it is edited.
+        known_only: evaluate only cases that the unedited model answers correctly.
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
     """
 
     source: ClassVar[str] = ""
-    """Where the public can get the dataset."""
+    """Where the dataset is published."""
     left_out: ClassVar[str] = ""
     """Why ``parse`` returns None for a record, for the log."""
 
@@ -187,8 +188,7 @@ class EditDataModule(LightningDataModule):
     def _processed(self) -> int:
         """Training batches of this epoch whose step has finished."""
         assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.processed
+        return processed_batches(self.trainer)
 
     def _unset(self, what: str, argument: str) -> str:
         known = f" (public source: {self.source})" if self.source else ""
@@ -224,7 +224,9 @@ class EditDataModule(LightningDataModule):
         if self.path is not None:
             cases = without_subjects(every, subjects(self.cases("test")))
             if removed := len(every) - len(cases):
-                log.info("%s: left out %d: subject evaluated", self.train_path, removed)
+                log.info(
+                    "%s: left out %d cases whose subject is evaluated", self.train_path, removed
+                )
         held_out = sample_subjects(subjects(cases), self.val_fraction, self.seed)
         val = [case for case in cases if subjects([case]) & held_out]
         train = without_subjects(cases, subjects(val))
@@ -237,28 +239,28 @@ class EditDataModule(LightningDataModule):
         return {"train": train, "val": val}
 
     def _known(self, cases: list[EditCase]) -> list[EditCase]:
-        """The cases that the unedited model answers correctly, at most ``limit``."""
+        """Cases that the unedited model answers correctly, at most ``limit``."""
         if self._known_ids is not None:
             ids = set(self._known_ids)
             return [case for case in cases if case.case_id in ids]
         known = getattr(getattr(self.trainer, "lightning_module", None), "known", None)
         if known is None:
             raise DataError(
-                "--data.known_only needs a Trainer with a LightningModule that has known(cases), "
-                "which says what the model knows: use one, or leave the option off"
+                "--data.known_only needs a Trainer whose LightningModule has a method known(cases): "
+                "use an EditingModule, or leave the option out"
             )
-        kept: list[EditCase] = []
+        correct: list[EditCase] = []
         for start in range(0, len(cases), KNOWN_BATCH):
-            if self._limit is not None and len(kept) >= self._limit:
+            if self._limit is not None and len(correct) >= self._limit:
                 break
             chunk = cases[start : start + KNOWN_BATCH]
-            kept += [case for case, yes in zip(chunk, known(chunk), strict=True) if yes]
-        if not kept:
+            correct += [case for case, yes in zip(chunk, known(chunk), strict=True) if yes]
+        if not correct:
             raise DataError(
                 f"{type(self).__name__}: the model answers none of the {len(cases)} cases "
                 "correctly, so --data.known_only leaves nothing to edit"
             )
-        return kept[: self._limit]
+        return correct[: self._limit]
 
 
 def subjects(cases: Iterable[EditCase]) -> set[str]:

@@ -19,28 +19,27 @@ Share = Literal["even", "each_once", "same"]
 class CaseLoader:
     """Batches of cases as lists, in an order that depends on seed and epoch alone.
 
-    Lightning stores ``state_dict`` with a checkpoint and hands it back on resuming, so a run
-    stopped in the middle of an epoch goes on with the batch it would have seen next. It is no
-    ``DataLoader`` because there is nothing to collate, and so that Lightning puts no padding
-    sampler around it.
+    Lightning saves ``state_dict`` with a checkpoint and restores it, so a run that was stopped in the
+    middle of an epoch resumes with the next batch. It is not a ``DataLoader`` because there is nothing
+    to collate, and because Lightning would wrap that in a sampler that pads.
 
-    That holds for checkpoints written during an epoch. An epoch that max_steps or max_time cuts
-    short counts as finished for Lightning: a checkpoint written after it leads to the next epoch.
+    This holds for checkpoints written during an epoch. Lightning counts an epoch that max_steps or
+    max_time cuts short as finished: a checkpoint written after it resumes with the next epoch.
 
     Args:
         cases: the cases.
         batch_size: cases per batch and process; the last batch may be shorter.
         shuffle: a new order in every epoch.
-        seed: of the shuffling.
-        share: what each of several processes gets. "even": cases in turn, the same number for each, for
-            training, where processes step together (an epoch may leave out up to one case per process);
-            "each_once": whole batches in turn, none left out or repeated, for evaluation; "same":
-            all cases, for edits that every process must make.
-        num_replicas: processes among which cases are shared; by default all processes of
-            torch.distributed, if it is running.
+        seed: seed of the shuffling.
+        share: how cases are split between processes. "even": single cases in turn, the same number for
+            each, for training, where processes step together (an epoch may leave out up to one case per
+            process); "each_once": whole batches in turn, none left out or repeated, for evaluation;
+            "same": all cases, for edits that every process makes.
+        num_replicas: number of processes; by default all of torch.distributed, if it is running.
         rank: index of this process among them.
-        processed: number of batches of this epoch whose step has finished, if the caller knows it; a
-            batch that was loaded but not finished when the checkpoint was written is then repeated.
+        processed: returns the number of batches of this epoch whose step has finished; a batch that was
+            loaded but not finished when the checkpoint was written is then repeated. If not given, all
+            loaded batches count.
     """
 
     def __init__(
@@ -68,12 +67,12 @@ class CaseLoader:
 
     @property
     def sampler(self) -> CaseLoader:
-        """Itself: Lightning announces an epoch by ``loader.sampler.set_epoch``."""
+        """Itself: Lightning sets the epoch through ``loader.sampler.set_epoch``."""
         return self
 
     @property
     def batch_sampler(self) -> CaseLoader:
-        """Itself: Lightning takes whatever has a ``sampler`` to have this too."""
+        """Itself: Lightning expects it of every loader with a ``sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,8 +84,8 @@ class CaseLoader:
         return len(self._batches(range(len(self.cases))))
 
     def __iter__(self) -> Iterator[list[EditCase]]:
-        # Lightning creates the iterator before it sets the epoch, and creates some that it never uses.
-        # So nothing may happen before the first batch is requested, which a generator ensures.
+        # Lightning creates iterators before it sets the epoch, and some that it never uses. A generator
+        # does nothing until the first batch is requested.
         batches = self._batches(self._order())
         start, self._start = self._start, 0
         for position in range(start, len(batches)):
@@ -104,8 +103,8 @@ class CaseLoader:
         self.position = self._start = state["position"]
         if self._seen(self.position) != state["seen"]:
             raise DataError(
-                "cannot go on in the middle of an epoch: the checkpoint was made with other cases, "
-                "batch_size, seed or number of devices; set them as they were, or start anew"
+                "cannot resume in the middle of an epoch: the checkpoint was written with other cases, "
+                "batch_size, seed or number of devices; set them as they were, or start a new run"
             )
 
     def _order(self) -> list[EditCase]:
@@ -134,7 +133,7 @@ class CaseLoader:
             batches = batches[rank::replicas]
         else:
             too_few = not batches
-        if items and too_few:  # on every process, or those with a batch would wait for the others
+        if items and too_few:  # raised in every process, or those with a batch would wait forever
             raise DataError(
                 f"{len(items)} cases in batches of {self.batch_size} are too few for {replicas} "
                 "processes: lower --data.batch_size or use fewer devices"

@@ -1,4 +1,4 @@
-"""When edits go in and out."""
+"""When edits are applied and removed."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.evaluation.measures import CaseResult
 from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.files import file_name
+from corrigenda.modules.lightning_internals import epochs_begun
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.pipeline.cost import Cost
-from corrigenda.pipeline.lightning_parts import epochs_begun
 from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
 
-QUERIES_TIMED = 8  # of the edits made together
+QUERIES_TIMED = 8  # at most, of edits made together
 
 
 class EditCallback(Callback):
-    """Puts edits in before they are evaluated and takes them out afterwards.
+    """Applies edits before they are evaluated and removes them afterwards.
 
     Args:
-        editor: the method; without one, the LightningModule itself if it is an editor, else none.
-        schedule: ``each``: every case of a validation batch on its own, side by side. ``batch``: a validation
-            batch's cases together. ``epoch``: all cases together, once per validation. ``stream`` (with
-            ``fit``): a training batch's cases per step, never taken out; its validation epochs ask all cases
-            edited so far.
-        save_edits: keep every edit as a file in the run folder.
+        editor: the method; by default the LightningModule itself if it is an editor, else none.
+        schedule: ``each``: every case of a validation batch independently, side by side. ``batch``: the cases of
+            a validation batch together. ``epoch``: all cases together, once per validation. ``stream`` (with
+            ``fit``): the cases of a training batch per step, never removed; validation covers all cases edited
+            so far.
+        save_edits: save every edit as a file in the run folder.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class EditCallback(Callback):
         save_edits: bool = True,
     ) -> None:
         self.editor, self.schedule, self.save_edits = editor, schedule, save_edits
-        self.num_edits = 0  # in force on the model that is evaluated
-        self.cost = Cost()  # of this process, and of those before an interruption
-        self.current: list[CaseResult] = []  # of the stream's last step
+        self.num_edits = 0  # active on the evaluated model
+        self.cost = Cost()  # of this process, and of those before it was interrupted
+        self.current: list[CaseResult] = []  # results of the stream's last step
         self._handles: list[EditHandle] = []
         self._done: dict[str, None] = {}  # case ids edited so far, in order
         self._edited: frozenset[str] = frozenset()  # their prompts
         self._forgotten = FactsForgotten()
-        self._on_an_axis: set[str] = set()  # metrics whose x axis W&B knows
+        self._with_axis: set[str] = set()  # metrics whose x axis W&B knows
         self._restored: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -74,29 +74,29 @@ class EditCallback(Callback):
         if self.editor is None and isinstance(pl_module, Editor):
             self.editor = pl_module
         if self.editor:
-            self.editor.check(pl_module.lm)  # before the model is asked what it knows
+            self.editor.check(pl_module.lm)  # before known_only scores the cases
         if self.editor and self.schedule in ("each", "batch") and pl_module.perplexity:
             raise ValueError(
-                f"the schedule {self.schedule!r} has no edits in force over the whole evaluation, of which a "
-                "text's perplexity could be taken: set --edit.schedule epoch or stream, or leave out "
+                f"perplexity needs edits that stay active during the whole evaluation, which the schedule "
+                f"{self.schedule!r} does not have: set --edit.schedule epoch or stream, or leave out "
                 "--model.perplexity"
             )
         trains = type(pl_module).training_step is not EditingModule.training_step
         if self.schedule != "stream" and trainer.state.fn == TrainerFn.FITTING and not trains:
-            raise ValueError(f"fit with the schedule {self.schedule!r} has nothing to train: run validate, "
+            raise ValueError(f"fit has nothing to train with the schedule {self.schedule!r}: run validate, "
                              "or set --edit.schedule stream")  # fmt: skip
         if self.schedule == "stream":
             if trainer.state.fn != TrainerFn.FITTING:
-                raise ValueError("the schedule 'stream' edits step by step: run it with fit")
+                raise ValueError("the schedule 'stream' edits step by step: run fit")
             if self.editor is None:
                 raise ValueError("the schedule 'stream' needs an editor: set --edit.editor")
             if pl_module.trains_on != "edits":
-                raise ValueError("the schedule 'stream' does not train: evaluate the trained editor with "
-                                 "--model EditingModule and --edit.editor")  # fmt: skip
+                raise ValueError("the schedule 'stream' does not train: use --model EditingModule, with the "
+                                 "trained editor as --edit.editor")  # fmt: skip
             tasks = tasks_of(trainer)
             if tasks is None:
                 pl_module.conditions = Conditions(only_cases=self._done.keys())
-                # Without a limit Lightning would make the same edits again and again.
+                # Without a limit Lightning would start further epochs and repeat all edits.
                 trainer.fit_loop.max_epochs = 1
             elif tasks.passes > 1:
                 raise ValueError(
@@ -107,11 +107,11 @@ class EditCallback(Callback):
         try:
             self._restore(pl_module, trainer.is_global_zero)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise EditError(f"{trainer.ckpt_path}: its edits cannot be restored: it was made by "
-                            f"another program or is damaged ({error})") from error  # fmt: skip
+            raise EditError(f"{trainer.ckpt_path}: its edits cannot be restored: the file is damaged or was "
+                            f"written by another program ({error})") from error  # fmt: skip
 
     def _prepare(self, pl_module: EditingModule) -> Editor:
-        """The editor with its statistics and the like, whose time is not the edits' own."""
+        """The editor with its statistics computed, timed separately from the edits."""
         editor = cast(Editor, self.editor)
         start = time.perf_counter()
         with editing_mode():
@@ -123,10 +123,10 @@ class EditCallback(Callback):
 
     def _propose_each(self, trainer: Trainer, module: EditingModule, batch: list[EditCase]) -> None:
         editor = self._prepare(module)
-        # What packing weights again loses shows only where they are written.
+        # The loss of requantising is only visible where weights are written.
         if not isinstance(editor, WeightEditor) or module.lm.requantize:
             module.conditions = Conditions(
-                around_case=lambda case: self._in_force(trainer, module, case)
+                around_case=lambda case: self._active(trainer, module, case)
             )
             return
         for case in batch:
@@ -143,7 +143,7 @@ class EditCallback(Callback):
             self._save(trainer, delta, case.case_id)
 
     @contextmanager
-    def _in_force(self, trainer: Trainer, module: EditingModule, case: EditCase) -> Iterator[None]:
+    def _active(self, trainer: Trainer, module: EditingModule, case: EditCase) -> Iterator[None]:
         handle = self._edit(trainer, module, [case], case.case_id)
         try:
             yield
@@ -165,7 +165,7 @@ class EditCallback(Callback):
         return handle
 
     def _time_queries(self, module: EditingModule, edits: list[Edit]) -> None:
-        """Asks for a few of the edits that have just been made, and asks the unedited model the same."""
+        """Times scoring a few of the new edits, on the edited model and on the unedited one."""
         some = edits[:QUERIES_TIMED]
         prompts, targets = [edit.text for edit in some], [edit.target_new for edit in some]
         start = _now()
@@ -184,9 +184,9 @@ class EditCallback(Callback):
         self.cost += Cost(made=count, seconds=_now() - start)
 
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
-        # Several processes edit different cases under these two schedules, else all the same.
-        own = self.schedule in ("each", "batch")
-        if self.save_edits and (own or trainer.is_global_zero):
+        # Under these two schedules every process has edits of its own; otherwise all make the same.
+        differ = self.schedule in ("each", "batch")
+        if self.save_edits and (differ or trainer.is_global_zero):
             edit.save(Path(trainer.default_root_dir) / "edits" / f"{file_name(name)}.safetensors")
 
     # ------------------------------------------------------------------ validation
@@ -203,7 +203,7 @@ class EditCallback(Callback):
         if tasks is not None and self.schedule != "stream":
             self.num_edits = tasks.learned(epochs_begun(trainer))
         elif self.schedule == "epoch" if self.editor else is_tuned:
-            self.num_edits = len(cases)  # a fine-tuned model bears all that it was trained on
+            self.num_edits = len(cases)  # a fine-tuned model has every edit that it was trained on
             if self.editor:
                 self._handles = [self._edit(trainer, pl_module, cases, "all")]
 
@@ -243,7 +243,7 @@ class EditCallback(Callback):
             pl_module.conditions = Conditions()
         elif self.schedule == "stream" and not trainer.sanity_checking:
             done = [result for result in outputs["results"] if result.case.case_id in self._done]
-            self._remember(done, "retention")
+            self._track_forgetting(done, "retention")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self.schedule == "epoch":
@@ -260,33 +260,33 @@ class EditCallback(Callback):
         self._choose_axes(trainer)
 
     def _choose_axes(self, trainer: Trainer) -> None:
-        """W&B draws a stream over its edits, everything else over the trainer's steps.
+        """W&B plots a stream over its number of edits, everything else over the trainer's steps.
 
-        Metrics are named one by one: which of several patterns holds differs between its versions.
+        Metrics are declared one by one: W&B's versions differ in which of several matching patterns wins.
         """
         boards = wandb_loggers(trainer)
-        new = set(trainer.callback_metrics) - self._on_an_axis if boards else set()
-        self._on_an_axis |= new
+        new = set(trainer.callback_metrics) - self._with_axis if boards else set()
+        self._with_axis |= new
         for name in sorted(new):
             counted = self.schedule == "stream" and name.startswith(("val/", "current/"))
             axis = "edit/num_edits" if counted else "trainer/global_step"
             for board in boards:
-                with suppress(Exception):  # the logger tells by itself that it has failed
+                with suppress(Exception):  # the logger reports its own failures
                     board.experiment.define_metric(name, step_metric=axis)
 
     def total_cost(self) -> Cost:
-        """What edits and queries have cost so far, of all processes and of all runs before an interruption.
+        """What edits and queries have cost so far, over all processes and including interrupted ones before.
 
-        Every process calls this: those that share the cases add up what they have spent.
+        Every process must call this, because processes that share the cases add up their costs.
         """
         cost = replace(self.cost, peak_gib=max(peak_gib(), self.cost.peak_gib))
         if processes.are_several() and self.schedule in ("each", "batch"):
-            every = processes.gather(cost)  # each has made edits of its own
+            every = processes.gather(cost)
             cost = replace(sum(every, Cost()), prepare_seconds=cost.prepare_seconds)
         return replace(cost, counts=dict(self.editor.counts) if self.editor else {})
 
     def add_cost(self, earlier: Cost, is_global_zero: bool = True) -> None:
-        """Adds what was spent before an interruption, in the first of processes that add up."""
+        """Adds the cost of an interrupted run; where processes add up their costs, to the first one only."""
         if is_global_zero or self.schedule not in ("each", "batch"):
             self.cost += earlier
             if self.editor:
@@ -317,7 +317,7 @@ class EditCallback(Callback):
         self._edited |= _prompts(batch)
         pl_module.conditions = self._stream_conditions(trainer)
         self.current = pl_module.evaluate(batch)
-        self._remember(self.current, "current")
+        self._track_forgetting(self.current, "current")
         names = {name for result in self.current for name in result.metrics}
         for name in sorted(names):
             values = [r.metrics[name] for r in self.current if name in r.metrics]
@@ -325,7 +325,7 @@ class EditCallback(Callback):
         pl_module.log("edit/num_edits", float(self.num_edits), batch_size=len(batch))
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        """After a stream's last step all its edits are evaluated, whatever the interval."""
+        """All edits are evaluated after a stream's last step, whatever the validation interval."""
         is_last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         if self.schedule == "stream" and (is_last or trainer.global_step == trainer.max_steps):
             trainer.should_stop = True
@@ -337,7 +337,9 @@ class EditCallback(Callback):
             return Conditions(edited=_prompts([case for task in tasks.cases for case in task]))
         return Conditions(only_cases=self._done.keys(), edited=self._edited)
 
-    def _remember(self, results: list[CaseResult], phase: Literal["current", "retention"]) -> None:
+    def _track_forgetting(
+        self, results: list[CaseResult], phase: Literal["current", "retention"]
+    ) -> None:
         ids = [r.case.case_id for r in results if "efficacy/exact" in r.metrics]
         right = [r.metrics["efficacy/exact"] for r in results if "efficacy/exact" in r.metrics]
         if ids:
@@ -346,7 +348,7 @@ class EditCallback(Callback):
     # ------------------------------------------------------------------ interruption
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on: its budget, and of a stream its edits, bit-exact, and what was lost."""
+        """What a resumed run needs: costs so far, and a stream's edits (bit-exact) and forgotten facts."""
         state = self.total_cost().state()
         if self.schedule != "stream" or not self._handles:
             return state
@@ -386,7 +388,7 @@ class EditCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException
     ) -> None:
-        """Leaves the model as it was for whoever goes on with it in the same process."""
+        """Restores the model for further use in the same process."""
         pl_module.conditions = Conditions()
         pl_module.lm.reuse.drop()
         if self.schedule != "stream":
@@ -394,13 +396,13 @@ class EditCallback(Callback):
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """Loggers to W&B, in the process that writes."""
+    """The W&B loggers; none in processes that do not write."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     return boards if trainer.is_global_zero else []
 
 
 def _now() -> float:
-    """Seconds, with what an accelerator still has to do finished."""
+    """Time in seconds, after an accelerator has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -411,7 +413,7 @@ def _prompts(cases: Sequence[EditCase]) -> frozenset[str]:
 
 
 def peak_gib() -> float:
-    """Largest memory so far: of the accelerator if there is one, else of the process."""
+    """Peak memory so far in GiB: the accelerator's if there is one, else the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""The command line: which command runs, and how a mistake is told."""
+"""The command line: selects the command to run, and reports mistakes in one line."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
 
   fit        train an editor or a fine-tuning baseline, or apply a stream of edits
   validate   edit the model and measure efficacy, generality and locality
-  compare    run a study file of several runs, skip what is finished, then report
-  report     join finished run folders case by case: tables, intervals, plots
-  moments    gather second moments of MLP keys on a text (ROME and its kin need them)
-  edits      show, verify, try out, merge and export edits that were saved as files
-  doctor     look a model over: what was found, where to edit it, one edit in and out
+  compare    execute the runs of a study file, skipping finished ones, and report on them
+  report     compare finished runs case by case: tables, confidence intervals, plots
+  moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
+  edits      show, verify, apply, merge and export saved edits
+  doctor     inspect a model: its structure, where to edit it, a test edit applied and removed
 
-Configuration files are combined in order, and options win over them:
+Configuration files are merged in order; options override them:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
-Classes of your own can be named once their module is: --plugin MODULE (fit, validate and compare).
+To use classes of your own, name their module: --plugin MODULE (fit, validate and compare).
 
-exit status: 0 done, 1 an edit that was verified does not hold, 2 a mistake, 130 Ctrl-C, 143 SIGTERM
+exit status: 0 success, 1 edits verify has failed, 2 error, 130 Ctrl-C, 143 SIGTERM
 """
 
 MAX_MESSAGE = 800  # characters
-# How lines begin that tell of types and not of the mistake.
-AROUND = (
+# First words of lines in jsonargparse's messages that describe types, not the mistake.
+TYPE_LINES = (
     "Does not validate against",
     "Subtypes:",
     "Errors:",
@@ -58,7 +58,7 @@ AROUND = (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs one command; a user's mistake ends in one line and exit status 2."""
+    """Runs one command; a user's mistake gives one line on stderr and exit status 2."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -77,7 +77,8 @@ def _main(command: str, words: list[str]) -> None:
     }
     try:
         words = [
-            _read(word, before) for before, word in zip([command, *words], words, strict=False)
+            _read_argument(word, before)
+            for before, word in zip([command, *words], words, strict=False)
         ]
         if command in ("fit", "validate"):
             fit_or_validate([command, *words])
@@ -85,7 +86,7 @@ def _main(command: str, words: list[str]) -> None:
             commands[command](words)
         else:
             known = ", ".join(["fit", "validate", *commands])
-            raise UserError(f"there is no command {command!r}: choose one of {known}")
+            raise UserError(f"unknown command {command!r}: choose one of {known}")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning ends an interrupted run with SystemExit(1).
         by_lightning = isinstance(stop, SystemExit) and command in ("fit", "validate")
@@ -93,39 +94,39 @@ def _main(command: str, words: list[str]) -> None:
         if not isinstance(cause, KeyboardInterrupt):
             raise
         what = "terminated" if isinstance(cause, Terminated) else "interrupted"
-        _say(f"{what}; what was written is kept")
+        _print_line(f"{what}; files written so far are kept")
         raise SystemExit(status_of(cause)) from None
     except (UserError, ArgumentError, ValueError, OSError, ImportError, UnpicklingError) as error:
         if os.environ.get("CORRIGENDA_TRACEBACK"):
             raise
-        _say(f"error: {_one_line(error, command)}")
+        _print_line(f"error: {_one_line(error, command)}")
         raise SystemExit(2) from None
 
 
-def _read(word: str, before: str) -> str:
-    """A word of the command line, with ``~/`` expanded, as shells do except after an equals sign."""
+def _read_argument(word: str, before: str) -> str:
+    """An argument with ``~/`` expanded also after an equals sign, where shells do not."""
     name, equals, value = word.partition("=") if word.startswith("-") else (before, "", word)
     if len(word) > MAX_CHARACTERS:
         raise UserError(
-            f"an argument of {len(word):,} characters ({word[:40]!r}...): at most {MAX_CHARACTERS:,} are read"
+            f"an argument has {len(word):,} characters ({word[:40]!r}...); the limit is {MAX_CHARACTERS:,}"
         )
     if name in ("--run_dir", "--out") and not value and (equals or not word):
         raise UserError(f"{name} is empty: give a folder, or leave the option out")
     return f"{name}={at_home(value)}" if equals else str(at_home(word))
 
 
-def _say(text: str) -> None:
-    """One line, whatever a text from a file holds."""
+def _print_line(text: str) -> None:
+    """Prints one line on stderr, with control characters replaced by spaces."""
     shown = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
     sys.stderr.write(f"corrigenda: {shown}\n")
 
 
 def _one_line(error: Exception, command: str) -> str:
-    """What went wrong, without what jsonargparse says about types around it."""
+    """The error's message, without jsonargparse's lines about types."""
     if isinstance(error, UnpicklingError):
-        return "a file that was to be read is not a checkpoint, or not one that only holds tensors"
+        return "the file is not a checkpoint, or contains more than tensors and plain values"
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(AROUND))
+    text = " ".join(line for line in lines if line and not line.startswith(TYPE_LINES))
     text = re.sub(r"Importing ('.+?') is not allowed, .+? to allow it\.", rf"\1 {ONLY_KNOWN}", text)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 100]} ... {text[-100:]}"
@@ -149,8 +150,8 @@ def _compare(args: list[str]) -> None:
 
     parser = _parser("compare", compare.__doc__)
     parser.add_argument("file", type=Path, help="the study file (YAML)")
-    parser.add_argument("--only", nargs="+", type=str, help="run only these")
-    parser.add_argument("--seeds", nargs="+", type=int, help="make every run once with each")
+    parser.add_argument("--only", nargs="+", type=str, help="names of the runs to execute")
+    parser.add_argument("--seeds", nargs="+", type=int, help="repeat every run with each seed")
     parser.add_function_arguments(
         compare, skip={"file", "only", "seeds", "plugins"}, as_group=False
     )
@@ -174,23 +175,23 @@ def _moments(args: list[str]) -> None:
     from corrigenda.modules.statistics.corpus import IMPORTED, Corpus
     from corrigenda.modules.statistics.moments import Moments
 
-    parser = _parser("moments", "Gathers second moments of MLP keys; resumes if killed.")
+    parser = _parser("moments", "Computes second moments of MLP keys; resumes if killed.")
     parser.add_class_arguments(LanguageModel, "lm")
     parser.add_class_arguments(Corpus, "corpus")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="blocks, from 0")
     parser.add_argument(
         "--import",
         type=Path,
-        help="a statistics file (.npz) of the ROME or MEMIT authors, for one layer of the same model; "
+        help="a statistics file (.npz) published with ROME or MEMIT, for one layer of the same model; "
         "edit with corpus.source imported",
     )
     given = parser.parse_args(args)
     file = given["import"]
     if file is not None and len(given.layers) != 1:
-        raise UserError(f"{file} is of one layer: give one with --layers, not {len(given.layers)}")
+        raise UserError(f"{file} holds one layer: give one with --layers, not {len(given.layers)}")
     lm = LanguageModel(**given.lm)
     for layer in given.layers:
-        lm.structure.block_name(layer)  # refuses an unknown one before minutes of sampling
+        lm.structure.block_name(layer)  # raises for an unknown one before minutes of sampling
     moments = Moments(lm, Corpus(IMPORTED) if file is not None else Corpus(**given.corpus))
     if file is not None:
         moments.take_over(file, given.layers[0])
@@ -201,11 +202,11 @@ def _moments(args: list[str]) -> None:
         sys.stdout.write(
             f"layer {layer}: {tuple(moment_FF.shape)}, trace {moment_FF.trace():.4g}{of_first}\n"
         )
-    sys.stdout.write(f"in {moments.folder}\n")
+    sys.stdout.write(f"saved in {moments.folder}\n")
 
 
 def _edits(args: list[str]) -> None:
-    """Ends with status 1 where an edit that is verified does not hold."""
+    """Exits with status 1 if ``edits verify`` fails."""
     from corrigenda.modules.model.lm import LanguageModel
     from corrigenda.pipeline import edits
 
@@ -221,13 +222,15 @@ def _edits(args: list[str]) -> None:
             part.add_argument("files", type=Path, nargs="+", help="edits (.safetensors)")
         if verb in ("verify", "apply", "export"):
             part.add_class_arguments(LanguageModel, "lm", skip={"name"})
-            part.add_argument("--lm.name", type=str | None, help="the files' own if not given")
+            part.add_argument(
+                "--lm.name", type=str | None, help="the model (default: that of the files)"
+            )
         if verb == "apply":
             part.add_argument(
-                "--prompt", type=str, nargs="+", help="the edits' own prompts if not given"
+                "--prompt", type=str, nargs="+", help="prompts (default: those of the edits)"
             )
-        apart: set[str | int] = {"file", "files", "prompt", "lm_options"}
-        part.add_function_arguments(function, skip=apart, as_group=False)
+        added: set[str | int] = {"file", "files", "prompt", "lm_options"}
+        part.add_function_arguments(function, skip=added, as_group=False)
         verbs.add_subcommand(verb, part)
     given = parser.parse_args(args)
     options = given[given.subcommand].as_dict()
@@ -245,7 +248,7 @@ def _doctor(args: list[str]) -> None:
 
     transformers.logging.disable_progress_bar()
     parser = _parser("doctor", doctor.__doc__)
-    parser.add_argument("model", type=str, help="a hub id, a folder, or smollm2")
+    parser.add_argument("model", type=str, help="a Hub id, a folder, or smollm2")
     parser.add_class_arguments(LanguageModel, "lm", skip={"name"})
     parser.add_function_arguments(doctor, skip={"lm"}, as_group=False)
     given = parser.parse_args(args)

@@ -1,19 +1,19 @@
-"""``corrigenda compare``: the runs of a study file, each in its own process and folder, one report.
+"""``corrigenda compare``: executes the runs of a study file, each in its own process and folder, and reports.
 
-A study file is a list of command lines of ``corrigenda`` under names:
+A study file is a list of named ``corrigenda`` command lines:
 
     out: runs/demo               # default: runs/<name of the file>
-    baseline: unedited           # the others' differences are to this run
-    common: --data.limit 30      # for every run; a run's own arguments come later and win
+    baseline: unedited           # differences are reported relative to this run
+    common: --data.limit 30      # for every run; a run's own arguments override it
     runs:
       - {name: unedited, args: validate -c configs/base/smollm2.yaml -c configs/data/facts.yaml}
       - {name: mend-train, args: fit -c configs/mend/smollm2.yaml, report: false}
 
-``{out}`` in an argument stands for the output folder. Runs happen in the order of the file; what is
-finished is skipped, what was interrupted goes on or starts over, and nothing is ever deleted.
+``{out}`` in an argument stands for the output folder. Runs are executed in the order of the file. Finished runs
+are skipped, interrupted ones are resumed or restarted, and nothing is ever deleted.
 
-With ``--seeds 0 1 2`` the whole study is made once per seed, in ``out/seed-0`` and so on, which is
-then what ``{out}`` stands for; the one report in ``out`` is over all of them.
+With ``--seeds 0 1 2`` the whole study is repeated for each seed, in ``out/seed-0`` and so on, which ``{out}``
+then stands for. The report in ``out`` covers all of them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from corrigenda.pipeline.trust import read_yaml, take_plugins
 
 STUDY_KEYS = ("out", "baseline", "common", "runs")
 RUN_KEYS = ("name", "args", "report")
-COMMANDS = ("fit", "validate")  # those that write a run folder
+COMMANDS = ("fit", "validate")  # the commands that write a run folder
 SECONDS_TO_CLOSE = 30.0
 LOCK = "study.lock"
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One command line of a study; ``{out}`` is still to be filled in."""
+    """One command line of a study, in which ``{out}`` has not been replaced yet."""
 
     name: str
     args: tuple[str, ...]
@@ -56,7 +56,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, checked, with the folder its runs go to."""
+    """A checked study file and the folder for its runs."""
 
     file: Path
     out: Path
@@ -71,18 +71,18 @@ def compare(
     seeds: list[int] | None = None,
     plugins: Sequence[str] = (),
 ) -> None:
-    """Run a study file's runs one after another and report on them; run it again to go on.
+    """Executes the runs of a study file one after another and reports on them; repeat the command to resume.
 
-    Finished runs are skipped if their arguments are still the same (contents of configuration files
-    are not looked at). An interrupted fit goes on from its last checkpoint; any other interrupted
-    run is put aside as NAME.interrupted-1 and starts over.
+    Finished runs are skipped if their arguments have not changed (contents of configuration files are not
+    compared). Interrupted runs are resumed: a fit from its last checkpoint, a validate from its last case. What
+    cannot be resumed is renamed to NAME.interrupted-1 and restarted.
 
     Args:
         file: the study file (YAML): out, baseline, common, runs.
-        out: folder for the runs and the report; by default as the study file says.
-        only: names of the runs to do now; the report takes those and the ones finished before.
-        seeds: make every run once with each of these as its --seed_everything, in OUT/seed-N.
-        plugins: modules whose classes the runs may name, which a study file cannot add to.
+        out: folder for the runs and the report; overrides the study file.
+        only: names of the runs to execute; the report covers these and the ones finished before.
+        seeds: repeat every run with each of these as its --seed_everything, in OUT/seed-N.
+        plugins: modules whose classes the runs may use; a study file cannot name any.
     """
     from corrigenda.modules.checks import seeds as check_seeds
     from corrigenda.modules.files import locked  # imports torch
@@ -108,17 +108,17 @@ def compare(
         try:
             for index, (part, run) in enumerate(chosen, start=1):
                 path = (part.out / run.name).relative_to(study.out)
-                _do(part, run, f"[{index}/{len(chosen)}] {path}", plugins)
+                _execute(part, run, f"[{index}/{len(chosen)}] {path}", plugins)
             _report(study, studies)
         except KeyboardInterrupt as stop:
-            _stop("stopped; the same command goes on from here", status_of(stop))
+            _stop("stopped; repeat the command to resume", status_of(stop))
 
 
 # The study file
 
 
 def read_study(file: Path, out: Path | None = None) -> Study:
-    """The study in ``file``; every mistake in it is one line that names the file and the run."""
+    """The study in ``file``; raises UserError with one line that names the file and the run."""
     content = read_yaml(file)
     _require_keys(content, STUDY_KEYS, f"{file}")
     common = _words(content.get("common", ()), f"{file}: common")
@@ -132,15 +132,15 @@ def read_study(file: Path, out: Path | None = None) -> Study:
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{file}: two runs are called {name!r}; rename one")
+            raise UserError(f"{file}: two runs are named {name!r}; rename one")
     baseline = content.get("baseline")
     if baseline is not None and baseline not in [run.name for run in runs if run.is_reported]:
         reported = ", ".join(run.name for run in runs if run.is_reported)
-        raise UserError(f"{file}: baseline {baseline!r} is none of the reported runs ({reported})")
-    stated = content.get("out")
-    if stated is not None and not isinstance(stated, str):
-        raise UserError(f"{file}: out must be a folder's name, got {stated!r}")
-    return Study(file, out or Path(stated or Path("runs") / file.stem), baseline, runs)
+        raise UserError(f"{file}: baseline {baseline!r} is not a reported run ({reported})")
+    given = content.get("out")
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{file}: out must be the name of a folder, got {given!r}")
+    return Study(file, out or Path(given or Path("runs") / file.stem), baseline, runs)
 
 
 def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # noqa: ANN401
@@ -152,23 +152,21 @@ def _read_run(entry: Any, common: tuple[str, ...], where: str) -> StudyRun:  # n
         raise UserError(f"{where} needs a name (text), got {name!r}")
     if not is_folder_name(name):
         raise UserError(
-            f"{where}: the name must be one of a folder: at most {LONGEST_NAME} characters, "
-            "no slashes, no dots or dashes first"
+            f"{where}: the name must be a valid folder name: at most {LONGEST_NAME} characters, no slashes, "
+            "and not starting with a dot or a dash"
         )
     if not entry.get("args"):
         raise UserError(f"{where} has no args; give the command line, such as 'validate -c FILE'")
     verb, *own = _words(entry["args"], f"{where}: args")
     if verb not in COMMANDS:
-        raise UserError(
-            f"{where}: a run is made by {' or '.join(COMMANDS)}, and {verb!r} is neither"
-        )
+        raise UserError(f"{where}: args must start with {' or '.join(COMMANDS)}, not {verb!r}")
     args = (verb, *common, *own)
     if take_plugins(args)[0]:
         raise UserError(
-            f"{where}: a study file cannot name a plugin; give --plugin to compare itself"
+            f"{where}: a study file cannot name a plugin; give --plugin to the compare command"
         )
     if any(word.split("=")[0] == "--run_dir" for word in args):
-        raise UserError(f"{where}: leave --run_dir out; a run's folder is out/name")
+        raise UserError(f"{where}: remove --run_dir; the folder of a run is out/name")
     is_reported = entry.get("report", True)
     if not isinstance(is_reported, bool):
         raise UserError(f"{where}: report must be true or false, got {is_reported!r}")
@@ -180,11 +178,13 @@ def _require_keys(content: object, keys: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: expected a mapping with the keys {', '.join(keys)}")
     unknown = [str(key) for key in content if key not in keys]
     if unknown:
-        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(keys)}")
+        raise UserError(
+            f"{where}: unknown key {', '.join(unknown)}; the keys are {', '.join(keys)}"
+        )
 
 
 def _words(value: object, where: str) -> tuple[str, ...]:
-    """Arguments from a command line, or from a list of words and numbers."""
+    """Arguments given as a command line, or as a list of words and numbers."""
     if isinstance(value, str):
         try:
             return tuple(shlex.split(value))
@@ -206,17 +206,17 @@ def _choose(study: Study, only: Sequence[str] | None) -> list[StudyRun]:
 
 
 def _with_seed(study: Study, seed: int) -> Study:
-    """The same study under one seed, in a folder of its own."""
+    """The same study with one seed, in a folder of its own."""
     given = ("--seed_everything", str(seed))
     runs = tuple(replace(run, args=(*run.args, *given)) for run in study.runs)
     return replace(study, out=study.out / f"seed-{seed}", runs=runs)
 
 
-# What was run with which arguments: study.json beside the runs
+# study.json, which records the arguments of every run
 
 
 def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> None:
-    """Note a run's arguments; None where it was run by hand and nobody knows them."""
+    """Records a run's arguments; None if they are unknown, because the run was not started by ``compare``."""
     from corrigenda.modules.files import write_text
 
     runs = read_study_record(study.out)
@@ -229,14 +229,14 @@ def _write_record(study: Study, run: StudyRun, args: Sequence[str] | None) -> No
 
 
 def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) -> None:
-    """Refuse to keep or continue what was run with other arguments."""
+    """Raises UserError if a finished or resumable run was started with other arguments."""
     folder = study.out / run.name
     before = known.get(run.name, {}).get("args")
-    is_kept = is_finished(folder) or _can_resume(folder, run, before)
-    if is_kept and before is not None and before != list(run.args):
+    is_reused = is_finished(folder) or _can_resume(folder, run, before)
+    if is_reused and before is not None and before != list(run.args):
         raise UserError(
-            f"run {run.name} in {study.out} was made with other arguments ({shlex.join(before)}); "
-            f"restore them, rename or remove {folder} to run it anew, or choose another --out"
+            f"run {run.name} in {study.out} was started with other arguments ({shlex.join(before)}); restore "
+            f"them, rename or remove {folder} to run it again, or choose another --out"
         )
 
 
@@ -244,27 +244,27 @@ def _require_unchanged(study: Study, run: StudyRun, known: Mapping[str, Any]) ->
 
 
 def run_command(args: Sequence[str], run_dir: Path) -> list[str]:
-    """The command line of one run in a process of its own."""
+    """The command line that starts one run in a process of its own."""
     return [sys.executable, "-m", "corrigenda", *args, "--run_dir", str(run_dir)]
 
 
-def _do(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None:
-    """Bring one run to its end, whatever state it is in; exits if that fails."""
+def _execute(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None:
+    """Skips, resumes or starts one run; exits if the run fails."""
     console = Console(highlight=False)
     folder = study.out / run.name
     before = read_study_record(study.out).get(run.name, {}).get("args")
     if is_finished(folder):
-        console.print(f"{title}: finished before, skipped", markup=False)
+        console.print(f"{title}: already finished, skipped", markup=False)
         _write_record(study, run, before)
         return
     console.rule(Text(title), align="left")
     args = [word.replace("{out}", str(study.out)) for word in run.args]
     if _can_resume(folder, run, before):
-        console.print("interrupted before, goes on where it was", markup=False)
+        console.print("interrupted before, resumes", markup=False)
         args += ["--ckpt_path", "last"] if run.args[0] == "fit" else []
     elif folder.exists():
-        aside = _put_aside(folder)
-        console.print(f"interrupted before, kept as {aside} and started over", markup=False)
+        renamed = _set_aside(folder)
+        console.print(f"interrupted before, renamed to {renamed} and restarted", markup=False)
     args += [f"--plugin={name}" for name in plugins]
     _write_record(study, run, run.args)
     sys.stdout.flush()
@@ -272,9 +272,9 @@ def _do(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) -> None
 
 
 def _can_resume(folder: Path, run: StudyRun, before: Sequence[str] | None) -> bool:
-    """Whether ``folder`` holds an interrupted run to go on with: a fit's checkpoint, a validation's cases.
+    """Whether ``folder`` holds an interrupted run that can be resumed: a fit's checkpoint, a validation's cases.
 
-    A validation under other arguments than ``before`` is begun anew.
+    A validation whose arguments differ from ``before`` is restarted.
     """
     if (folder / "summary.json").exists():
         return False
@@ -283,15 +283,15 @@ def _can_resume(folder: Path, run: StudyRun, before: Sequence[str] | None) -> bo
     return (folder / "cases.jsonl").exists() and before == list(run.args)
 
 
-def _put_aside(folder: Path) -> Path:
+def _set_aside(folder: Path) -> Path:
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.interrupted-{number}")).exists():
+    while (renamed := folder.with_name(f"{folder.name}.interrupted-{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    return folder.rename(renamed)
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which a run finds this project, but no module that happens to lie in the current folder."""
+    """The environment of a run, which can import this project but nothing from the current folder."""
     root = str(Path(__file__).parents[1])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if root not in (*paths, sysconfig.get_path("purelib")):
@@ -301,15 +301,15 @@ def _environment() -> dict[str, str]:
 
 def _finish(run: StudyRun, folder: Path, status: int) -> None:
     if status:
-        # A process killed by signal N has status -N; shells say 128 + N.
+        # A process killed by signal N has status -N; shells report 128 + N.
         status = status if status > 0 else 128 - status
         _stop(
-            f"run {run.name} failed (exit {status}), nothing after it was started; "
-            "the same command goes on from here",
+            f"run {run.name} failed (exit status {status}), later runs were not started; "
+            "repeat the command to resume",
             status,
         )
     if not is_finished(folder):
-        _stop(f"run {run.name} ended without a summary.json in {folder}, so it is not finished", 1)
+        _stop(f"run {run.name} has ended but is not finished: {folder} has no summary.json", 1)
 
 
 def _stop(message: str, status: int) -> NoReturn:
@@ -319,7 +319,7 @@ def _stop(message: str, status: int) -> NoReturn:
 
 
 def _report(study: Study, studies: Sequence[Study]) -> None:
-    """Report on what is finished; with ``only`` that may be less than the study."""
+    """Reports on the finished runs; with ``only`` they may be fewer than the study has."""
     reported = [part.out / run.name for part in studies for run in part.runs if run.is_reported]
     done = [folder for folder in reported if is_finished(folder)]
     if not done:
@@ -327,7 +327,7 @@ def _report(study: Study, studies: Sequence[Study]) -> None:
         return
     if len(done) < len(reported):
         missing = ", ".join(str(f.relative_to(study.out)) for f in reported if f not in done)
-        sys.stdout.write(f"not in the report, because not finished: {missing}\n")
+        sys.stdout.write(f"left out of the report because not finished: {missing}\n")
     baseline = study.baseline if study.baseline in [folder.name for folder in done] else None
     others = [part.out / run.name for part in studies for run in part.runs if not run.is_reported]
     report(done, study.out, baseline, training=others)

@@ -65,8 +65,8 @@ def fit_or_validate(args: list[str]) -> None:
     restrict_parsing(known_classes(), plugins)
 
     try:
-        with ExitStack() as until_the_end:
-            cli = PipelineCLI(args, CONFIGS / "defaults.yaml", until_the_end)
+        with ExitStack() as exit_stack:
+            cli = PipelineCLI(args, CONFIGS / "defaults.yaml", exit_stack)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     if cli.trainer.interrupted:

@@ -1,6 +1,6 @@
-"""Lightning's command line with our options beside its own, and what is settled before a run is built.
+"""Lightning's command line with our additional options, and checks made before a run is built.
 
-It imports Lightning, which takes seconds, so it is imported only when ``fit`` or ``validate`` runs.
+Importing this module imports Lightning, which takes seconds, so only ``fit`` and ``validate`` do.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ NOT_NEGATIVE = ("gradient_clip_val", "log_every_n_steps", "min_epochs", "min_ste
 
 
 class PipelineCLI(LightningCLI):
-    """LightningCLI with one more group of options, ``edit``, and a folder for every run.
+    """LightningCLI with a further group of options, ``edit``, and a folder for every run.
 
     Constructing it runs the command.
 
     Args:
         args: the command line, starting with ``fit`` or ``validate``.
         defaults: a configuration file that is read before all others.
-        until_the_end: keeps the run folder locked until the run has ended.
+        exit_stack: unlocks the run folder when the run has ended.
     """
 
     subcommand: str
 
-    def __init__(self, args: list[str], defaults: Path, until_the_end: ExitStack) -> None:
-        self._until_the_end = until_the_end
+    def __init__(self, args: list[str], defaults: Path, exit_stack: ExitStack) -> None:
+        self._exit_stack = exit_stack
         raises = {"exit_on_error": False, "allow_abbrev": False}
         for_each = {"default_config_files": [str(defaults)], **raises}
         super().__init__(
@@ -85,20 +85,20 @@ class PipelineCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="a checkpoint of this machine: what fit has trained, for validate; the run to go on "
-            "with, for fit, where last is that of --run_dir",
+            help="a local checkpoint file: for validate, what fit has trained; for fit, the run to resume, "
+            "where 'last' is the last checkpoint in --run_dir",
         )
         parser.add_argument(
             "--wandb",
             type=Literal["offline", "online", "off"],
             default="offline",
-            help="Weights & Biases: into the run folder, to your account, or not at all",
+            help="Weights & Biases: log into the run folder, to your account, or not at all",
         )
-        # Configuration files of earlier versions say it, too.
+        # Configuration files of earlier versions contain it.
         parser.add_argument("--weights_only", type=bool, default=True, help=SUPPRESS)
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's hyperparameters do not overrule the configuration."""
+        """Does nothing: hyperparameters in a checkpoint do not override the configuration."""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         path = self.config_init[subcommand].ckpt_path
@@ -109,27 +109,27 @@ class PipelineCLI(LightningCLI):
         config = self.config[self.subcommand]
         _require_possible(config)
         _require_local_tensors(config, self.subcommand)
-        # As given, before _place: a copy of the file can be run into another folder.
+        # Before _redirect_outputs, so that the saved file can be used for a run in another folder.
         text = self._parser(self.subcommand).dump(config, skip_unset=False)
-        self.run = self._until_the_end.enter_context(open_run(config, self.subcommand, text))
+        self.run = self._exit_stack.enter_context(open_run(config, self.subcommand, text))
         if config.ckpt_path == "last":
             config.ckpt_path = self.run.checkpoint and str(self.run.checkpoint)
         if config.ckpt_path:
             read_checkpoint(
                 config.ckpt_path, "pytorch-lightning_version", "epoch", "global_step", "loops"
             )
-        _place(config, self.run.path)
+        _redirect_outputs(config, self.run.path)
         _pass_on_seed(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
         given = self.config_init[self.subcommand].trainer
-        given.callbacks = [_Listening(), *_as_list(given.callbacks), TaskMatrices()]
+        given.callbacks = [_SignalHandlers(), *_as_list(given.callbacks), TaskMatrices()]
         if given.enable_checkpointing is not False:
             given.callbacks = [*given.callbacks, LastCheckpoint(self.run.path)]
         given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except TypeError as error:  # of values that Lightning's type hints allow
+        except TypeError as error:  # raised for values that Lightning's type hints allow
             raise UserError(f"trainer: {error}") from error
         seed = self.config[self.subcommand].seed_everything
         writer = RunWriter(self.run.path, self.subcommand, seed, self.run.depends_on)
@@ -137,18 +137,18 @@ class PipelineCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        self._keep_config()
+        self._save_config()
 
     def before_validate(self) -> None:
-        self._keep_config()
+        self._save_config()
 
-    def _keep_config(self) -> None:
+    def _save_config(self) -> None:
         if self.trainer.is_global_zero:
-            self.run.keep_config()
+            self.run.save_config()
 
 
-class _Listening(Callback):
-    """Lightning replaces our signal handlers when it begins to run, and when it is interrupted."""
+class _SignalHandlers(Callback):
+    """Installs our signal handlers again, which Lightning replaces when it starts and when it is interrupted."""
 
     def on_train_start(self, *_: object) -> None:
         listen()
@@ -161,9 +161,9 @@ class _Listening(Callback):
 
 
 def _require_possible(config: Namespace) -> None:
-    """Refuses settings that jsonargparse and Lightning take, and then fail with."""
+    """Rejects settings that jsonargparse and Lightning accept but fail on later."""
     if config.edit is None:
-        raise UserError("edit is null: leave it out, or say editor: null, to edit nothing")
+        raise UserError("edit is null: to edit nothing, leave it out or set editor: null")
     for part in ("edit", "trainer"):
         if not isinstance(config[part], Namespace):
             raise UserError(f"{part} must be a mapping of options, got {config[part]!r}")
@@ -177,7 +177,7 @@ def _require_possible(config: Namespace) -> None:
 
 
 def _require_local_tensors(config: Namespace, verb: str) -> None:
-    """A checkpoint is a file of this machine, read as tensors and plain values."""
+    """Checkpoints must be local files, which are read as tensors and plain values only."""
     if not config.weights_only:
         raise UserError(
             "weights_only cannot be false: checkpoints are read as tensors and plain values"
@@ -187,20 +187,20 @@ def _require_local_tensors(config: Namespace, verb: str) -> None:
         return
     if not path or not Path(path).is_file():
         raise UserError(
-            f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a file of this machine, such as "
+            f"--ckpt_path {path!r}: no such file; {verb} --ckpt_path needs a local file, such as "
             "runs/NAME/checkpoints/last.ckpt" + (", or last" if verb == "fit" else "")
         )
 
 
-def _place(config: Namespace, run_dir: Path) -> None:
-    """Everything the run writes goes into its folder: logs, checkpoints, edits."""
+def _redirect_outputs(config: Namespace, run_dir: Path) -> None:
+    """Sends everything that the run writes into its folder: logs, checkpoints, edits."""
     trainer = config.trainer
     trainer.default_root_dir = str(run_dir)
     if trainer.logger in (None, True):
         csv = {"save_dir": str(run_dir), "name": "logs", "flush_logs_every_n_steps": 10}
         trainer.logger = [_spec("corrigenda.pipeline.lightning_parts.WholeLog", csv)]
         if config.wandb != "off":
-            # Absolute, as W&B's service has a current folder of its own.
+            # Absolute, because W&B's service process has a different working directory.
             wandb = {
                 "project": "corrigenda",
                 "name": run_dir.name,
@@ -211,7 +211,7 @@ def _place(config: Namespace, run_dir: Path) -> None:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
         if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
-            logger.class_path = "corrigenda.pipeline.board.Board"  # which never ends a run
+            logger.class_path = "corrigenda.pipeline.board.Board"  # whose failures never end a run
         if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get(
             "save_dir"
         ):
@@ -227,12 +227,12 @@ def _place(config: Namespace, run_dir: Path) -> None:
 
 
 def _as_list(callbacks: Any) -> list[Any]:  # noqa: ANN401
-    """Callbacks as they may be given: none, one or several."""
+    """Callbacks as a list, given none, one or several."""
     return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def _pass_on_seed(config: Namespace) -> None:
-    """A ``seed`` that was left at 0 is the run's, of an editor and of tasks; the data's decides what is edited."""
+    """A ``seed`` of 0 of an editor or of tasks becomes the run's; the data's own decides what is evaluated."""
     for name, value in list(config.items()):
         if (
             name.startswith(("model.", "edit.", "data.init_args.tasks."))

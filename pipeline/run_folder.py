@@ -57,8 +57,8 @@ class RunFolder:
     depends_on: dict[str, str] = field(default_factory=dict)
     checkpoint: Path | None = None
 
-    def keep_config(self) -> None:
-        """config.yaml of a new run; a fit that goes on keeps its first and adds its own."""
+    def save_config(self) -> None:
+        """Writes config.yaml; a resumed fit keeps the first one and writes config-resumed-N.yaml."""
         file, number = self.path / "config.yaml", 0
         while self.checkpoint and file.exists():
             number += 1

@@ -1,4 +1,4 @@
-"""What a run leaves behind: every case as it is evaluated, what it goes on from, and a summary at the end."""
+"""What a run writes: every case as it is evaluated, the state to resume from, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class RunWriter(Callback):
         self.folder, self.verb, self.seed = run_dir, verb, seed
         # What results depend on; weights and cases are added once they are known.
         self._depends_on = dict(depends_on or {})
-        # Rows of this process's batches, where there are several processes.
-        self._waiting: list[list[dict[str, Any]]] = []
+        # With several processes: rows of this process by batch, gathered when the evaluation ends.
+        self._pending: list[list[dict[str, Any]]] = []
         self._started = time.perf_counter()
-        self._seconds_before = 0.0  # of this run's processes before an interruption
+        self._seconds_before = 0.0  # spent by this run before it was interrupted
         self._restored: dict[str, Any] = {}
-        self._first_step: int | None = None  # where training begins in this process
+        self._first_step: int | None = None  # at which training starts in this process
         self._was_finished = False
 
     @property
@@ -69,11 +69,11 @@ class RunWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         self._was_finished = (self.folder / "summary.json").exists()
         if trainer.is_global_zero and self._cases.exists():
-            self._end_last_line()
+            self._drop_partial_line()
         trainer.strategy.barrier("cases.jsonl")
 
-    def _end_last_line(self) -> None:
-        """A run that was killed may have left half a line; what follows starts on a new one."""
+    def _drop_partial_line(self) -> None:
+        """Removes a last line that a killed run has written only in part."""
         with open(self._cases, "rb+") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 return
@@ -82,10 +82,10 @@ class RunWriter(Callback):
                 whole = self._cases.read_bytes()
                 file.truncate(whole.rfind(b"\n") + 1)
 
-    # ------------------------------------------------------------------ going on
+    # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """What a ``fit`` needs to go on: how far cases.jsonl goes, in bytes, and what the run depends on."""
+        """What a resumed ``fit`` needs: the size of cases.jsonl in bytes, and what the run depends on."""
         return {
             "cases": self._size,
             "run_seconds": self._run_seconds,
@@ -96,7 +96,7 @@ class RunWriter(Callback):
         self._restored = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """A run that goes on drops the rows after its checkpoint, whose steps it makes again."""
+        """A resumed run drops the rows written after its checkpoint, because it repeats those steps."""
         state, self._restored = self._restored, {}
         given = Path(trainer.ckpt_path or "").resolve()
         if not state or given != last_checkpoint(self.folder).resolve():
@@ -104,13 +104,13 @@ class RunWriter(Callback):
         require_same(self.folder, state["depends_on"], self._depends_on, code=False)
         self._seconds_before = state["run_seconds"]
         if trainer.is_global_zero:
-            self._cut_cases(state["cases"])
+            self._truncate_cases(state["cases"])
 
-    def _cut_cases(self, size: int) -> None:
-        """Drops the rows that were written after the state that the run goes on from."""
+    def _truncate_cases(self, size: int) -> None:
+        """Drops the rows written after the state that the run resumes from."""
         if self._size < size:
-            raise UserError(f"{self._cases} lacks rows that were in it when the run was interrupted: "
-                            "restore it, or choose another --run_dir")  # fmt: skip
+            raise UserError(f"{self._cases} is missing rows that it had when the run was interrupted: "
+                            "restore the file, or choose another --run_dir")  # fmt: skip
         if self._size > size:
             os.truncate(self._cases, size)
 
@@ -118,7 +118,7 @@ class RunWriter(Callback):
         self._first_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """A validation that goes on takes over the cases that were measured before."""
+        """A resumed validation reuses the cases that were evaluated before."""
         if trainer.state.fn != TrainerFn.VALIDATING:
             return
         cases = trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
@@ -128,26 +128,26 @@ class RunWriter(Callback):
             "the set of cases": hashlib.sha256(text.encode()).hexdigest()[:16],
         }
         if self._size:
-            self._take_over(trainer, pl_module)
-        self._keep_progress(trainer)
+            self._reuse_cases(trainer, pl_module)
+        self._write_progress(trainer)
 
-    def _take_over(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def _reuse_cases(self, trainer: Trainer, pl_module: EditingModule) -> None:
         progress = read_progress(self.folder)
         require_same(self.folder, progress.get("depends_on"), self._depends_on)
         if trainer.is_global_zero:
-            self._cut_cases(progress["cases"])
+            self._truncate_cases(progress["cases"])
         trainer.strategy.barrier("cases.jsonl")
         pl_module.measured = self._measured()
-        log.warning("%d cases in %s are taken over, not measured again",
+        log.warning("%d cases in %s were evaluated before and are not evaluated again",
                     len(pl_module.measured), self._cases)  # fmt: skip
         budget = progress["budget"]
         self._seconds_before = budget["run_seconds"]
         edit = _edit_callback(trainer)
-        if trainer.is_global_zero and edit.schedule != "epoch":  # whose edits are made again
+        if trainer.is_global_zero and edit.schedule != "epoch":  # which makes all edits again
             edit.add_cost(Cost.from_state(budget))
 
     def _measured(self) -> dict[str, dict[str, float | None]]:
-        """Case means by fingerprint, as they stand in cases.jsonl; None where one was not finite."""
+        """Case means in cases.jsonl, by fingerprint; None where one was not finite."""
         measured = {}
         for number, line in enumerate(self._cases.read_text("utf-8").splitlines(), start=1):
             try:
@@ -157,12 +157,12 @@ class RunWriter(Callback):
                 }
                 measured[str(row["fingerprint"])] = values
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self._cases}:{number}: not a row of this version: remove the line, "
+                raise UserError(f"{self._cases}:{number}: this version cannot read the row: remove the line, "
                                 "or choose another --run_dir") from None  # fmt: skip
         return measured
 
-    def _keep_progress(self, trainer: Trainer) -> None:
-        """What an interrupted validation is compared with before it goes on, and what it has cost so far."""
+    def _write_progress(self, trainer: Trainer) -> None:
+        """Writes what an interrupted validation needs to resume: what it depends on, and its cost so far."""
         budget = _edit_callback(trainer).total_cost().state() | {"run_seconds": self._run_seconds}
         if trainer.is_global_zero:
             progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._size}
@@ -181,23 +181,23 @@ class RunWriter(Callback):
             self._write(trainer, outputs["results"], "val")
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        """The edits of a stream's step have just been made and scored by the EditCallback before this one."""
+        """The EditCallback, which runs before this one, has just made and scored the edits of a stream's step."""
         self._write(trainer, _edit_callback(trainer).current, "current")
 
     def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
         num_edits = _edit_callback(trainer).num_edits
         rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
         if phase == "val" and trainer.world_size > 1:
-            self._waiting.append(rows)
-        elif rows:  # a stream's edits are the same in every process
+            self._pending.append(rows)
+        elif rows:  # every process has made the same edits of a stream
             self._append(trainer, rows)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        """Gathers once, in the order of the data: processes had its batches in turn, some one batch less."""
+        """Gathers all rows in the order of the data, whose batches the processes have taken in turn."""
         if trainer.world_size > 1 and not trainer.sanity_checking:
-            turns = zip_longest(*processes.gather(self._waiting), fillvalue=[])
+            turns = zip_longest(*processes.gather(self._pending), fillvalue=[])
             self._append(trainer, [row for turn in turns for rows in turn for row in rows])
-            self._waiting = []
+            self._pending = []
 
     def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero:
@@ -205,9 +205,9 @@ class RunWriter(Callback):
             with open(self._cases, "a", encoding="utf-8") as file:
                 file.writelines(_json(row) + "\n" for row in rows)
                 file.flush()
-                os.fsync(file.fileno())  # what is kept next counts on these rows
+                os.fsync(file.fileno())  # progress and checkpoints refer to these rows
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep_progress(trainer)
+            self._write_progress(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -216,15 +216,15 @@ class RunWriter(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if self._was_finished and self._first_step in (None, trainer.global_step):
             raise UserError(
-                f"{self.folder} holds a finished run of {trainer.global_step} steps, and there is nothing left to "
-                "do: give more --trainer.max_steps or --trainer.max_epochs, or choose another --run_dir"
+                f"{self.folder} holds a finished run of {trainer.global_step} steps, so there is nothing left to "
+                "do: increase --trainer.max_steps or --trainer.max_epochs, or choose another --run_dir"
             )
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
             self._draw_learning_curves(trainer)
 
     def _draw_learning_curves(self, trainer: Trainer) -> None:
-        """W&B gets the picture that a report draws."""
+        """Logs the learning curves that a report draws to W&B."""
         boards = wandb_loggers(trainer)
         if not boards:
             return
@@ -277,7 +277,7 @@ def _edit_callback(trainer: Trainer) -> EditCallback:
 
 
 def _json(value: Any, indent: int | None = None) -> str:  # noqa: ANN401
-    """Strict JSON, in which numbers that are not finite are null."""
+    """Strict JSON; numbers that are not finite become null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 

@@ -17,8 +17,8 @@ from corrigenda.datamodules.tasks import Tasks
 from corrigenda.modules import processes
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import write_text
+from corrigenda.modules.lightning_internals import epochs_begun, validate_before_training
 from corrigenda.modules.metrics import continual
-from corrigenda.pipeline.lightning_parts import epochs_begun, evaluate_now
 
 FORMAT = 1  # of tasks.json
 FILE = "tasks.json"
@@ -55,7 +55,7 @@ class TaskMatrices(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         if tasks_of(trainer) is not None and not self._learned:
-            evaluate_now(trainer)
+            validate_before_training(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._current = {}

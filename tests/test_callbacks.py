@@ -266,7 +266,7 @@ def test_a_failure_leaves_the_model_clean(run, lm, tmp_path, schedule):
 @pytest.mark.parametrize(
     ("verb", "editor", "module", "message"),
     [
-        ("validate", ft(), EditingModule, "run it with fit"),
+        ("validate", ft(), EditingModule, "step by step: run fit"),
         ("fit", None, EditingModule, "set --edit.editor"),
         ("fit", None, lambda lm: MEND(lm, rank=2), "does not train"),
     ],

@@ -228,7 +228,7 @@ def test_no_options_of_edits_are_refused(corrigenda, tmp_path, capsys):
     (tmp_path / "null.yaml").write_text("edit: null")
     args = ["-c", "base/smollm2.yaml", "-c", "data/facts.yaml", "-c", "null.yaml"]
     assert corrigenda("validate", *args) == 2
-    assert "edit is null: leave it out" in one_line(capsys)
+    assert "edit is null: to edit nothing" in one_line(capsys)
 
 
 def test_files_combine_and_come_from_anywhere(parsed, tmp_path):
@@ -456,7 +456,7 @@ def test_an_interrupted_validation_goes_on(
     assert "--data.limit has changed: null, now 4" in capsys.readouterr().err
     assert corrigenda(*args, "--run_dir", str(tmp_path / "cut")) == 0
     assert calls == [2, 2, 1, 0, 0, 1]
-    assert "4 cases in" in caplog.text and "are taken over, not measured again" in caplog.text
+    assert "4 cases in" in caplog.text and "are not evaluated again" in caplog.text
     whole, cut = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")
     )
@@ -488,7 +488,7 @@ def test_moments_of_others(corrigenda, tiny_folder, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", **{"mom2.mom2": (keys.T @ keys).numpy(), "mom2.count": 400})
     args = ["moments", "--lm.name", tiny_folder("gpt2"), "--import", "a.npz"]
     assert corrigenda(*args, "--layers", "0", "1") == 2
-    assert "a.npz is of one layer" in one_line(capsys)
+    assert "a.npz holds one layer" in one_line(capsys)
     assert corrigenda(*args, "--layers", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     trace = float(keys.square().sum() / 400)

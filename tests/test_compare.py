@@ -131,7 +131,7 @@ def test_finished_runs_are_skipped(study, tmp_path, capfd):
     compare(file)
     assert called(tmp_path) == ["a", "b"]
     printed = capfd.readouterr().out
-    assert "[1/2] a: finished before, skipped" in printed
+    assert "[1/2] a: already finished, skipped" in printed
     assert "report:" in printed
 
 
@@ -195,7 +195,7 @@ def test_ctrl_c_lets_the_run_close_and_says_how_to_go_on(study, tmp_path, capfd)
     assert caught.value.code == 130
     assert called(tmp_path) == ["a"]
     assert (tmp_path / "out" / "a" / "closed").exists()
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "repeat the command to resume" in capfd.readouterr().err
 
 
 ALONE = """

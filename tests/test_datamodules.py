@@ -514,7 +514,7 @@ def test_splits_share_no_subject(split, caplog):
     assert [len(train), len(val), len(test)] == [40, 10, 10]
     assert not subjects(train) & subjects(val)
     assert not subjects(test) & (subjects(train) | subjects(val))
-    assert f"{split.train_path}: left out 10: subject evaluated" in caplog.messages
+    assert f"{split.train_path}: left out 10 cases whose subject is evaluated" in caplog.messages
 
 
 def test_split_depends_on_the_seed_alone(split):
@@ -639,7 +639,7 @@ def test_known_only_is_kept_with_a_checkpoint(split):
 
 def test_known_only_errors(split):
     split.known_only = True
-    with pytest.raises(DataError, match="known_only needs a Trainer with a LightningModule"):
+    with pytest.raises(DataError, match="known_only needs a Trainer whose LightningModule"):
         split.edits()
     attach(split, module={"known": lambda cases: [False] * len(cases)})
     with pytest.raises(DataError, match="ZsRE: the model answers none of the 10 cases correctly"):
@@ -751,7 +751,7 @@ def test_loader_refuses_the_state_of_other_data():
     loader = CaseLoader(numbered(10), 2, shuffle=True)
     next(iter(loader))
     for other in (CaseLoader(numbered(11), 2, True), CaseLoader(numbered(10), 3, True)):
-        with pytest.raises(DataError, match="cannot go on in the middle of an epoch"):
+        with pytest.raises(DataError, match="cannot resume in the middle of an epoch"):
             other.load_state_dict(loader.state_dict())
 
 

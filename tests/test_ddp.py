@@ -204,7 +204,8 @@ def test_malmen_is_refused_in_one_line(two):
     for said in two[1]:
         (line,) = (line for line in said.splitlines() if line.startswith("corrigenda: error"))
         assert (
-            "joins several training cases in one update" in line and "--trainer.devices 1" in line
+            "combines several training cases in one update" in line
+            and "--trainer.devices 1" in line
         )
 
 

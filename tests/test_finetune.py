@@ -20,7 +20,7 @@ from corrigenda.modules.model.hooks import hooked
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import is_linear
 from corrigenda.modules.training import tuning
-from corrigenda.modules.training.tuning import FineTune, Piece
+from corrigenda.modules.training.tuning import FineTune, TargetRows
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "Strelsau"),
@@ -116,7 +116,7 @@ def test_the_shared_lower_blocks_change_nothing(tiny_folder, make):
 @every_editor
 def test_a_batch_in_pieces_is_the_same_batch(lm, make, monkeypatch):
     whole, each = make().propose(lm, EDITS), make().propose_each(lm, EACH)
-    monkeypatch.setattr(tuning, "PIECE_TOKENS", 30)
+    monkeypatch.setattr(tuning, "CHUNK_TOKENS", 30)
     monkeypatch.setattr(tuning, "MAX_ELEMENTS", 1)
     assert difference(make().propose(lm, EDITS), whole) < 1e-5
     for a, b in zip(make().propose_each(lm, EACH), each, strict=True):
@@ -153,7 +153,7 @@ def test_edits_that_stop_at_different_times_do_not_meet(lm, make):
 
 @every_editor
 def test_the_loss_of_a_group_is_the_mean_of_its_edits(lm, make, monkeypatch):
-    monkeypatch.setattr(tuning, "PIECE_TOKENS", 30)
+    monkeypatch.setattr(tuning, "CHUNK_TOKENS", 30)
     editor = make()
     editor.steps = 1
     noted = [delta.metadata["notes"][0]["loss"] for delta in editor.propose_each(lm, EACH)]
@@ -204,7 +204,7 @@ def test_a_layer_that_does_not_exist_is_named(lm):
 
 
 def test_no_edits_are_refused(lm):
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="group of edits is empty"):
         FT([0]).propose(lm, [])
 
 
@@ -214,7 +214,7 @@ def test_no_edits_are_refused(lm):
 def piece(lm, loss, edits=EDITS):
     rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
     owner_R = torch.arange(len(edits))
-    return rows, Piece.of(lm, rows, owner_R, 1, loss)
+    return rows, TargetRows.of(lm, rows, owner_R, 1, loss)
 
 
 def nothing(lm):

@@ -22,6 +22,7 @@ ROOMS = (
         "modules/files.py",
         "modules/hub.py",
         "modules/interrupts.py",
+        "modules/lightning_internals.py",
         "modules/processes.py",
     ),
     ("modules/metrics/",),

@@ -173,4 +173,4 @@ def test_no_perplexity_is_compared_with_that_of_a_broken_model(tiny_lm, data_fil
     lm.net.get_input_embeddings().weight.data.fill_(torch.nan)
     corpus = Corpus(data_files.text, 50)
     with pytest.raises(ModelError, match="not finite for ordinary text"):
-        EditingModule(lm, perplexity=corpus)._read_text(corpus)
+        EditingModule(lm, perplexity=corpus)._perplexity(corpus)

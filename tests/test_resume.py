@@ -247,16 +247,16 @@ def test_the_values_of_a_step_that_was_kept_are_logged(
     """Killed after a step was kept and before Lightning logged it; the third is the last."""
     args = [*tuning, "--run_dir", "cut", "--trainer.check_val_every_n_epoch", "2",
             "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"]  # fmt: skip
-    keep, calls = LastCheckpoint._keep, []
+    save, calls = LastCheckpoint._save, []
 
-    def kept_and_killed(self, trainer):
-        keep(self, trainer)
+    def saved_and_killed(self, trainer):
+        save(self, trainer)
         calls.append(1)
         if len(calls) == number:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LastCheckpoint, "_keep", kept_and_killed)
+        patch.setattr(LastCheckpoint, "_save", saved_and_killed)
         assert corrigenda(*args) == 130
     assert corrigenda(*args, *ONE_MORE) == 0
     rows = read_log(tmp_path / "cut")
@@ -454,7 +454,7 @@ def test_cases_of_another_make_are_refused(corrigenda, refused, validate, tmp_pa
     for line in LINES:
         path.write_text(line + " " * (size - len(line) - 1) + "\n")
         message = refused(*validate, "--run_dir", "a", folder="a")
-        assert "a/cases.jsonl:1: not a row of this version" in message
+        assert "a/cases.jsonl:1: this version cannot read the row" in message
     (tmp_path / "a" / "progress.json").write_text("{")
     assert "not known how it was begun" in refused(*validate, "--run_dir", "a", folder="a")
 

@@ -131,10 +131,10 @@ def test_a_configuration_names_no_plugin(refused, tiny, tmp_path):
 @pytest.mark.parametrize("word", ["--plugin evil_module", "--plugin=evil_module"])
 def test_a_study_names_no_plugin(tmp_path, word):
     (tmp_path / "s.yaml").write_text(f"runs: [{{name: a, args: validate {word}}}]")
-    with pytest.raises(UserError, match="give --plugin to compare itself"):
+    with pytest.raises(UserError, match="give --plugin to the compare command"):
         read_study(tmp_path / "s.yaml")
     (tmp_path / "s.yaml").write_text(f"{{common: {word}, runs: [{{name: a, args: validate}}]}}")
-    with pytest.raises(UserError, match="give --plugin to compare itself"):
+    with pytest.raises(UserError, match="give --plugin to the compare command"):
         read_study(tmp_path / "s.yaml")
 
 

@@ -61,7 +61,7 @@ def test_a_run_is_stopped_in_one_line(
     monkeypatch.setattr(RunWriter, "on_exception", lambda *args: stopped.append(args[-1]))
     assert corrigenda(*tiny) == status
     error = capsys.readouterr().err
-    assert error.endswith("; what was written is kept\n") and error.count("corrigenda:") == 1
+    assert error.endswith("; files written so far are kept\n") and error.count("corrigenda:") == 1
     assert isinstance(stopped[0], KeyboardInterrupt)  # callbacks keep what they keep on Ctrl-C
     assert not (tmp_path / "a" / "summary.json").exists()
     assert (tmp_path / "a" / "cases.jsonl").exists()
@@ -199,9 +199,9 @@ def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143
     lines = [line for line in error.splitlines() if line]
-    assert lines[-1] == "corrigenda: terminated; what was written is kept"
+    assert lines[-1] == "corrigenda: terminated; files written so far are kept"
     assert lines[:-1] in (
         [],
-        ["corrigenda: stopping after this step; Ctrl-C once more stops at once"],
+        ["corrigenda: stopping after this step; a second Ctrl-C stops immediately"],
     )
     assert not (tmp_path / "a" / "summary.json").exists()

@@ -75,7 +75,7 @@ def test_a_plain_validate_of_the_unedited_model_is_told_once(tiny_lm, data_files
     caplog.set_level(logging.WARNING)
     data = CounterFact(data_files.counterfact, limit=2)
     lm = tiny_lm("gpt2")
-    module, told = EditingModule(lm), "the unedited model is evaluated"
+    module, told = EditingModule(lm), "evaluating the unedited model"
     for _ in range(2):
         Trainer(**QUIET).validate(module, data, verbose=False)
     assert sum(told in message for message in caplog.messages) == 1

@@ -26,7 +26,7 @@ from corrigenda.modules.editing.adapters import ModuleEditor
 from corrigenda.modules.editing.neurons import SideNeurons
 from corrigenda.modules.editors.key_value import sample_contexts
 from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.training.tuning import Piece
+from corrigenda.modules.training.tuning import TargetRows
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +90,20 @@ class CaliNET(ModuleEditor):
         value_PD = torch.zeros(shape, device=lm.device, requires_grad=True)
         bias_P = torch.zeros(shape[0], device=lm.device)
         adam = torch.optim.Adam([key_PD, value_PD], self.lr)
-        pieces = self._pieces(lm, edits, generator)
+        batches = self._batches(lm, edits, generator)
         losses: list[float] = []
         for step in range(self.steps):
-            piece = pieces[step % len(pieces)]
+            batch = batches[step % len(batches)]
             memory.replace(key_PD, bias_P, value_PD)
-            loss = piece.losses(lm).mean()
+            loss = batch.losses(lm).mean()
             losses.append(loss.item())
-            if len(losses) >= len(pieces) and max(losses[-len(pieces) :]) < self.stop_loss:
+            if len(losses) >= len(batches) and max(losses[-len(batches) :]) < self.stop_loss:
                 break
             adam.zero_grad()
             loss.backward()
             adam.step()
         memory.replace(key_PD.detach(), bias_P, value_PD.detach())
-        mean = sum(losses[-len(pieces) :]) / min(len(losses), len(pieces))
+        mean = sum(losses[-len(batches) :]) / min(len(losses), len(batches))
         if not mean <= 1:
             log.warning(
                 "training ended at NLL %.2f after %d steps; edits will likely fail",
@@ -112,16 +112,16 @@ class CaliNET(ModuleEditor):
             )
         return [{"nll": mean, "steps": len(losses)} for _ in edits]
 
-    def _pieces(
+    def _batches(
         self, lm: LanguageModel, edits: Sequence[Edit], generator: torch.Generator
-    ) -> list[Piece]:
+    ) -> list[TargetRows]:
         """The edits' prompts after every context, shuffled, in batches whose lower blocks are run once."""
         pairs = [(c + e.text, e.target_new) for e in edits for c in self._contexts]
         order = torch.randperm(len(pairs), generator=generator).tolist()
-        pieces = []
+        batches = []
         for begin in range(0, len(order), self.batch_size):
             part = [pairs[i] for i in order[begin : begin + self.batch_size]]
             rows = lm.tokens.rows([prompt for prompt, _ in part], [target for _, target in part])
             owner_R = torch.arange(len(part), device=lm.device)
-            pieces.append(Piece.of(lm, rows, owner_R, self.layers[0], "target"))
-        return pieces
+            batches.append(TargetRows.of(lm, rows, owner_R, self.layers[0], "target"))
+        return batches

@@ -46,7 +46,7 @@ from corrigenda.modules.statistics.states import (
     unrelated_prompts,
 )
 from corrigenda.modules.training.optimize import IndependentAdam
-from corrigenda.modules.training.tuning import Piece
+from corrigenda.modules.training.tuning import TargetRows
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class GRACE(ModuleEditor):
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
         owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)
         rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
-        piece = Piece.of(lm, rows, owner_R, self.layer, "target")
+        target_rows = TargetRows.of(lm, rows, owner_R, self.layer, "target")
         index_E = torch.tensor(keys, device=lm.device)
         frozen_JO = memory.value_JO
         value_EO = frozen_JO[index_E].requires_grad_()
@@ -267,8 +267,10 @@ class GRACE(ModuleEditor):
         active_E = torch.ones(len(groups), dtype=torch.bool, device=lm.device)
         for step in range(self.steps + 1):
             memory.value_JO = frozen_JO.index_copy(0, index_E, value_EO)
-            share_R = piece.losses(lm) / size_E[piece.owner_R]
-            now_E = loss_E.new_zeros(len(groups)).index_add(0, piece.owner_R, share_R.detach())
+            share_R = target_rows.losses(lm) / size_E[target_rows.owner_R]
+            now_E = loss_E.new_zeros(len(groups)).index_add(
+                0, target_rows.owner_R, share_R.detach()
+            )
             loss_E = torch.where(active_E, now_E, loss_E)
             active_E = active_E & (now_E >= self.stop_loss)  # False for NaN, too
             if step == self.steps or not active_E.any():
@@ -277,6 +279,6 @@ class GRACE(ModuleEditor):
                 share_R.sum(), value_EO, allow_unused=True, materialize_grads=True
             )
             adam.step([gradient_EO], active_E)
-            piece = piece.select(active_E) or piece
+            target_rows = target_rows.select(active_E) or target_rows
         memory.value_JO = memory.value_JO.detach()
         return loss_E.tolist()

@@ -42,7 +42,7 @@ from corrigenda.modules.statistics.states import (
     neighbour_distance,
     unrelated_prompts,
 )
-from corrigenda.modules.training.tuning import Piece
+from corrigenda.modules.training.tuning import TargetRows
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ class MELO(ModuleEditor):
         frozen = {name: getattr(memory, name) for name in leaves}
         rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         owner_R = torch.arange(len(edits), device=lm.device)
-        piece = Piece.of(lm, rows, owner_R, self.layer, "target")
+        target_rows = TargetRows.of(lm, rows, owner_R, self.layer, "target")
         adam = torch.optim.Adam(leaves.values(), self.lr)
         halving = torch.optim.lr_scheduler.StepLR(adam, self.halve_every, 0.5)
         memory.forced = block
@@ -319,7 +319,7 @@ class MELO(ModuleEditor):
             for step in range(self.steps + 1):
                 for name, leaf in leaves.items():
                     setattr(memory, name, torch.cat([frozen[name], leaf[None]]))
-                loss_R = piece.losses(lm)
+                loss_R = target_rows.losses(lm)
                 if step == self.steps or not loss_R.mean().item() >= self.stop_loss:
                     break
                 adam.zero_grad()

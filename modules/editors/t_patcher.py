@@ -38,7 +38,7 @@ from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import distances, read_states
 from corrigenda.modules.training.optimize import IndependentAdam
-from corrigenda.modules.training.tuning import Piece
+from corrigenda.modules.training.tuning import TargetRows
 
 log = logging.getLogger(__name__)
 
@@ -134,10 +134,10 @@ class TPatcher(ModuleEditor):
     def _learn(self, lm: LanguageModel, memory: Patches, edit: Edit) -> dict[str, Any]:
         rows = lm.tokens.rows([edit.text], [edit.target_new])
         owner_R = torch.zeros(1, dtype=torch.long, device=lm.device)
-        piece = Piece.of(lm, rows, owner_R, self._layer(lm), "target")
-        with torch.no_grad(), lm.edits.announce(piece.prompt_RT):
-            answer_N = piece.tail.logits(piece.row_N, piece.position_N).argmax(-1)
-        position_P = piece.position_N[answer_N != piece.target_N][: self.max_neurons]
+        target_rows = TargetRows.of(lm, rows, owner_R, self._layer(lm), "target")
+        with torch.no_grad(), lm.edits.announce(target_rows.prompt_RT):
+            answer_N = target_rows.tail.logits(target_rows.row_N, target_rows.position_N).argmax(-1)
+        position_P = target_rows.position_N[answer_N != target_rows.target_N][: self.max_neurons]
         if not len(position_P):
             return {"neurons": 0}
         ((_, states_RTD),) = read_states(lm, rows, memory.sites[0])
@@ -154,7 +154,7 @@ class TPatcher(ModuleEditor):
             key_PD, value_PD = parts[0] / size_P1, VALUE_SCALE * parts[1]
             bias_P = OWN_ACTIVATION - (own_PD * key_PD).sum(1)
             memory.replace(key_PD, bias_P, value_PD)
-            nll = piece.losses(lm).mean()
+            nll = target_rows.losses(lm).mean()
             fired_MP = others_MD @ key_PD.T + bias_P
             loss = nll + self.memory_weight * scope_loss(fired_MP)
             quiet = not (fired_MP > 0).any()

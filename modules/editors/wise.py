@@ -43,7 +43,7 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
-from corrigenda.modules.training.tuning import Piece
+from corrigenda.modules.training.tuning import TargetRows
 
 log = logging.getLogger(__name__)
 
@@ -259,13 +259,13 @@ class WISE(ModuleEditor):
         inside = PromptInputs.read(lm, prompts, self.site(lm))
         rows = lm.tokens.rows(prompts, targets)
         owner_R = torch.arange(len(rows.ids_BT), device=lm.device)
-        piece = Piece.of(lm, rows, owner_R, self.layer, "target")
+        target_rows = TargetRows.of(lm, rows, owner_R, self.layer, "target")
         mask_OI = self._mask(memory)
         delta_OI = memory.delta_SOI[-1].clone().requires_grad_()
         for step in range(self.steps + 1):
             memory.forced_OI = delta_OI
             try:
-                nll = piece.losses(lm).mean()
+                nll = target_rows.losses(lm).mean()
             finally:
                 memory.forced_OI = None
             loss = nll + self._margins(delta_OI, inside)

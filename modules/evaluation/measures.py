@@ -1,14 +1,13 @@
-"""The one evaluation: what is asked of a model under edits, and how the answers are counted.
+"""The measures of the evaluation: how probes of an edited model are scored.
 
-What a probe carries decides what is measured: a target gives ``accuracy`` and ``exact``, a rival also
-``preference`` and ``margin``; under ``locality`` and ``unrelated`` the unedited model is asked the same and
-``agreement``, ``kl`` and ``drawdown`` follow. With several edits in force, what must stay for one of them and is
-the prompt of another is not scored. With ``generate_tokens`` answers are also generated freely
-(``wild_*``). Beside the mean over a case's probes stand ``any_*`` under ``multihop``, whether any wording of
-the question is answered right, and ``all_*`` under ``hops``, whether every single step is.
+The fields of a probe decide what is measured. A target gives ``accuracy`` and ``exact``, a rival also gives
+``preference`` and ``margin``. Probes of ``locality`` and ``unrelated`` are also scored on the unedited model,
+which gives ``agreement``, ``kl`` and ``drawdown``. When several edits are active, a locality probe whose prompt is
+itself edited is left out. With ``generate_tokens`` answers are also generated freely (``wild_*``). In addition to
+the mean over a case's probes there are ``any_*`` under ``multihop`` (any wording of the question is answered
+correctly) and ``all_*`` under ``hops`` (every step is).
 
-Of ``text``, where some is given, ``perplexity`` is taken, and its ``perplexity_increase`` over the unedited
-model's, as a share of it.
+If a text is given, its ``perplexity`` is computed, and ``perplexity_increase`` relative to the unedited model.
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ from corrigenda.datamodules.records import EditCase, Probe
 from corrigenda.modules import metrics
 from corrigenda.modules.model.rows import TargetScores
 
-LOCALITY_CRITERIA = (
-    "locality",
-    "unrelated",
-)  # criteria that ask whether something stayed as it was
-COMPARED = ("efficacy", *LOCALITY_CRITERIA)  # criteria on which the unedited model is asked as well
+LOCALITY_CRITERIA = ("locality", "unrelated")  # which measure whether an answer has stayed the same
+COMPARED = ("efficacy", *LOCALITY_CRITERIA)  # criteria that are also scored on the unedited model
 
-# How each measure is taken; the schedule adds when, e.g. "tf_exact@each".
+# How each measure is computed; the schedule is appended, as in "tf_exact@each".
 PROTOCOLS = {
     "accuracy": "tf_tok",
     "exact": "tf_exact",
@@ -52,7 +48,7 @@ PROTOCOLS = {
     "perplexity_increase": "nll",
 }
 
-# Criteria whose probes make one verdict per case, and the yes-or-no measures that it is made of.
+# Criteria whose probes give one verdict per case, and the binary measures that it is computed from.
 VERDICTS: dict[str, tuple[str, type[metrics.CaseMean]]] = {
     "multihop": ("any", metrics.MultiHopAccuracy),
     "hops": ("all", metrics.HopAccuracy),
@@ -69,14 +65,14 @@ PROTOCOLS |= {f"{verdict}_{m}": PROTOCOLS[m] for verdict, _ in VERDICTS.values()
 
 @dataclass
 class CaseResult:
-    """What one case's probes gave: case means by ``<criterion>/<measure>``, and every probe's answer."""
+    """The results of one case: means by ``<criterion>/<measure>``, and the answer to every probe."""
 
     case: EditCase
     metrics: dict[str, float] = field(default_factory=dict)
     probes: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
-        """As a line of ``cases.jsonl``."""
+        """The content of its line in ``cases.jsonl``."""
         edits = [{"text": e.text, "target_new": e.target_new} for e in self.case.edits]
         return {
             "case_id": self.case.case_id,
@@ -89,7 +85,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """The probes of some cases with a target, flattened: B probes."""
+    """All probes with a target of some cases, flattened: B probes."""
 
     case_B: list[int]
     criterion_B: list[str]
@@ -118,7 +114,7 @@ def measure_probes(
     with_rival: list[int],
     probes: ProbeBatch,
 ) -> dict[str, dict[int, float]]:
-    """Measure to probe index to value."""
+    """The value of every probe, by measure and probe index."""
     everything = range(len(probes.probe_B))
     answers = (after.greedy_BM, after.target_BM, after.mask_BM, after.logprob_BM)
     table = {
@@ -156,11 +152,11 @@ def _numbered(rows: Iterable[int], values_B: Tensor) -> dict[int, float]:
 def measure_generated(
     texts: Sequence[str], pristine: Mapping[int, str], probes: ProbeBatch
 ) -> dict[str, dict[int, float]]:
-    """Measure to probe index to value, of freely generated answers.
+    """The value of every freely generated answer, by measure and probe index.
 
     Args:
-        texts: what the model under evaluation has generated for every probe.
-        pristine: what the unedited model has generated, by probe index.
+        texts: the evaluated model's answer to every probe.
+        pristine: the unedited model's answers, by probe index.
         probes: the probes.
     """
     table: dict[str, dict[int, float]] = {name: {} for name in GENERATED}
@@ -174,7 +170,7 @@ def measure_generated(
 
 
 def reductions(criterion: str, measure: str) -> Iterator[tuple[str, type[metrics.CaseMean]]]:
-    """Names of what a case's values become, and the metric that computes it."""
+    """The metrics that a measure contributes to: name and class."""
     yield f"{criterion}/{measure}", metrics.CaseMean
     if criterion in VERDICTS and measure in JUDGED:
         verdict, kind = VERDICTS[criterion]

@@ -1,4 +1,4 @@
-"""The one evaluation that all methods go through, as a LightningModule."""
+"""The evaluation, the same for all methods, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from corrigenda.modules.evaluation.measures import (
     reductions,
 )
 from corrigenda.modules.evaluation.running_means import RunningMeans
+from corrigenda.modules.lightning_internals import count_step
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
@@ -38,16 +39,16 @@ SHOWN = ("efficacy/exact", "generality/exact", "locality/agreement")  # on the p
 
 @dataclass(frozen=True)
 class Conditions:
-    """What cases are evaluated under, beside the edits that are active on the model.
+    """The conditions of an evaluation, in addition to the edits that are active on the model.
 
-    Whoever edits (the EditCallback) hands one value of this to :attr:`EditingModule.conditions`; the module by
-    itself evaluates everything on the model as it is.
+    The EditCallback sets them as :attr:`EditingModule.conditions`. Without them every case is evaluated on the
+    model as it is.
 
     Attributes:
-        case_deltas: one update per case of the batch, side by side.
-        around_case: a context for each case of the batch, which are then evaluated one by one.
-        only_cases: ids of the cases that are evaluated; None for all. A stream has not edited the others yet.
-        edited: prompts of the active edits. A locality fact that is one of them is not evaluated.
+        case_deltas: one update per case of the batch, applied side by side.
+        around_case: a context manager for each case of the batch; cases are then evaluated one by one.
+        only_cases: ids of the cases to evaluate; None for all. A stream has not edited the others yet.
+        edited: prompts of the active edits. Locality probes with one of these prompts are left out.
     """
 
     case_deltas: Sequence[Delta] | None = None
@@ -60,31 +61,31 @@ def require_own_dtype(trainer: Trainer) -> None:
     """Raises ValueError for a precision that would convert the model's weights."""
     if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
         raise ValueError(
-            f"--trainer.precision {trainer.precision} would convert the model's weights, to which edits and "
-            "checkpoints belong: leave it out and choose their type with --model.lm.dtype, or use bf16-mixed"
+            f"--trainer.precision {trainer.precision} would convert the weights that edits and checkpoints are "
+            "made for: leave it out and set their type with --model.lm.dtype, or use bf16-mixed"
         )
 
 
 def warn_untrained(module: LightningModule) -> None:
-    log.warning("%s has not been trained, and its results say nothing: train it with fit, or give its checkpoint "
-                "with --ckpt_path", type(module).__name__)  # fmt: skip
+    log.warning("%s has not been trained, so its results are meaningless: train it with fit, or give its "
+                "checkpoint with --ckpt_path", type(module).__name__)  # fmt: skip
 
 
 class EditingModule(LightningModule):
-    """A language model under evaluation; edits are put in and taken out from outside.
+    """A language model under evaluation; the EditCallback applies and removes edits.
 
-    Runs every training-free method as it is. ``fit`` without training (a stream of edits) works: its
-    ``training_step`` does nothing.
+    Evaluates every training-free method. ``fit`` (for a stream of edits) trains nothing: ``training_step`` only
+    counts the step.
 
     Args:
         lm: the language model.
-        generate_tokens: length of free-running answers; 0 leaves them out, they cost several times as much as
-            all the rest.
-        perplexity: plain text whose perplexity is taken in every evaluation, under the edits in force.
+        generate_tokens: length of freely generated answers; 0 leaves them out, as they take several times as long
+            as all other measures.
+        perplexity: a corpus whose perplexity is computed in every evaluation, under the active edits.
     """
 
     trains_on: ClassVar[str] = (
-        "edits"  # which cases `fit` reads: "train" or the "edits" to evaluate
+        "edits"  # the cases `fit` reads: "train", or "edits", those evaluated
     )
 
     def __init__(
@@ -95,11 +96,10 @@ class EditingModule(LightningModule):
         self.lm, self.generate_tokens, self.perplexity = lm, generate_tokens, perplexity
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the base model out
-        self.conditions: Conditions | None = None  # given by whoever edits
-        self._told = False
-        self.measured: dict[
-            str, dict[str, float | None]
-        ] = {}  # before an interruption, by fingerprint
+        self.conditions: Conditions | None = None  # set by the EditCallback
+        self._has_warned = False
+        # Case means from before an interruption, by fingerprint.
+        self.measured: dict[str, dict[str, float | None]] = {}
         self.means: dict[str, float] = {}  # of the last finished evaluation
         self._running = RunningMeans()
         self._text_means: dict[str, float] = {}
@@ -112,8 +112,8 @@ class EditingModule(LightningModule):
         limit = self.lm.max_length
         if limit is not None and self.generate_tokens >= limit:
             raise ValueError(
-                f"generate_tokens is {self.generate_tokens}, and {self.lm.name!r} reads at most {limit} tokens at "
-                "once, prompt included"
+                f"generate_tokens is {self.generate_tokens}, but {self.lm.name!r} has a context of {limit} "
+                "tokens, prompt included"
             )
         if self.perplexity is not None:
             self.perplexity.require_text()
@@ -122,59 +122,58 @@ class EditingModule(LightningModule):
         return None
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """Trains nothing, but counts as a step: checkpoints and ``max_steps`` go by those."""
+        """Trains nothing, but counts as a step for checkpoints and ``max_steps``."""
         if batch:
-            steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-            steps.increment_ready()
-            steps.increment_completed()
+            count_step(self.trainer)
         return None
 
     def on_validation_epoch_start(self) -> None:
-        """Edits that stay in force for the whole evaluation already are: callbacks come first."""
+        """Edits of the whole evaluation are already active, because callbacks' hooks run before the module's."""
         self._running.clear()
         self._text_means = {}
         if self.perplexity is not None and not self.trainer.sanity_checking:
-            self._text_means = self._read_text(self.perplexity)
+            self._text_means = self._perplexity(self.perplexity)
 
     def on_validation_start(self) -> None:
-        """Warns, once, where what is evaluated is hardly what was meant."""
-        if self._told or self.trainer.state.fn != TrainerFn.VALIDATING:
+        """Warns once about an untrained editor, or if nothing edits the model."""
+        if self._has_warned or self.trainer.state.fn != TrainerFn.VALIDATING:
             return
-        self._told = True
+        self._has_warned = True
         if self.trained is False:
             warn_untrained(self)
         edits = self.lm.handles or self.own_delta() is not None
         if not (self.conditions or edits):
-            log.warning("the unedited model is evaluated, as nothing edits it: give the Trainer an EditCallback, "
-                        "or edit the model before")  # fmt: skip
+            log.warning("evaluating the unedited model: to evaluate edits, give the Trainer an EditCallback or "
+                        "edit the model first")  # fmt: skip
 
-    def _read_text(self, corpus: Corpus) -> dict[str, float]:
+    def _perplexity(self, corpus: Corpus) -> dict[str, float]:
         if self._base_perplexity is None:
             with self.lm.pristine():
                 self._base_perplexity = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens)
             if math.isinf(self._base_perplexity):
                 self.lm.refuse_not_finite()
         own = self.own_delta()
-        found = self._base_perplexity
+        edited = self._base_perplexity
         if own or self.lm.handles:
-            found = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens, own)
-        increase = found / self._base_perplexity - 1
-        return {"text/perplexity": found, "text/perplexity_increase": increase}
+            edited = self.lm.perplexity(corpus.texts(self.lm), corpus.tokens, own)
+        increase = edited / self._base_perplexity - 1
+        return {"text/perplexity": edited, "text/perplexity_increase": increase}
 
     def validation_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
-        """Evaluates a batch of cases; its results are the ``results`` of the output."""
-        if self._under.only_cases is not None:
-            batch = [case for case in batch if case.case_id in self._under.only_cases]
+        """Evaluates a batch of cases; returns their results under ``results``."""
+        only = self._active_conditions.only_cases
+        if only is not None:
+            batch = [case for case in batch if case.case_id in only]
         for case in batch:
             self._running.add_case(self.measured.get(case.fingerprint, {}))
         return {"results": self.evaluate(self.unmeasured(batch))}
 
     @property
-    def _under(self) -> Conditions:
+    def _active_conditions(self) -> Conditions:
         return self.conditions or Conditions()
 
     def unmeasured(self, cases: Sequence[EditCase]) -> list[EditCase]:
-        """Those that were not measured before an interruption."""
+        """The cases that were not evaluated before an interruption."""
         return [case for case in cases if case.fingerprint not in self.measured]
 
     def on_validation_epoch_end(self) -> None:
@@ -183,11 +182,11 @@ class EditingModule(LightningModule):
             self.log(f"val/{name}", value, prog_bar=name in SHOWN, sync_dist=False)
 
     def compute_means(self) -> dict[str, float]:
-        """Dataset means of everything evaluated since the epoch began, and the harmonic scores."""
+        """Dataset means of all cases evaluated since the epoch started, and the harmonic scores."""
         return self._running.compute(self.device) | self._text_means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trainable parts, the name and weights of their base model, and what was measured last."""
+        """Saves trainable parts, name and weight hash of their base model, and the last evaluation's means."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("lm.")}
         checkpoint["base_model"], checkpoint["means"] = self.base_model, self.means
@@ -196,49 +195,49 @@ class EditingModule(LightningModule):
         base = checkpoint.get("base_model")
         if base is None:
             raise ValueError(
-                "this checkpoint does not name its base model: it is not one of this project's"
+                "this checkpoint does not name its base model: it was not written by this project"
             )
         if base["hash"] != self.lm.weights_hash:
             raise ValueError(
                 f"this checkpoint was trained for {base['name']!r} with weights {base['hash']}, not for "
-                f"{self.lm.name!r} with weights {self.lm.weights_hash}: set --model.lm.name and dtype as then"
+                f"{self.lm.name!r} with weights {self.lm.weights_hash}: use the same --model.lm.name and dtype"
             )
         saved, own = _shapes(checkpoint["state_dict"]), _shapes(self.state_dict())
-        if saved != own:  # strict loading is off, so Lightning would leave out what does not fit
+        if saved != own:  # strict loading is off, so Lightning would ignore what does not fit
             name = min(saved.items() ^ own.items())[0]
             raise ValueError(
-                f"this checkpoint's {name} has shape {saved.get(name)}, that of {type(self).__name__} as it is "
-                f"set up here {own.get(name)}: choose the class and the settings it was trained with"
+                f"{name} has shape {saved.get(name)} in the checkpoint and {own.get(name)} in this "
+                f"{type(self).__name__}: use the class and the settings that it was trained with"
             )
         self.means = checkpoint.get("means", {})
 
-    # ------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ evaluation
 
     @property
     def base_model(self) -> dict[str, str]:
-        """Name and weights of what is evaluated or trained, for summaries and checkpoints."""
+        """Name and weight hash of the base model, for summaries and checkpoints."""
         return {"name": self.lm.name, "hash": self.lm.weights_hash}
 
     @property
     def method_name(self) -> str | None:
-        """What this module itself has done to the model, for summaries; nothing by default."""
+        """The method by which this module itself edits the model, for summaries; none by default."""
         return None
 
     @property
     def trained(self) -> bool | None:
-        """Whether what this module learns has been learned; None where it learns nothing."""
+        """Whether this module has been trained; None if it has nothing to train."""
         return None
 
     def own_delta(self) -> Delta | None:
-        """The update that this module itself has learned and that is evaluated; none by default."""
+        """The update that this module itself has learned, which is evaluated; none by default."""
         return None
 
     @torch.no_grad()
     def known(self, cases: Sequence[EditCase]) -> list[bool]:
-        """Whether the unedited model gives the true answer to each case's edit prompts, token for token."""
+        """Whether the unedited model predicts every token of the true answer to each case's edit prompts."""
         edits = [edit for case in cases for edit in case.edits]
         if any(edit.target_true is None for edit in edits):
-            raise ValueError("known_only needs edits with a true answer, and this dataset has none")
+            raise ValueError("known_only needs edits with a true answer, which this dataset lacks")
         with self.lm.pristine():
             right = iter(
                 self.lm.score([e.text for e in edits], [str(e.target_true) for e in edits])
@@ -248,33 +247,35 @@ class EditingModule(LightningModule):
 
     @torch.no_grad()
     def evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
-        """Asks every probe of every case under the edits in force and adds to the running metrics."""
-        if self._under.around_case is not None:
-            results = []
-            for case in cases:
-                with self._under.around_case(case):
-                    results += self._evaluate([case])
-            return results
-        return self._evaluate(cases)
+        """Scores every probe of every case under the active edits and updates the running means."""
+        around_case = self._active_conditions.around_case
+        if around_case is None:
+            return self._evaluate(cases)
+        results = []
+        for case in cases:
+            with around_case(case):
+                results += self._evaluate([case])
+        return results
 
     def _evaluate(self, cases: Sequence[EditCase]) -> list[CaseResult]:
         results = [CaseResult(case) for case in cases]
         own = self.own_delta()
-        each = self._under.case_deltas
+        conditions = self._active_conditions
+        each = conditions.case_deltas
         deltas = each if each is not None else [own] if own else None
         shared = each is None
         layer = self.lm.edits.lowest_layer(deltas or ())
         for compared in (True, False):
-            probes = ProbeBatch.of(cases, compared, self._under.edited)
+            probes = ProbeBatch.of(cases, compared, conditions.edited)
             if probes.probe_B:
                 owners = [0] * len(probes.case_B) if shared else probes.case_B
                 with self.lm.reuse.shared(layer):
-                    self._ask(probes, results, deltas, owners, compared)
+                    self._score(probes, results, deltas, owners, compared)
                 if self.generate_tokens:
-                    self._ask_freely(probes, results, deltas, owners)
+                    self._generate(probes, results, deltas, owners)
         return results
 
-    def _ask(
+    def _score(
         self,
         probes: ProbeBatch,
         results: list[CaseResult],
@@ -298,13 +299,13 @@ class EditingModule(LightningModule):
             with self.lm.pristine():
                 before = self.lm.score(prompts, targets, full=True)
         table = measure_probes(after, before, rival, with_rival, probes)
-        start = self._add_probes(probes, results, after)
-        self._count(probes, results, table, start)
+        entries = self._add_entries(probes, results, after)
+        self._add_values(probes, results, table, entries)
 
-    def _add_probes(
+    def _add_entries(
         self, probes: ProbeBatch, results: list[CaseResult], after: TargetScores
     ) -> list[dict]:
-        """Every question and the greedy answer, under its case."""
+        """Adds an entry with every probe's greedy answer to its case's results; returns the entries."""
         entries = []
         for b, (case, criterion, probe) in enumerate(
             zip(probes.case_B, probes.criterion_B, probes.probe_B, strict=True)
@@ -316,14 +317,14 @@ class EditingModule(LightningModule):
             entries.append(entry)
         return entries
 
-    def _count(
+    def _add_values(
         self,
         probes: ProbeBatch,
         results: list[CaseResult],
         table: dict[str, dict[int, float]],
         entries: list[dict] | None = None,
     ) -> None:
-        """Adds probe values to the running metrics, to their case's means and to their entries."""
+        """Adds the probes' values to the running means, to their case's means and to their entries."""
         for measure, value_of in table.items():
             for criterion in dict.fromkeys(probes.criterion_B):
                 rows = [b for b in probes.of_criteria(criterion) if b in value_of]
@@ -340,14 +341,14 @@ class EditingModule(LightningModule):
                     if entries is not None:
                         entries[b][measure] = value if math.isfinite(value) else None
 
-    def _ask_freely(
+    def _generate(
         self,
         probes: ProbeBatch,
         results: list[CaseResult],
         deltas: Sequence[Delta] | None,
         owners: list[int],
     ) -> None:
-        """Generates an answer to every question and compares it with the acceptable ones."""
+        """Generates an answer to every probe and compares it with the acceptable ones."""
         prompts = [probe.prompt for probe in probes.probe_B]
         after = self.lm.generate(prompts, self.generate_tokens, deltas, owners)
         local = probes.of_criteria(*LOCALITY_CRITERIA)
@@ -356,9 +357,9 @@ class EditingModule(LightningModule):
             with self.lm.pristine():
                 before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
         table = measure_generated(after, dict(zip(local, before, strict=True)), probes)
-        self._count(probes, results, table)
+        self._add_values(probes, results, table)
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a state's tensors, the base model's left out."""
+    """Shapes of a state's tensors, without the base model's."""
     return {name: tuple(t.shape) for name, t in state.items() if not name.startswith("lm.")}

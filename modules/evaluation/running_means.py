@@ -1,4 +1,4 @@
-"""Means over all cases of an evaluation, as they grow batch by batch."""
+"""Means over all cases of an evaluation, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from corrigenda.modules import metrics, processes
 from corrigenda.modules.evaluation.measures import PROTOCOLS, VERDICTS
 
-# Harmonic means of dataset means: the field's Score, and what learned editors are selected by.
+# Harmonic means of dataset means: the Score of the literature, and what learned editors are selected by.
 SCORES = {
     "all/score": ("efficacy/preference", "generality/preference", "locality/preference"),
     "all/balance": ("efficacy/exact", "generality/exact", "locality/agreement"),
@@ -19,7 +19,7 @@ SCORES = {
 
 
 class RunningMeans:
-    """A metric per ``<criterion>/<measure>``, made where one is met first."""
+    """A metric per ``<criterion>/<measure>``, created when it is first updated."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, metrics.CaseMean] = {}
@@ -32,7 +32,7 @@ class RunningMeans:
         self._metric(name).update(values_B, case_B)
 
     def add_case(self, means: Mapping[str, float | None]) -> None:
-        """Adds a case that was measured before; None stands for a mean that was infinite."""
+        """Adds a case from its means; None stands for an infinite one."""
         for name, value in means.items():
             value = math.inf if value is None else value
             self.update(name, torch.tensor([value]), torch.tensor([0]))
@@ -40,7 +40,7 @@ class RunningMeans:
     def compute(self, device: torch.device) -> dict[str, float]:
         """Dataset means over the cases of all processes, and the harmonic scores."""
         if processes.are_several():
-            # Each is summed over all processes when it is computed, so all must have the same.
+            # Computing a metric sums it over all processes, so all of them need the same metrics.
             names = [name for names in processes.gather(list(self.metrics)) for name in names]
             for name in dict.fromkeys(names):
                 self._metric(name)

@@ -1,7 +1,7 @@
-"""What learned editors share: training on edits, their paraphrases and locality facts.
+"""The training of learned editors: on edits, their paraphrases and locality facts.
 
-A training step makes each case's edit with the current editor, then scores the edited models on the new answer to
-a paraphrase and compares their distribution on unrelated text with the base model's (Mitchell et al., 2022, arXiv
+A training step makes each case's edit with the current editor, scores the edited models on a paraphrase with the
+new answer, and compares their distribution on unrelated text with the base model's (Mitchell et al., 2022, arXiv
 2110.11309):
 
     loss = c_edit * NLL(edited; paraphrase) + c_loc * KL(base || edited; unrelated)
@@ -30,6 +30,7 @@ from corrigenda.modules import checks
 from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
 from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.lightning_internals import reset_train_loader
 from corrigenda.modules.model.delta import Delta, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
@@ -45,10 +46,10 @@ class LearnedEditor(EditingModule, WeightEditor):
         lm: the language model to edit; it is never changed.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
-        scale: factor by which updates are multiplied when edits are made, not in training. A little below 1 often
-            improves locality at no cost in efficacy.
-        together: training cases whose edits are joined in one update, as when a batch of edits is made.
-        generate_tokens: length of free-running answers; 0 leaves them out.
+        scale: factor of updates when edits are made, not in training. Slightly below 1 it often improves locality
+            at no cost in efficacy.
+        together: training cases whose edits are summed into one update, as for a batch of edits.
+        generate_tokens: length of freely generated answers; 0 leaves them out.
     """
 
     trains_on: ClassVar[str] = "train"
@@ -74,18 +75,18 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
         self._step_started = 0.0
-        self._seed = torch.initial_seed()  # that of the run
+        self._seed = torch.initial_seed()  # of the run
 
     @property
     def training_seconds(self) -> float:
-        """Time spent in training steps so far, over all resumed runs."""
+        """Time spent in training steps, including those before an interruption."""
         return float(self.training_time)
 
     @property
     def trained(self) -> bool:
         return self.training_seconds > 0
 
-    # ------------------------------------------------------------------ the method's part
+    # ------------------------------------------------------------------ to be implemented by a method
 
     @property
     @abstractmethod
@@ -94,7 +95,7 @@ class LearnedEditor(EditingModule, WeightEditor):
 
     @property
     def _joins(self) -> bool:
-        """Whether edits of different training cases are joined in one update."""
+        """Whether a training update depends on several cases."""
         return self.together > 1
 
     @abstractmethod
@@ -103,9 +104,9 @@ class LearnedEditor(EditingModule, WeightEditor):
 
         Args:
             tail: the rows, with the lower blocks already run.
-            rows: one answer row per edit text.
-            owner_B: the edit of each row.
-            num_edits: E.
+            rows: one row per edit text, with its target.
+            owner_B: the index of the edit that each row belongs to.
+            num_edits: number of edits, E.
         """
 
     # ------------------------------------------------------------------ editing
@@ -124,7 +125,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         return add_deltas(self.propose_each(lm, [edits]))
 
     def observe(self, cases: Sequence[EditCase]) -> None:
-        """Statistics of training cases that the method needs before its first step; none by default."""
+        """Computes statistics of training cases that the method needs before its first step; none by default."""
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -138,7 +139,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         if matrices != self.names:
             raise ValueError(
                 f"this checkpoint edits {', '.join(matrices)}, this model {', '.join(self.names)}: "
-                "set --model.layers and --model.projections as then"
+                "use the same --model.layers and --model.projections"
             )
 
     # ------------------------------------------------------------------ training
@@ -146,8 +147,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     def on_fit_start(self) -> None:
         if self._joins and self.trainer.world_size > 1:
             raise ValueError(
-                f"{type(self).__name__} joins several training cases in one update here, and each process would "
-                "see only some of them: train it with --trainer.devices 1"
+                f"{type(self).__name__} combines several training cases in one update here, of which each process "
+                "would see only some: train it with --trainer.devices 1"
             )
         self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
 
@@ -155,7 +156,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         self.lm.reuse.drop()
 
     def on_train_start(self) -> None:
-        """A new run takes its statistics and saves the untrained editor, for comparison with the trained one."""
+        """A new run computes its statistics and saves the untrained editor, to compare the trained one with."""
         if self.global_step > 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         cases = list(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
@@ -173,8 +174,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """One step on a batch of independent edits; a step with a non-finite loss is skipped, counted and logged.
 
-        Losses are means over cases, so that several processes with equal parts of a batch make the same step as
-        one process with all of it.
+        Losses are means over cases, so several processes with equal parts of a batch make the same step as one
+        process with the whole batch.
         """
         edit_loss, kl = self._losses(*self._choose(batch))
         loss = self.objective(edit_loss, kl)
@@ -199,18 +200,15 @@ class LearnedEditor(EditingModule, WeightEditor):
                     self.global_step, what, int(self.num_skipped))  # fmt: skip
 
     def objective(self, edit_loss: Tensor, kl: Tensor) -> Tensor:
-        """The loss that a step minimises."""
+        """The training loss."""
         return self.c_edit * edit_loss + self.c_loc * kl
 
     def scheduled(
         self, optimizer: torch.optim.Optimizer, warm_up: int, floor: float = 0.05
     ) -> OptimizerLRScheduler:
-        """The optimizer with a schedule: linear warm-up over ``warm_up`` steps, then a cosine to ``floor``."""
+        """The optimizer with a schedule: linear warm-up over ``warm_up`` steps, then cosine decay to ``floor``."""
         total = int(self.trainer.estimated_stepping_batches)
-        # For this estimate Lightning has set up the training data, and it would not do so again after reading
-        # the checkpoint of an interrupted run: the position in the epoch, which the checkpoint holds, would be
-        # lost.
-        self.trainer.fit_loop._combined_loader = None
+        reset_train_loader(self.trainer)  # which that has set up too early
 
         def factor(step: int) -> float:
             if step < warm_up:
@@ -222,7 +220,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step with a non-finite gradient changes nothing."""
+        """Skips a step with a non-finite gradient."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and not all(bool(torch.isfinite(g).all()) for g in gradients):
             self._skip("a gradient")
@@ -231,8 +229,8 @@ class LearnedEditor(EditingModule, WeightEditor):
     def _choose(self, batch: list[EditCase]) -> tuple[list[Edit], list[Probe], list[Probe]]:
         """For each case its edit, one paraphrase (or the edit's own prompt) and one locality probe.
 
-        The choice depends on run, epoch and case alone, so that resumed runs and several processes make the same
-        one.
+        The choice depends only on the run's seed, the epoch and the case, so it is the same in resumed runs and
+        with several processes.
         """
         edits, outer, local = [], [], []
         for case in batch:
@@ -246,10 +244,10 @@ class LearnedEditor(EditingModule, WeightEditor):
                 for probe in case.probes.get(name, ())
                 if probe.target
             ]
-            local.append(draw.choice(probes or [self._neighbour(case, draw)]))
+            local.append(draw.choice(probes or [self._other_prompt(case, draw)]))
         return edits, outer, local
 
-    def _neighbour(self, case: EditCase, draw: random.Random) -> Probe:
+    def _other_prompt(self, case: EditCase, draw: random.Random) -> Probe:
         """Another case's own prompt, for a case without locality probes."""
         cases: Sequence[EditCase] = self.trainer.datamodule.cases("train")  # type: ignore[attr-defined]
         others = [other for other in draw.sample(cases, min(2, len(cases))) if other is not case]
@@ -259,7 +257,7 @@ class LearnedEditor(EditingModule, WeightEditor):
     def _losses(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
     ) -> tuple[Tensor, Tensor]:
-        """(edit loss, locality KL): edit, outer and local rows share one pass through the lower blocks."""
+        """(edit loss, locality KL); all three kinds of rows share one pass through the lower blocks."""
         count = len(edits)
         rows, tail = self._encoded(edits, outer, local)
         index = torch.arange(3 * count, device=self.lm.device)
@@ -286,7 +284,10 @@ class LearnedEditor(EditingModule, WeightEditor):
     def _encoded(
         self, edits: list[Edit], outer: list[Probe], local: list[Probe]
     ) -> tuple[Rows, Tail]:
-        """Rows of edits, outer and local probes, in this order; only local ones are read at their last token."""
+        """Rows of edits, paraphrases and locality probes, in this order, and their states above the lower blocks.
+
+        Only the locality rows need logits at their last token.
+        """
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
         rows = self.lm.tokens.rows(prompts, targets)
@@ -295,7 +296,7 @@ class LearnedEditor(EditingModule, WeightEditor):
 
 
 def chosen_blocks(lm: LanguageModel, layers: Sequence[int] | None, last: int) -> list[int]:
-    """The given blocks, the lowest first; the model's ``last`` so many if none are given."""
+    """The given blocks in ascending order; by default the model's last ``last`` blocks."""
     checks.blocks(layers=layers)
     count = lm.structure.num_layers
     return list(range(max(0, count - last), count)) if layers is None else sorted(layers)
@@ -312,7 +313,7 @@ def mlp_matrices(
 
 
 class _Drift(torch.autograd.Function):
-    """KL whose gradient, softmax(edited) - softmax(base), is computed in place during the forward pass."""
+    """KL divergence whose gradient, softmax(edited) - softmax(base), is computed in place in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, base_NV: Tensor, edited_NV: Tensor) -> Tensor:  # noqa: ANN401
@@ -331,12 +332,12 @@ class _Drift(torch.autograd.Function):
 
 
 def drift(base_NV: Tensor, edited_NV: Tensor) -> Tensor:
-    """KL(base || edited) of logits at each of N positions, in float32; differentiable in the edited ones."""
+    """KL(base || edited) of the logits at each of N positions, in float32; differentiable in ``edited_NV``."""
     return cast(Tensor, _Drift.apply(base_NV, edited_NV))
 
 
 def _training_positions(rows: Rows, count: int) -> tuple[Tensor, Tensor]:
-    """Rows and positions, [2, N] each: the answers of the first ``count`` rows, and all tokens of the others."""
+    """(row, position) of the first ``count`` rows' target tokens, and of all tokens of the others; [2, N] each."""
     answer_N = torch.stack(rows.answer_positions())
     local_N = rows.mask_BT.bool().nonzero().T
     return answer_N[:, answer_N[0] < count], local_N[:, local_N[0] >= count]

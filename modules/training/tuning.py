@@ -1,8 +1,8 @@
-"""Fine-tuning as an editor: an update learned by gradient descent on the edits' own loss.
+"""Fine-tuning as an editor: an update learned by gradient descent on the edits' loss.
 
-Subclasses define the update's parameters (a dense matrix, two factors) and its limits; the loss, the
-optimisation and many independent edits side by side are here. The network's weights are never
-written: the update runs as a side branch, and blocks below the lowest tuned one run once.
+Subclasses define the update's parameters (a dense matrix, two factors) and its constraints. This module holds the
+loss and the optimisation of many independent edits side by side. The network's weights are never written: the
+update runs as a side branch, and blocks below the lowest tuned one run once.
 
 Shapes: E independent problems, R rows (one per edit), N target tokens.
 """
@@ -36,22 +36,22 @@ log = logging.getLogger(__name__)
 
 Loss = Literal["target", "prompt_last"]
 
-MAX_ELEMENTS = 2**26  # learned at once; gradient and Adam's moments take three times as much again
-PIECE_TOKENS = 2048  # padded tokens of one forward and backward pass
+MAX_ELEMENTS = 2**26  # learned together; gradient and Adam's moments take three times as much again
+CHUNK_TOKENS = 2048  # padded tokens of one forward and backward pass
 
 
 class GradientEditor(WeightEditor):
-    """Learns an update with Adam, starting from no change.
+    """Learns an update with Adam, initialised to no change.
 
     Args:
-        steps: updates at most.
-        lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and moves no more.
-        weight_decay: L2 decay of the learned update towards zero, so of the weights towards the base's.
-        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
-            ones before it. ``prompt_last`` is that of the published FT and FT-L: every target token
-            is predicted at the one position after the prompt. With m different tokens it cannot
-            fall below log m, and it does not depend on their order.
+        steps: maximum number of optimisation steps.
+        lr: Adam's learning rate.
+        stop_loss: the optimisation of an edit ends when its loss falls below this.
+        weight_decay: L2 decay of the learned update towards zero, so of the weights towards the base model's.
+        loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the previous ones.
+            ``prompt_last`` is that of the published FT and FT-L: every target token is predicted at the last
+            position of the prompt. With m different tokens it cannot fall below log m, and it does not depend on
+            their order.
         parallel: independent edits learned together; fewer if their updates are large.
     """
 
@@ -72,11 +72,11 @@ class GradientEditor(WeightEditor):
 
     @abstractmethod
     def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
-        """The initial parameters by name, ``count`` equal copies that change nothing; [E, ...], float32."""
+        """The initial parameters by name, E = ``count`` copies of an update of zero; [E, ...], float32."""
 
     @abstractmethod
     def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
-        """The E updates that the leaves parametrise, differentiable in them."""
+        """The E updates parametrised by the leaves, differentiable in them."""
 
     @abstractmethod
     def lowest_layer(self, lm: LanguageModel) -> int:
@@ -98,7 +98,7 @@ class GradientEditor(WeightEditor):
         return deltas
 
     def _learn(self, lm: LanguageModel, groups: Sequence[Sequence[Edit]]) -> list[Delta]:
-        """One update per group, as if the other groups did not exist."""
+        """One update per group, each independent of the other groups."""
         leaves = self.start(lm, len(groups))
         problems = Problems.of(self, lm, groups)
         adam = IndependentAdam(list(leaves.values()), self.lr, weight_decay=self.weight_decay)
@@ -108,11 +108,11 @@ class GradientEditor(WeightEditor):
         for _ in range(self.steps):
             now_E, gradients = problems.gradients(leaves)
             loss_E = torch.where(active_E, now_E, loss_E)
-            going_E = active_E & (now_E >= self.stop_loss)  # False for NaN, too
-            if not going_E.any():
+            unfinished_E = active_E & (now_E >= self.stop_loss)  # also False for NaN
+            if not unfinished_E.any():
                 break
-            if not torch.equal(going_E, active_E):
-                active_E, problems = going_E, problems.select(going_E)
+            if not torch.equal(unfinished_E, active_E):
+                active_E, problems = unfinished_E, problems.select(unfinished_E)
             adam.step(gradients, active_E)
             updates_E += active_E
             self.project(lm, leaves)
@@ -122,7 +122,7 @@ class GradientEditor(WeightEditor):
         ):
             delta.metadata["notes"] = [{"loss": loss, "updates": updates}]
             if not math.isfinite(loss):
-                log.warning("%r: the loss is %s after %d updates; the edit fails, try a smaller lr",
+                log.warning("%r: the edit has failed, its loss is %s after %d steps; try a smaller lr",
                             group[0].text, loss, updates)  # fmt: skip
         return deltas
 
@@ -131,16 +131,16 @@ class GradientEditor(WeightEditor):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some rows and the positions of their loss.
+class TargetRows:
+    """Rows that run together, and the positions of their targets' loss.
 
     Attributes:
         tail: the rows, with the blocks below the tuned ones already run.
-        prompt_RT: True on their prompts' tokens.
-        owner_R: the problem of each row.
-        row_N: for each target token its row.
+        prompt_RT: True on prompt tokens.
+        owner_R: the index of the problem that each row belongs to.
+        row_N: the row of each target token.
         position_N: the position that predicts it.
-        target_N: the token itself.
+        target_N: its id.
     """
 
     tail: Tail
@@ -151,7 +151,9 @@ class Piece:
     target_N: Tensor
 
     @classmethod
-    def of(cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss) -> Piece:
+    def of(
+        cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss
+    ) -> TargetRows:
         row_N, position_N = rows.answer_positions()
         target_N = rows.ids_BT[row_N, position_N + 1]
         if loss == "prompt_last":
@@ -166,7 +168,7 @@ class Piece:
         total_R = nll_N.new_zeros(len(self.owner_R)).index_add(0, self.row_N, nll_N)
         return total_R / torch.bincount(self.row_N, minlength=len(self.owner_R))
 
-    def select(self, active_E: Tensor) -> Piece | None:
+    def select(self, active_E: Tensor) -> TargetRows | None:
         """The rows of active problems; None if there are none."""
         keep_R = active_E[self.owner_R]
         if keep_R.all():
@@ -176,7 +178,7 @@ class Piece:
             return None
         keep_N = keep_R[self.row_N]
         renumbered_R = keep_R.cumsum(0) - 1
-        return Piece(
+        return TargetRows(
             self.tail.select(rows),
             self.prompt_RT[rows],
             self.owner_R[rows],
@@ -191,55 +193,55 @@ class Problems:
     """The losses of E groups of edits, each a function of its own update alone.
 
     Attributes:
-        size_E: number of edits in each group; its loss is their mean.
-        pieces: the rows, in parts that fit into memory.
+        size_E: number of edits in each group, whose losses are averaged.
+        chunks: the rows, in chunks that fit into memory.
     """
 
     editor: GradientEditor
     lm: LanguageModel
     size_E: Tensor
-    pieces: list[Piece]
+    chunks: list[TargetRows]
 
     @classmethod
     def of(
         cls, editor: GradientEditor, lm: LanguageModel, groups: Sequence[Sequence[Edit]]
     ) -> Problems:
         if not all(groups):
-            raise ValueError("there is nothing to learn: a group of edits is empty")
+            raise ValueError("a group of edits is empty: give at least one edit")
         edits = [edit for group in groups for edit in group]
         rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
         owner_R = torch.arange(len(groups), device=lm.device).repeat_interleave(size_E)
         layer = editor.lowest_layer(lm)
-        pieces = [
-            Piece.of(lm, rows.select(part), owner_R[part], layer, editor.loss)
-            for part in _parts(rows)
+        chunks = [
+            TargetRows.of(lm, rows.select(index), owner_R[index], layer, editor.loss)
+            for index in _chunk_indices(rows)
         ]
-        return cls(editor, lm, size_E, pieces)
+        return cls(editor, lm, size_E, chunks)
 
     def gradients(self, leaves: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(loss_E, gradients of the leaves); gradients of the sum over problems, which keeps them independent."""
+        """(loss_E, gradients of the sum of losses in the leaves); each leaf belongs to one problem."""
         loss_E = torch.zeros(len(self.size_E), device=self.lm.device)
         total: list[Tensor] = []
-        for piece in self.pieces:
-            loss_R = piece.losses(self.lm, self.editor.deltas(self.lm, leaves))
-            share_R = loss_R / self.size_E[piece.owner_R]
+        for chunk in self.chunks:
+            loss_R = chunk.losses(self.lm, self.editor.deltas(self.lm, leaves))
+            share_R = loss_R / self.size_E[chunk.owner_R]
             part = torch.autograd.grad(share_R.sum(), list(leaves.values()))
             total = [a + b for a, b in zip(total, part, strict=True)] if total else list(part)
-            loss_E = loss_E.index_add(0, piece.owner_R, share_R.detach())
+            loss_E = loss_E.index_add(0, chunk.owner_R, share_R.detach())
         return loss_E, total
 
     def select(self, active_E: Tensor) -> Problems:
-        """Drops the rows of problems that have finished; problems keep their indices."""
-        pieces = [part for piece in self.pieces if (part := piece.select(active_E)) is not None]
-        return Problems(self.editor, self.lm, self.size_E, pieces)
+        """Without the rows of finished problems; the other problems keep their indices."""
+        chunks = [part for chunk in self.chunks if (part := chunk.select(active_E)) is not None]
+        return Problems(self.editor, self.lm, self.size_E, chunks)
 
 
-def _parts(rows: Rows) -> Iterator[Tensor]:
-    """Row indices, longest first, in parts of at most PIECE_TOKENS padded tokens."""
+def _chunk_indices(rows: Rows) -> Iterator[Tensor]:
+    """Row indices, longest first, in chunks of at most CHUNK_TOKENS padded tokens."""
     order = rows.length_B.argsort(descending=True, stable=True)
     while len(order):
-        count = max(1, PIECE_TOKENS // int(rows.length_B[order[0]]))
+        count = max(1, CHUNK_TOKENS // int(rows.length_B[order[0]]))
         yield order[:count]
         order = order[count:]
 
@@ -250,16 +252,16 @@ def _parts(rows: Rows) -> Iterator[Tensor]:
 class FineTune(EditingModule):
     """Trains one update of a :class:`GradientEditor` on all edits with ``fit``.
 
-    The base weights are never written: validation runs the learned update beside them, so that
-    locality compares with the true base model, and checkpoints hold the learned tensors only.
+    The base weights are never written: validation runs the learned update beside them, so locality compares with
+    the base model itself, and checkpoints hold the learned tensors only.
 
     Args:
         lm: the language model.
-        method: the parameters to learn and their loss. Its ``steps``, ``stop_loss`` and ``parallel``
-            have no effect here: the trainer decides when to stop.
-        optimizer: Adam with the method's ``lr`` and ``weight_decay`` if not given.
-        generate_tokens: length of free-running answers; 0 leaves them out, which makes evaluation
-            several times faster.
+        method: defines the parameters to learn and their loss. Its ``steps``, ``stop_loss`` and ``parallel`` have
+            no effect here, because the Trainer decides when to stop.
+        optimizer: by default Adam with the method's ``lr`` and ``weight_decay``.
+        generate_tokens: length of freely generated answers; 0 leaves them out, as they take several times as long
+            as all other measures.
     """
 
     trains_on = "edits"
@@ -274,7 +276,7 @@ class FineTune(EditingModule):
         super().__init__(lm, generate_tokens)
         self.automatic_optimization = True
         self.method, self.optimizer = method, optimizer
-        # Names of parameters hold dots, names in a ParameterDict may not.
+        # Parameter names contain dots, which keys of a ParameterDict may not.
         self.learned = nn.ParameterDict(
             {name.replace(".", "/"): leaf.detach() for name, leaf in method.start(lm, 1).items()}
         )
@@ -298,7 +300,7 @@ class FineTune(EditingModule):
         return self.method.deltas(self.lm, self.leaves)[0].detach()
 
     def delta(self, edits: Sequence[Edit] = ()) -> Delta:
-        """The learned update, with base model and ``edits`` in its metadata, ready to be saved or written."""
+        """The learned update with base model and ``edits`` in its metadata, as it is saved."""
         return copy.deepcopy(self.method.stamp(self.lm, self.own_delta(), edits))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -318,13 +320,13 @@ class FineTune(EditingModule):
         rows = self.lm.tokens.rows(prompts, targets)
         owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
         layer = self.method.lowest_layer(self.lm)
-        piece = Piece.of(self.lm, rows, owner_R, layer, self.method.loss)
-        loss = piece.losses(self.lm, self.method.deltas(self.lm, self.leaves)).mean()
+        chunk = TargetRows.of(self.lm, rows, owner_R, layer, self.method.loss)
+        loss = chunk.losses(self.lm, self.method.deltas(self.lm, self.leaves)).mean()
         self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Also projects, as part of the step: a checkpoint written right after it is within the limits."""
+        """Projects as part of the step, so a checkpoint written right after it satisfies the constraints."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.method.project(self.lm, self.leaves)
