@@ -435,7 +435,7 @@ def test_another_runs_checkpoint_is_refused(
         stop_at(patch, EditingModule, "training_step", 2)
         assert corrigenda(*stream, "--run_dir", "c") == 130
     last = tmp_path / "c" / "checkpoints" / "last.ckpt"
-    for name, words in (("a", "--seed_everything has changed"), ("b", "choose the class")):
+    for name, words in (("a", "--seed_everything has changed"), ("b", "use the class")):
         last.write_bytes((tmp_path / name / "checkpoints" / "last.ckpt").read_bytes())
         assert words in refused(*stream, "--run_dir", "c", *ONE_MORE, folder="c")
     last.write_bytes(last.read_bytes()[:-100])
