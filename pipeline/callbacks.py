@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from corrigenda.datamodules.records import Edit, EditCase
+from corrigenda.datamodules.records import EditCase
 from corrigenda.modules import processes
 from corrigenda.modules.editing.adapters import ModulePatch
 from corrigenda.modules.editing.editor import Editor, WeightEditor, editing_mode
@@ -30,12 +28,10 @@ from corrigenda.modules.lightning_internals import epochs_begun
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
-from corrigenda.pipeline.cost import Cost
+from corrigenda.pipeline.cost import Cost, Stopwatch, peak_gib, query_cost
 from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
-
-QUERIES_TIMED = 8  # at most, of edits made together
 
 
 class EditCallback(Callback):
@@ -113,10 +109,9 @@ class EditCallback(Callback):
     def _prepare(self, pl_module: EditingModule) -> Editor:
         """The editor with its statistics computed, timed separately from the edits."""
         editor = cast(Editor, self.editor)
-        start = time.perf_counter()
-        with editing_mode():
+        with Stopwatch(pl_module.lm) as watch, editing_mode():
             editor.prepare(pl_module.lm)
-        self.cost += Cost(prepare_seconds=time.perf_counter() - start)
+        self.cost += Cost(prepare_seconds=watch.stop().seconds)
         return editor
 
     # ------------------------------------------------------------------ each
@@ -131,8 +126,9 @@ class EditCallback(Callback):
             return
         for case in batch:
             editor.check_edits(case.edits)
-        with self._timed(len(batch)), editing_mode():
+        with Stopwatch(module.lm) as watch, editing_mode():
             deltas = editor.propose_each(module.lm, [case.edits for case in batch])
+        self.cost += watch.stop() + Cost(made=len(batch))
         stamped = [
             editor.stamp(module.lm, delta, case.edits)
             for delta, case in zip(deltas, batch, strict=True)
@@ -157,31 +153,12 @@ class EditCallback(Callback):
     ) -> EditHandle:
         editor = self._prepare(module)
         edits = [edit for case in cases for edit in case.edits]
-        with self._timed(len(cases)), editing_mode():
+        with Stopwatch(module.lm) as watch, editing_mode():
             handle = editor.edit(module.lm, edits)
-        self._time_queries(module, edits)
-        self.cost += Cost(touched=handle.num_parameters, bytes=handle.num_bytes)
+        size = Cost(made=len(cases), touched=handle.num_parameters, bytes=handle.num_bytes)
+        self.cost += watch.stop() + size + query_cost(module.lm, edits)
         self._save(trainer, handle, name)
         return handle
-
-    def _time_queries(self, module: EditingModule, edits: list[Edit]) -> None:
-        """Times scoring a few of the new edits, on the edited model and on the unedited one."""
-        some = edits[:QUERIES_TIMED]
-        prompts, targets = [edit.text for edit in some], [edit.target_new for edit in some]
-        start = _now()
-        module.lm.score(prompts, targets)
-        middle = _now()
-        with module.lm.pristine():
-            module.lm.score(prompts, targets)
-        self.cost += Cost(
-            queries=len(some), query_seconds=middle - start, base_query_seconds=_now() - middle
-        )
-
-    @contextmanager
-    def _timed(self, count: int) -> Iterator[None]:
-        start = _now()
-        yield
-        self.cost += Cost(made=count, seconds=_now() - start)
 
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
         # Under these two schedules every process has edits of its own; otherwise all make the same.
@@ -273,6 +250,11 @@ class EditCallback(Callback):
             for board in boards:
                 with suppress(Exception):  # the logger reports its own failures
                     board.experiment.define_metric(name, step_metric=axis)
+
+    @property
+    def active(self) -> list[EditHandle]:
+        """Handles of the edits that this callback has made and not removed."""
+        return list(self._handles)
 
     def total_cost(self) -> Cost:
         """What edits and queries have cost so far, over all processes and including interrupted ones before.
@@ -395,25 +377,17 @@ class EditCallback(Callback):
             self._remove()
 
 
+def edit_callback(trainer: Trainer) -> EditCallback:
+    """The trainer's EditCallback."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c for c in callbacks if isinstance(c, EditCallback))
+
+
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     """The W&B loggers; none in processes that do not write."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     return boards if trainer.is_global_zero else []
 
 
-def _now() -> float:
-    """Time in seconds, after an accelerator has finished its queued work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _prompts(cases: Sequence[EditCase]) -> frozenset[str]:
     return frozenset(edit.text for case in cases for edit in case.edits)
-
-
-def peak_gib() -> float:
-    """Peak memory so far in GiB: the accelerator's if there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

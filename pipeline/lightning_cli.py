@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from corrigenda.modules.training.checkpoints import read_checkpoint
+from corrigenda.pipeline.budget import Budget
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.errors import UserError
@@ -75,6 +76,7 @@ class PipelineCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EditCallback, "edit")
+        parser.add_lightning_class_args(Budget, "budget")
         parser.add_argument(
             "--run_dir",
             type=str | None,

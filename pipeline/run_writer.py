@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -20,7 +21,7 @@ from corrigenda.modules import processes
 from corrigenda.modules.evaluation.measures import PROTOCOLS, CaseResult
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import write_text
-from corrigenda.pipeline.callbacks import EditCallback, wandb_loggers
+from corrigenda.pipeline.callbacks import EditCallback, edit_callback, wandb_loggers
 from corrigenda.pipeline.cost import Cost
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.logs import read_training
@@ -142,7 +143,7 @@ class RunWriter(Callback):
                     len(pl_module.measured), self._cases)  # fmt: skip
         budget = progress["budget"]
         self._seconds_before = budget["run_seconds"]
-        edit = _edit_callback(trainer)
+        edit = edit_callback(trainer)
         if trainer.is_global_zero and edit.schedule != "epoch":  # which makes all edits again
             edit.add_cost(Cost.from_state(budget))
 
@@ -163,7 +164,7 @@ class RunWriter(Callback):
 
     def _write_progress(self, trainer: Trainer) -> None:
         """Writes what an interrupted validation needs to resume: what it depends on, and its cost so far."""
-        budget = _edit_callback(trainer).total_cost().state() | {"run_seconds": self._run_seconds}
+        budget = edit_callback(trainer).total_cost().state() | {"run_seconds": self._run_seconds}
         if trainer.is_global_zero:
             progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._size}
             write_text(self.folder / "progress.json", _json(progress, indent=1))
@@ -182,10 +183,10 @@ class RunWriter(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         """The EditCallback, which runs before this one, has just made and scored the edits of a stream's step."""
-        self._write(trainer, _edit_callback(trainer).current, "current")
+        self._write(trainer, edit_callback(trainer).current, "current")
 
     def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
-        num_edits = _edit_callback(trainer).num_edits
+        num_edits = edit_callback(trainer).num_edits
         rows = [{"phase": phase, "num_edits": num_edits} | result.row() for result in results]
         if phase == "val" and trainer.world_size > 1:
             self._pending.append(rows)
@@ -243,7 +244,7 @@ class RunWriter(Callback):
             write_text(self.folder / "summary.json", _json(summary, indent=1))
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
-        edit = _edit_callback(trainer)
+        edit = edit_callback(trainer)
         cost = edit.total_cost()
         return {
             "format": FORMAT,
@@ -264,6 +265,7 @@ class RunWriter(Callback):
             "means": module.means,
             "budget": {
                 **cost.row(),
+                **_kept(module, edit),
                 "training_seconds": getattr(module, "training_seconds", None),
                 "run_seconds": self._run_seconds,
             },
@@ -271,9 +273,22 @@ class RunWriter(Callback):
         }
 
 
-def _edit_callback(trainer: Trainer) -> EditCallback:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next(c for c in callbacks if isinstance(c, EditCallback))
+def _kept(module: EditingModule, edit: EditCallback) -> dict[str, float | None]:
+    """What is left at the end of ``fit``: bytes of the active edits, or of what the module has learned."""
+    if handles := edit.active:
+        return {"bytes_kept": sum(handle.num_bytes for handle in handles)}
+    learned = [
+        (name, value)
+        for name, value in module.state_dict().items()
+        if not name.startswith("lm.") and isinstance(value, torch.Tensor)
+    ]
+    if not learned:
+        return {"bytes_kept": None}
+    kept: dict[str, float | None] = {"bytes_kept": sum(value.nbytes for _, value in learned)}
+    trained = sum(part.numel() for part in module.parameters() if part.requires_grad)
+    if trained and not edit.cost.touched:  # else it says what an edit touches
+        kept["parameters_touched"] = trained
+    return kept
 
 
 def _json(value: Any, indent: int | None = None) -> str:  # noqa: ANN401

@@ -181,7 +181,7 @@ def test_markdown(two_runs, tmp_path):
     assert titles == ["Headline", "Difference to base", "Budget", "Runs", "All metrics"]
     assert "| rome | 75.0 [" in text
     assert "| rome | +50.0 [" in text
-    assert "| rome | 1.25 | – | 884,736 | – | – | 0 s |" in text
+    assert "| rome | – | 1.25 | – | – | – | 884,736 | – | – | – | 0 s |" in text
     assert "Retention" not in text
     assert all(line.count("|") > 2 for line in text.splitlines() if line.startswith("|"))
 

@@ -318,3 +318,26 @@ def test_tasks_are_refused_where_nothing_learns_them(tasks, stream, corrigenda, 
         error = capsys.readouterr().err
         assert message in error.splitlines()[-1], error
         assert not (tmp_path / "run/cases.jsonl").exists()
+
+
+@pytest.mark.parametrize(("kind", "limit", "steps"), [("stream", 4, 4), ("tuning", 9, 9)])
+def test_a_budget_of_steps_is_shared_by_the_tasks(
+    kind, limit, steps, request, corrigenda, tmp_path
+):
+    """FT takes two steps for an edit; what one task leaves goes to the next."""
+    words = [*request.getfixturevalue(kind), "--run_dir", tmp_path / "run"]
+    assert corrigenda(*words, "--budget.steps", limit) == 0
+    assert read(tmp_path / "run")["learned"] == [0, 1, 2, 3]
+    budget = json.loads((tmp_path / "run/summary.json").read_text())["budget"]
+    # Every task is learned at least a step long, and the step that uses the budget up is completed.
+    assert steps <= budget["gradient_steps"] <= steps + 2 * 3
+    assert budget["tokens"] > 0 and budget["seconds"] > 0 and budget["bytes_kept"] > 0
+    assert budget["parameters_touched"] == 32 * 128 + 32
+
+
+def test_a_budget_of_seconds_ends_a_run_early(stream, corrigenda, tmp_path, capsys):
+    assert corrigenda(*stream, "--run_dir", tmp_path / "run", "--budget.seconds", "1e-9") == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["budget"]["num_edits"] == 6
+    words = ["validate", *stream[1 : stream.index("--data.tasks.number")], "--data.limit", "2"]
+    assert corrigenda(*words, "--run_dir", tmp_path / "other", "--budget.seconds", "1") == 2
+    assert "leave --budget out" in capsys.readouterr().err

@@ -310,8 +310,10 @@ class FineTune(EditingModule):
             self.learned.parameters(), lr=self.method.lr, weight_decay=self.method.weight_decay
         )
 
-    def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor | None:
         """Mean loss of the batch's edits under the current update."""
+        if not batch:  # the rest of a task
+            return None
         edits = [edit for case in batch for edit in case.edits]
         return self.loss([e.text for e in edits], [e.target_new for e in edits])
 

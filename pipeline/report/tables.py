@@ -99,10 +99,14 @@ def _duration(seconds: float) -> str:
 
 
 BUDGET: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "seconds": ("seconds", "{:.3g}".format),
     "seconds_per_edit": ("seconds per edit", "{:.3g}".format),
+    "gradient_steps": ("gradient steps", "{:,.0f}".format),
+    "tokens": ("tokens", "{:,.0f}".format),
     "peak_gib": ("peak memory (GiB)", "{:.2f}".format),
     "parameters_touched": ("parameters touched", "{:,.0f}".format),
     "bytes_per_edit": ("bytes per edit", "{:,.0f}".format),
+    "bytes_kept": ("bytes kept", "{:,.0f}".format),
     "query_overhead": ("time per query, unedited = 1", "{:.2f}".format),
     "training_seconds": ("training time", _duration),
 }
