@@ -1,6 +1,7 @@
 """Runs of learned editors that are stopped and go on, and what their checkpoints hold."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.malmen import MALMEN
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.model.reuse import Reuse
+from corrigenda.modules.training import learned
+from corrigenda.pipeline import checkpointing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -119,6 +122,29 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(name, run, tmp_path, 
         for part in ("whole", "cut")
     ]
     assert means[0] == means[1] and means[0]["efficacy/accuracy"] is not None
+
+
+def test_training_time_counts_every_step_that_is_kept(name, run, tmp_path, monkeypatch):
+    """Interrupted right after a step that is kept before anything else happens."""
+    editor, clock = EDITORS[name][0], [0.0]
+    training_step = editor.training_step
+
+    def a_second(self, *args):
+        if stops and clock[0] == 3:
+            raise KeyboardInterrupt
+        clock[0] += 1
+        return training_step(self, *args)
+
+    monkeypatch.setattr(editor, "training_step", a_second)
+    monkeypatch.setattr(learned, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(checkpointing, "SAVE_EVERY", 0.0)
+    stops = True
+    assert run(tmp_path / "run") == 130
+    kept = load(tmp_path / "run")
+    assert kept["global_step"] == kept["state_dict"]["training_time"] == 3
+    stops = False
+    assert run(tmp_path / "run", "--ckpt_path", "last") == 0
+    assert load(tmp_path / "run")["state_dict"]["training_time"] == 6
 
 
 def test_a_checkpoint_holds_the_editor_alone_and_edits_as_it_did(

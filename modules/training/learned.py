@@ -168,8 +168,19 @@ class LearnedEditor(EditingModule, WeightEditor):
     def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
         self._step_started = time.perf_counter()
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self.training_time += time.perf_counter() - self._step_started
+    def on_after_backward(self) -> None:
+        """Also without a step, where gradients are accumulated."""
+        self._count_time()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Also counts the step's time: a checkpoint written right after it includes that."""
+        super().optimizer_step(*args, **kwargs)
+        self._count_time()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.training_time += now - self._step_started
+        self._step_started = now
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> STEP_OUTPUT:
         """One step on a batch of independent edits; a step with a non-finite loss is skipped, counted and logged.
