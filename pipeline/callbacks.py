@@ -77,12 +77,12 @@ class EditCallback(Callback):
                 f"{self.schedule!r} does not have: set --edit.schedule epoch or stream, or leave out "
                 "--model.perplexity"
             )
-        trains = type(pl_module).training_step is not EditingModule.training_step
-        if self.schedule != "stream" and trainer.state.fn == TrainerFn.FITTING and not trains:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self.schedule != "stream" and fitting and not pl_module.trains:
             raise ValueError(f"fit has nothing to train with the schedule {self.schedule!r}: run validate, "
                              "or set --edit.schedule stream")  # fmt: skip
         if self.schedule == "stream":
-            if trainer.state.fn != TrainerFn.FITTING:
+            if not fitting:
                 raise ValueError("the schedule 'stream' edits step by step: run fit")
             if self.editor is None:
                 raise ValueError("the schedule 'stream' needs an editor: set --edit.editor")

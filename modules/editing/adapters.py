@@ -29,6 +29,7 @@ from corrigenda.modules.model.delta import EditError, read_origin, read_tensors,
 from corrigenda.modules.model.handle import EditHandle, PromptBatch
 from corrigenda.modules.model.hooks import Hook, remove_all
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.placement import at_home
 
 MEMORY_FORMAT = "corrigenda-memory-1"
 
@@ -172,7 +173,8 @@ class ModulePatch(EditHandle):
     def _hook(self) -> None:
         for site in self.adapter.sites:
             module = self.lm.net.get_submodule(site)
-            self._hooks.append(module.register_forward_hook(self._at(site)))
+            hook = at_home(module, self._at(site))
+            self._hooks.append(module.register_forward_hook(hook))
 
     def _unhook(self) -> None:
         remove_all(self._hooks)

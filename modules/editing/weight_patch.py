@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from corrigenda.modules.interrupts import uninterrupted
+from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta, EditError, add_deltas
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
@@ -80,7 +81,8 @@ class WeightPatch(EditHandle):
         if parameter is None:  # also a bias that the module does not have
             raise EditError(f"the model {lm.name!r} has no parameter {name}")
         quantised = kind == "weight" and is_quantised(module)
-        update = to_storage(module, delta.dense(name).to(parameter.device))
+        values = placement.read(module, kind)
+        update = to_storage(module, delta.dense(name).to(values.device))
         shape = sizes(module)[::-1] if quantised else tuple(parameter.shape)
         if tuple(update.shape) != shape:
             raise EditError(
@@ -88,7 +90,7 @@ class WeightPatch(EditHandle):
             )
         if quantised:
             return self._edited_module(lm, name, module, update)
-        return (parameter.data.double() + update).to(parameter.dtype)
+        return (values.double() + update).to(parameter.dtype)
 
     def _edited_module(
         self, lm: LanguageModel, name: str, module: nn.Module, update_OI: Tensor
@@ -142,7 +144,7 @@ class WeightPatch(EditHandle):
         module = self.lm.net.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and is_quantised(module):
             return read_weight(module)
-        return self.lm.net.get_parameter(name).data
+        return placement.read(module, name.rpartition(".")[2])
 
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
@@ -169,11 +171,7 @@ class WeightPatch(EditHandle):
 
 def _named_once(lm: LanguageModel, delta: Delta) -> Delta:
     """The delta with every tied parameter under the one name that the network lists."""
-    listed = {id(parameter): name for name, parameter in lm.net.named_parameters()}
-    every = {
-        name: listed[id(parameter)]
-        for name, parameter in lm.net.named_parameters(remove_duplicate=False)
-    }
+    first = placement.first_names(lm.net)
     return add_deltas(
-        [Delta({every.get(name, name): update}) for name, update in delta.updates.items()]
+        [Delta({first.get(name, name): update}) for name, update in delta.updates.items()]
     )

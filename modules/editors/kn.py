@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -218,8 +218,10 @@ def _part(lm: LanguageModel, tail: Tail, rows: Rows, layer: int, alpha_B: Tensor
         scaled_NF = (alpha_B[row_N, None].to(key_NF.dtype) * key_NF).requires_grad_()
         seen.extend([key_NF, scaled_NF])
         out_BTD = output.reshape(batch, -1, output.shape[-1])
-        value_ND = module.forward(scaled_NF)  # the module without its hooks, whatever its storage
-        return out_BTD.index_put((row_N, at_N), value_ND.to(output.dtype)).view(output.shape)
+        value_ND = module.forward(scaled_NF).to(
+            output
+        )  # the module without its hooks, whatever its storage
+        return out_BTD.index_put((row_N, at_N), value_ND).view(output.shape)
 
     module = lm.net.get_submodule(lm.structure.out_name(layer))
     with torch.enable_grad(), hooked([(module, scale)]):
@@ -245,13 +247,13 @@ def _mean_keys(lm: LanguageModel, rows: Rows) -> Tensor:
 def _values(lm: LanguageModel, layer: int) -> Tensor:
     """The values of a block's neurons, [D, F]: the columns of its output projection."""
     module = lm.net.get_submodule(lm.structure.out_name(layer))
-    return read_weight(module).detach()
+    return read_weight(module).detach().to(lm.device)
 
 
 def _answer_direction(lm: LanguageModel, rows: Rows) -> Tensor:
     """Unit vector of the first row's target: the mean of its tokens' rows in the output embedding; float64."""
     ids = rows.ids_BT[0, int(rows.start_B[0]) : int(rows.length_B[0])]
-    weight_VD = cast(Tensor, lm.net.get_output_embeddings().weight)
+    weight_VD = read_weight(lm.net.get_output_embeddings()).to(lm.device)
     if weight_VD.shape[1] != lm.structure.width:
         raise EditError(
             f"the output embedding of {lm.name!r} has width {weight_VD.shape[1]}, its blocks "

@@ -27,6 +27,7 @@ from corrigenda.modules.evaluation.measures import (
 )
 from corrigenda.modules.evaluation.running_means import RunningMeans
 from corrigenda.modules.lightning_internals import count_step
+from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
@@ -63,6 +64,22 @@ def require_own_dtype(trainer: Trainer) -> None:
         raise ValueError(
             f"--trainer.precision {trainer.precision} would convert the weights that edits and checkpoints are "
             "made for: leave it out and set their type with --model.lm.dtype, or use bf16-mixed"
+        )
+
+
+def require_own_place(trainer: Trainer, module: EditingModule) -> None:
+    """Raises ValueError where a model that accelerate has placed cannot be run or trained so."""
+    net = module.lm.net
+    if placement.is_placed(net) and trainer.world_size > 1:
+        raise ValueError(
+            "with --model.lm.device_map every process would place the whole model over all devices: set "
+            "--trainer.devices 1, or leave device_map out"
+        )
+    if placement.is_offloaded(net) and trainer.state.fn == TrainerFn.FITTING and module.trains:
+        raise ValueError(
+            f"{type(module).__name__} trains through all blocks above the lowest edited one in every step, and "
+            "some of this model's are offloaded to the CPU or the disk: give --model.lm.device_map devices alone, "
+            "or train over a sharded base (docs/several-devices.md)"
         )
 
 
@@ -109,6 +126,7 @@ class EditingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
+        require_own_place(self.trainer, self)
         limit = self.lm.max_length
         if limit is not None and self.generate_tokens >= limit:
             raise ValueError(
@@ -222,6 +240,11 @@ class EditingModule(LightningModule):
     def method_name(self) -> str | None:
         """The method by which this module itself edits the model, for summaries; none by default."""
         return None
+
+    @property
+    def trains(self) -> bool:
+        """Whether ``fit`` trains something; a stream of edits does not."""
+        return type(self).training_step is not EditingModule.training_step
 
     @property
     def trained(self) -> bool | None:

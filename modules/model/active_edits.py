@@ -17,6 +17,7 @@ from corrigenda.modules.interrupts import Reversible, replaced
 from corrigenda.modules.model.delta import Delta, side_branches
 from corrigenda.modules.model.handle import Answering, EditHandle, PromptBatch
 from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.model.placement import device_of
 from corrigenda.modules.model.structure import Structure, find_structure
 
 
@@ -36,7 +37,7 @@ class ActiveEdits:
 
     @property
     def device(self) -> torch.device:
-        return self.net.get_input_embeddings().weight.device
+        return device_of(self.net.get_input_embeddings())
 
     @cached_property
     def weights_hash(self) -> str:

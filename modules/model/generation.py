@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from corrigenda.datamodules.records import prompt_end
 from corrigenda.modules.model.active_edits import ActiveEdits
 from corrigenda.modules.model.handle import GenerationRequest
-from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, preallocated
+from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, preallocated, select_rows
 from corrigenda.modules.model.reuse import Prefix, Reuse
 from corrigenda.modules.model.rows import padded_left
 from corrigenda.modules.model.tokens import Tokens
@@ -143,7 +143,7 @@ class _Batch:
         more = self.ids_BT.shape[1] - self.mask_BT.shape[1]
         self.mask_BT = pad(self.mask_BT, (0, more), value=1)
         if self.cache is not None and left_B.any():
-            self.cache.batch_select_indices(left_B.nonzero()[:, 0])
+            select_rows(self.cache, left_B.nonzero()[:, 0])
 
 
 def _before(stop: Sequence[str], text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from corrigenda.modules.interrupts import Reversible
-
-Hook = Callable[[nn.Module, tuple, Any], Any]
+from corrigenda.modules.model.placement import Hook, at_home
 
 
 class _Stop(Exception):  # noqa: N818  control flow, not an error
@@ -34,6 +33,7 @@ def hooked(
 
     def add() -> None:
         for module, hook in pairs:
+            hook = at_home(module, hook)
             handles.append(module.register_forward_hook(hook, prepend=prepend))
 
     return Reversible(add, lambda: remove_all(handles), value, ends)

@@ -44,6 +44,12 @@ def first_tokens(cache: DynamicCache, count: int, rows: int) -> DynamicCache:
     return part
 
 
+def select_rows(cache: DynamicCache, row_R: Tensor) -> None:
+    """Keeps some rows of a cache, whose layers may be on different devices."""
+    for layer in (layer for layer in cast("list[Any]", cache.layers) if layer.is_initialized):
+        layer.batch_select_indices(row_R.to(layer.keys.device))
+
+
 def can_be_cut(cache: DynamicCache) -> bool:
     """Whether every layer holds keys and values of all tokens, and nothing else."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)

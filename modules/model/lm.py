@@ -16,11 +16,13 @@ from torch import nn
 
 from corrigenda.datamodules.records import Separator
 from corrigenda.modules import checks
+from corrigenda.modules.model import placement
 from corrigenda.modules.model.active_edits import ActiveEdits
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.generation import Generator
 from corrigenda.modules.model.handle import EditHandle, GenerationRequest, ScoreRequest
 from corrigenda.modules.model.loading import ModelError, load_model
+from corrigenda.modules.model.placement import DeviceMap
 from corrigenda.modules.model.reuse import Limits, Reuse
 from corrigenda.modules.model.rows import TargetScores
 from corrigenda.modules.model.scoring import Scorer
@@ -38,6 +40,9 @@ class LanguageModel(nn.Module):
         name: a hub id (``gpt2-xl``), a local folder, or ``smollm2``, which comes as a Python package.
         dtype: of the weights; editing is exact in float32.
         device: where to put the model; a Lightning Trainer moves it anyway.
+        device_map: where the parts of a model are that is larger than one device, for good: ``auto`` fills all
+            GPUs, then the CPU's memory; or the place of each module: a device, ``cpu``, or ``disk`` (read from the
+            model's file whenever it runs). Edits and numbers are those of one device.
         quantization: load the linear layers in 4 or 8 bit with bitsandbytes.
         requantize: quantise the edited layers of a quantised model again, which loses part of the update (the
             edit's metadata says how much) and means that independent edits are evaluated one after the
@@ -69,9 +74,12 @@ class LanguageModel(nn.Module):
         cache_memory_gib: float = 2.0,
         cache_disk_gib: float = 8.0,
         separator: Separator = "auto",
+        device_map: DeviceMap | None = None,
     ) -> None:
         checks.at_least(0, cache_memory_gib=cache_memory_gib, cache_disk_gib=cache_disk_gib)
-        net, tokenizer = self._load(name, getattr(torch, dtype), quantization, revision)
+        if device_map is not None:
+            placement.check_map(device_map, device, quantization is not None)
+        net, tokenizer = self._load(name, getattr(torch, dtype), quantization, revision, device_map)
         super().__init__()
         self.net = net.requires_grad_(False)
         self.eval()
@@ -87,14 +95,23 @@ class LanguageModel(nn.Module):
         self._require_causal()
 
     def _load(
-        self, name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        quantization: str | None,
+        revision: str | None,
+        device_map: DeviceMap | None,
     ) -> tuple[Any, Any]:
         """The network and its tokenizer."""
-        return load_model(name, dtype, quantization, revision)
+        return load_model(name, dtype, quantization, revision, device_map)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: dropout would change keys, values and scores."""
         return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401
+        """What moves modules (a Trainer does) leaves a placed network where it is."""
+        return self if placement.is_placed(self.net) else super()._apply(*args, **kwargs)
 
     # ------------------------------------------------------------------ parts and properties
 

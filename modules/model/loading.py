@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from corrigenda.modules import hub
 from corrigenda.modules.files import locked, replacing
+from corrigenda.modules.model import placement
+from corrigenda.modules.model.placement import DeviceMap
 from corrigenda.modules.model.structure import read_parameter, sizes
 
 log = logging.getLogger(__name__)
@@ -55,9 +57,10 @@ def cache_dir() -> Path:
 def hash_weights(net: nn.Module) -> str:
     """Hash of every bit of every parameter; quantised ones also count with their dequantised values."""
     digest = hashlib.sha256()
-    for name, parameter in net.named_parameters():
+    for name, values in placement.weights(net):
+        parameter = net.get_parameter(name)
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(_bytes(parameter.data))
+        digest.update(_bytes(values))
         if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):  # of bitsandbytes
             digest.update(_bytes(read_parameter(net, name)))
     return digest.hexdigest()[:16]
@@ -68,12 +71,18 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def load_model(
-    name: str, dtype: torch.dtype, quantization: str | None, revision: str | None
+    name: str,
+    dtype: torch.dtype,
+    quantization: str | None,
+    revision: str | None,
+    device_map: DeviceMap | None = None,
 ) -> tuple[Any, Any]:
     """A network and its tokenizer; raises ModelError if they cannot be loaded."""
     path = str(_embedded_folder(name)) if name in EMBEDDED else name
     source = {"revision": revision or "main", **hub_options(path)}
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if device_map is not None:
+        options["device_map"] = device_map
     if quantization:
         options["quantization_config"] = _quantization(quantization, dtype)
     try:
@@ -93,9 +102,10 @@ def load_model(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"cannot load the model {name!r}: give a hub id, a folder that holds a causal LM, or one of "
-            f"{', '.join(EMBEDDED)} ({reason})"
+            f"{', '.join(EMBEDDED)}{', with another device_map' if device_map else ''} ({reason})"
         ) from error
     _check_4bit(name, net)
+    placement.settle(net)
     # The model's own sampling defaults (penalties, top_p) would apply to every generated text.
     ends = {name: getattr(net.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     net.generation_config = transformers.GenerationConfig(**ends)

@@ -23,6 +23,7 @@ from corrigenda.modules.model.hooks import first, replace_first
 from corrigenda.modules.model.kv_cache import can_be_cut, run_start
 from corrigenda.modules.model.loading import cache_dir
 from corrigenda.modules.model.merging import Merged, SharedStates, distinct, trees, unmerged
+from corrigenda.modules.model.placement import devices
 from corrigenda.modules.model.prefix_cache import PrefixCache, Shards
 from corrigenda.modules.model.rows import BATCH_TOKENS, Rows, common_prefix
 from corrigenda.modules.model.tail import Tail
@@ -131,13 +132,16 @@ class Reuse:
 
     def _numerics(self) -> dict[str, Any]:
         """Everything besides text and layer that can change the last bits of states."""
-        device = self.edits.device
+        names = [
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+            for device in devices(self.net)
+        ]
         return {
             "weights": self.edits.weights_hash,
             "attention": self.net.config._attn_implementation,
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
+            "device": " + ".join(dict.fromkeys(names)),
             "precision": torch.get_float32_matmul_precision(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

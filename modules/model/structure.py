@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corrigenda.modules.model import placement
 from corrigenda.modules.model.hooks import Hook, first, hooked
 
 
@@ -130,7 +131,7 @@ def read_weight(module: nn.Module) -> Tensor:
     """W_OI in floating point, however the module stores it: transposed, quantised or plain."""
     weight = cast(nn.Parameter, module.weight)
     if not is_quantised(module):
-        return to_storage(module, weight.data)  # transposing is its own inverse
+        return to_storage(module, placement.read(module, "weight"))  # its own inverse
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     if not (hasattr(weight, "quant_state") or hasattr(weight, "SCB")):
@@ -145,7 +146,7 @@ def read_parameter(net: nn.Module, name: str) -> Tensor:
     """A weight as [out, in] (:func:`read_weight`), or another parameter, such as a bias, as it is."""
     module_name, _, kind = name.rpartition(".")
     module = net.get_submodule(module_name)
-    return read_weight(module) if kind == "weight" else getattr(module, kind).data
+    return read_weight(module) if kind == "weight" else placement.read(module, kind)
 
 
 def with_weight(module: nn.Module, weight_OI: Tensor, requantize: bool) -> nn.Module:
@@ -163,7 +164,7 @@ def with_weight(module: nn.Module, weight_OI: Tensor, requantize: bool) -> nn.Mo
         other = nn.Linear(inputs, outputs, bias=False, device="meta")
         other.weight = nn.Parameter(weight_OI, requires_grad=False)
     other.bias = cast(nn.Parameter, module.bias)  # or None
-    return other.eval()
+    return placement.beside(module, other.eval())
 
 
 def _quantised_like(module: nn.Module, weight_OI: Tensor) -> nn.Linear:
@@ -197,10 +198,8 @@ def exchange(net: nn.Module, name: str, other: Tensor | nn.Module) -> Tensor | n
         current = net.get_submodule(f"{parent}.{child}" if parent else child)
         setattr(net.get_submodule(parent), child, other.to(cast(Tensor, current.weight).device))
         return current
-    parameter = net.get_parameter(name)
-    data = parameter.data
-    parameter.data = other.to(data.device)
-    return data
+    module, _, kind = name.rpartition(".")
+    return placement.replace(net.get_submodule(module), kind, other)
 
 
 # ---------------------------------------------------------------------------- finding
@@ -249,8 +248,9 @@ def find_structure(net: PreTrainedModel) -> Structure:
         seen = {name: sizes(linear[name]) for name in order}
         raise UnsupportedModel(f"{kind}: no MLP input projection {width} -> {inner} among {seen}")
     prefix = _name_of(net, core)
-    head = net.get_output_embeddings()
-    embedding = cast(nn.Embedding, net.get_input_embeddings())
+    head = _name_of(net, net.get_output_embeddings()).rstrip(".")
+    embedding = _name_of(net, net.get_input_embeddings())
+    first = placement.first_names(net)
     return Structure(
         blocks=f"{prefix}{stack_name}",
         num_layers=depth,
@@ -260,8 +260,8 @@ def find_structure(net: PreTrainedModel) -> Structure:
         in_projs=in_projs,
         attention=attention[0] if attention else None,
         final_norm=_final_norm(core, stack_name, prefix),
-        head=_name_of(net, head).rstrip("."),
-        tied=head.weight.data_ptr() == embedding.weight.data_ptr(),
+        head=head,
+        tied=first[f"{head}.weight"] == first[f"{embedding}weight"],
         gated=len(in_projs) == 2 or sizes(linear[in_projs[0]])[1] == 2 * inner,
         tuple_output=len(output) if isinstance(output, tuple) else 0,
         residual_scale=_residual_scale(net, block, linear[out_proj], width),
@@ -270,9 +270,10 @@ def find_structure(net: PreTrainedModel) -> Structure:
 
 def probe_ids(net: PreTrainedModel, length: int = 4) -> Tensor:
     """A few ordinary token ids on the embedding's device, for a forward pass that shows the structure."""
-    embedding = cast(nn.Embedding, net.get_input_embeddings()).weight
-    start = min(5, embedding.shape[0] - length)
-    return torch.arange(start, start + length, device=embedding.device)[None]
+    embedding = cast(nn.Embedding, net.get_input_embeddings())
+    start = min(5, embedding.weight.shape[0] - length)
+    device = placement.device_of(embedding)
+    return torch.arange(start, start + length, device=device)[None]
 
 
 def _refuse_experts(kind: str, stack: nn.ModuleList) -> None:
@@ -345,7 +346,6 @@ def _residual_scale(
 ) -> float | None:
     """c if a change r of the projection's output changes the block's output by c * r, else None."""
     ids = probe_ids(net)
-    parameter = next(out_proj.parameters())
     outputs: list[Tensor] = []
 
     def keep(_m: nn.Module, _i: object, out: object) -> None:
@@ -355,11 +355,10 @@ def _residual_scale(
         net(ids, use_cache=False)
         scale = outputs[0].std().item()
         noise = torch.randn(width, generator=torch.Generator().manual_seed(0)) * max(scale, 1e-3)
-        change = noise.to(parameter.device)
-        with hooked([(out_proj, lambda _m, _i, out: out + change.to(out.dtype))]):
+        with hooked([(out_proj, lambda _m, _i, out: out + noise.to(out))]):
             net(ids, use_cache=False)
     moved = (outputs[1] - outputs[0]).reshape(-1, width)
-    wanted = change.double().expand_as(moved)
+    wanted = noise.to(moved).expand_as(moved)
     c = ((moved * wanted).sum() / (wanted * wanted).sum()).item()
     error = ((moved - c * wanted).norm() / wanted.norm()).item()
     tolerance = (

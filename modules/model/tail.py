@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from corrigenda.modules.interrupts import Reversible
 from corrigenda.modules.model.hooks import capture, first, remove_all, replace_first
-from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, fork
+from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, fork, select_rows
 from corrigenda.modules.model.merging import sees
 from corrigenda.modules.model.structure import Structure
 
@@ -183,7 +183,7 @@ class Tail:
             part._positions = self._positions[row_R]
         if self._cache is not None:
             part._cache = fork(self._cache)
-            part._cache.batch_select_indices(row_R)
+            select_rows(part._cache, row_R)
         if self.stored is not None:
             part.stored = replace_first(self.stored, first(self.stored)[row_R])
         return part

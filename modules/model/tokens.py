@@ -17,6 +17,7 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, Separator, joined, prompt_end
 from corrigenda.modules.model.loading import ModelError
+from corrigenda.modules.model.placement import device_of
 from corrigenda.modules.model.rows import Rows, common_prefix
 
 MOST_CHARACTERS = 1_000_000  # of a text, if the model does not limit its tokens
@@ -130,7 +131,7 @@ class Tokens:
 
     def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
         """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""
-        return Rows.of(ids, starts, self.net.get_input_embeddings().weight.device)
+        return Rows.of(ids, starts, device_of(self.net.get_input_embeddings()))
 
     def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
         """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
