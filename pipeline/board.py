@@ -1,4 +1,4 @@
-"""Weights & Biases as something a run can do without."""
+"""A Weights & Biases logger whose failures do not end a run."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 8.0
 
 
-def _spared(method: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: Board, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:  # whatever happens in there is not the run's business
-            self._drop(error)
+        except Exception as error:  # no failure of the logger may end the run
+            self._disable(error)
             return None
 
     return call
 
 
-class _Nothing:
-    """Stands for a W&B run, and takes everything without doing anything."""
+class _NoRun:
+    """Takes the place of a W&B run; every call does nothing."""
 
-    def __getattr__(self, _: str) -> _Nothing:
+    def __getattr__(self, _: str) -> _NoRun:
         return self
 
-    def __call__(self, *_: Any, **__: Any) -> _Nothing:  # noqa: ANN401
+    def __call__(self, *_: Any, **__: Any) -> _NoRun:  # noqa: ANN401
         return self
 
 
 class Board(WandbLogger):
-    """A W&B logger that never ends a run: when it fails, that is said once and nothing is logged to it any more.
+    """A W&B logger that never ends a run: after a failure it logs one warning and is disabled.
 
-    Everything that it gets is in the run folder, too.
+    All values are also in the run folder.
     """
 
-    log_metrics = _spared(WandbLogger.log_metrics)
-    log_hyperparams = _spared(WandbLogger.log_hyperparams)
-    log_image = _spared(WandbLogger.log_image)
-    after_save_checkpoint = _spared(WandbLogger.after_save_checkpoint)
-    finalize = _spared(WandbLogger.finalize)
+    log_metrics = _guarded(WandbLogger.log_metrics)
+    log_hyperparams = _guarded(WandbLogger.log_hyperparams)
+    log_image = _guarded(WandbLogger.log_image)
+    after_save_checkpoint = _guarded(WandbLogger.after_save_checkpoint)
+    finalize = _guarded(WandbLogger.finalize)
 
     @property
     @rank_zero_experiment
@@ -57,7 +57,7 @@ class Board(WandbLogger):
         if self._experiment is None:
             import wandb  # takes a second
 
-            self._wandb_init.pop("anonymous", None)  # W&B warns of it, even unset
+            self._wandb_init.pop("anonymous", None)  # W&B warns about it even if it is unset
             settings = self._wandb_init.setdefault("settings", wandb.Settings())
             settings.init_timeout = settings.login_timeout = SECONDS_TO_CONNECT
             try:
@@ -65,18 +65,18 @@ class Board(WandbLogger):
                     _require_connection(settings.base_url)
                 _ = super().experiment
             except Exception as error:
-                self._drop(error)
+                self._disable(error)
         return self._experiment
 
-    def _drop(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200]
-        log.warning("nothing more is logged to Weights & Biases, the run goes on: %s", reason)
-        self._experiment = cast(Any, _Nothing())
+        log.warning("Weights & Biases is disabled after an error, the run continues: %s", reason)
+        self._experiment = cast(Any, _NoRun())
 
 
 def _require_connection(url: str) -> None:
-    """Raises OSError where nothing answers; W&B itself tries for much longer."""
+    """Raises OSError if the server does not respond; W&B itself would retry for much longer."""
     try:
         urlopen(url, timeout=SECONDS_TO_CONNECT).close()
-    except HTTPError:  # an answer, too
+    except HTTPError:  # the server has responded
         return

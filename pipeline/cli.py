@@ -16,7 +16,7 @@ from corrigenda.pipeline.signals import Terminated, interruptible, status_of
 from corrigenda.pipeline.trust import (
     MAX_CHARACTERS,
     ONLY_KNOWN,
-    at_home,
+    expand_paths,
     restrict_parsing,
     take_plugins,
 )
@@ -112,7 +112,7 @@ def _read_argument(word: str, before: str) -> str:
         )
     if name in ("--run_dir", "--out") and not value and (equals or not word):
         raise UserError(f"{name} is empty: give a folder, or leave the option out")
-    return f"{name}={at_home(value)}" if equals else str(at_home(word))
+    return f"{name}={expand_paths(value)}" if equals else str(expand_paths(word))
 
 
 def _print_line(text: str) -> None:

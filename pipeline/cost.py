@@ -1,4 +1,4 @@
-"""What edits and queries cost."""
+"""The cost of edits and queries."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ QUERIES_TIMED = 8  # of the edits made together
 
 @dataclass(frozen=True)
 class Cost:
-    """What edits and queries have cost; costs of parts of a run add up.
+    """The cost of edits and queries. Costs of parts of a run can be added.
 
     Attributes:
-        made: edits made.
+        made: number of edits made.
         seconds: time that editing or training took, without preparation and evaluation.
-        gradient_steps: forward and backward passes meanwhile, of however many rows.
-        tokens: tokens that the network was run on meanwhile, padding included.
-        touched: most parameters that one edit touches or adds.
-        bytes: size of all edits made.
-        queries: questions whose time was measured.
+        gradient_steps: forward and backward passes in that time, whatever their number of rows.
+        tokens: tokens that the network was run on in that time, padding included.
+        touched: number of parameters changed or added by the largest edit.
+        bytes: total size of all edits.
+        queries: number of queries that were timed.
         query_seconds: their time on the edited model.
         base_query_seconds: their time on the unedited model.
-        prepare_seconds: time for statistics and the like.
-        peak_gib: largest memory.
-        counts: what the method counts of itself.
+        prepare_seconds: time to compute statistics before the first edit.
+        peak_gib: peak memory in GiB.
+        counts: counters of the method.
     """
 
     made: int = 0
@@ -74,7 +74,7 @@ class Cost:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Cost:
-        """Also of checkpoints of version 0.1, which know fewer parts."""
+        """Also reads checkpoints of version 0.1, which have fewer fields."""
         names = ("made", "seconds", "gradient_steps", "tokens", "touched", "bytes", "prepare_seconds", "peak_gib",
                  "counts")  # fmt: skip
         return cls(
@@ -85,7 +85,7 @@ class Cost:
         )
 
     def row(self) -> dict[str, float | None]:
-        """For ``summary.json``: per edit and per query; None where there are none."""
+        """For ``summary.json``: values per edit and per query; None if there are none."""
         made, queries = self.made, self.queries
         return {
             "num_edits": made or None,

@@ -1,4 +1,4 @@
-"""``corrigenda doctor``: what was found in a model, where to edit it, and whether an edit goes in and out."""
+"""``corrigenda doctor``: a model's structure, where to edit it, and a test edit that is applied and removed."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from corrigenda.modules.statistics.tracing import (
 )
 from corrigenda.pipeline.errors import UserError
 
-MAX_FIRST_SHARE = 0.25  # of trace(C) from first tokens; above it a layer is left out
-OF_PEAK = 0.5  # layers whose effect is at least this share of the largest one make up the range
+MAX_FIRST_SHARE = 0.25  # of trace(C) from first tokens; layers above it are not proposed
+OF_PEAK = 0.5  # the range consists of layers with at least this share of the largest effect
 MAX_MEMIT_LAYERS = 5
-ASKED = 64  # facts asked at once, while looking for some the model knows
-MAX_ASKED = 1024
+BATCH = 64  # facts scored per call, in search of known ones
+MAX_SCORED = 1024
 MEASURED_TEXTS = 512  # for the share of first tokens
 
 
@@ -49,11 +49,11 @@ class Proposal:
     """Where to edit.
 
     Attributes:
-        rome: the layer for ROME and its kin.
-        layers: the range it is from, every layer of which would do.
+        rome: the layer for ROME and other single-layer methods.
+        layers: the range that it is taken from.
         memit: consecutive layers for MEMIT.
         mend: layers for MEND.
-        reason: why, in a few words.
+        reason: a short explanation.
     """
 
     rome: int
@@ -70,22 +70,22 @@ def doctor(
     samples: int = 3,
     tokens: int | None = None,
 ) -> None:
-    """Looks a model over: roles, tokenizer traps, memory, where to edit, and one edit in and out again.
+    """Inspects a model: its structure, tokenizer, memory, where to edit it, and a test edit applied and removed.
 
     Args:
         lm: the model.
-        out: folder of the heat map and of the configuration (default: runs/doctor-MODEL).
-        facts: that the model knows, traced to find the layers.
-        samples: of the tracing's noise.
-        tokens: of the second moment the edit is made with (default: ten times the key width, at
-            least 50,000).
+        out: folder for the heat map and the configuration (default: runs/doctor-MODEL).
+        facts: number of known facts that are traced to find the layers.
+        samples: number of noise samples per fact.
+        tokens: number of tokens for the second moment of the test edit (default: ten times the key width, at least
+            50,000).
     """
     checks.whole(1, facts=facts, samples=samples, tokens=tokens)
     out = out or Path("runs") / f"doctor-{Path(lm.name).name}"
     edits = [case.edits[0] for case in Facts().cases("train")]
-    _show("Model", _roles(lm))
-    _show("Tokenizer", _tokenizer(lm, edits[:ASKED]))
-    _show("Memory, besides activations", _memory(lm))
+    _show("Model", _structure(lm))
+    _show("Tokenizer", _tokenizer(lm, edits[:BATCH]))
+    _show("Memory, without activations", _memory(lm))
     known = _known(lm, edits, facts)
     trace = causal_trace(lm, known, samples, progress=True) if known else None
     _show("Causal trace", _traced(trace, known, out))
@@ -97,8 +97,8 @@ def doctor(
     edit = (known or edits)[0]
     self_test(lm, edit, proposal.rome, corpus)
     _show("Self-test", [
-        f"ROME at block {proposal.rome}: {edit.text!r} -> {edit.target_new!r}: answered token for token",
-        "taken out again: every weight is what it was, bit for bit",
+        f"ROME at block {proposal.rome}: {edit.text!r} -> {edit.target_new!r}: every token is predicted",
+        "removed again: all weights are restored bit-exactly",
     ])  # fmt: skip
 
 
@@ -112,15 +112,15 @@ def _pairs(found: dict[str, Any]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in found.items()]
 
 
-# ---------------------------------------------------------------------------- what was found
+# ---------------------------------------------------------------------------- structure, tokenizer, memory
 
 
-def _roles(lm: LanguageModel) -> list[str]:
+def _structure(lm: LanguageModel) -> list[str]:
     structure, block = lm.structure, lm.net.get_submodule(lm.structure.block_name(0))
     out = lm.net.get_submodule(structure.out_name(0))
     stored = "[in, out], transposed" if isinstance(out, Conv1D) else "[out, in]"
     norms = [name for name, m in block.named_modules() if "norm" in type(m).__name__.lower()]
-    packed = [name for name, m in lm.net.named_modules() if is_linear(m) and is_quantised(m)]
+    quantised = [name for name, m in lm.net.named_modules() if is_linear(m) and is_quantised(m)]
     scale = structure.residual_scale
     added = "normalised before it is added" if scale is None else f"added, times {scale:g}"
     return _pairs({
@@ -133,9 +133,9 @@ def _roles(lm: LanguageModel) -> list[str]:
         "attention": structure.attention or "not found",
         "norms in a block": ", ".join(norms) or "none",
         "final norm": structure.final_norm or "none",
-        "head": f"{structure.head}, {'tied to' if structure.tied else 'apart from'} the embedding",
-        "quantised": f"{len(packed)} maps, such as {packed[0]}" if packed else "no",
-        "longest text": f"{lm.max_length} tokens" if lm.max_length else "no limit",
+        "head": f"{structure.head}, {'tied' if structure.tied else 'not tied'} to the embedding",
+        "quantised": f"{len(quantised)} linear layers, such as {quantised[0]}" if quantised else "no",
+        "context length": f"{lm.max_length} tokens" if lm.max_length else "no limit",
     })  # fmt: skip
 
 
@@ -152,24 +152,24 @@ def _tokenizer(lm: LanguageModel, edits: Sequence[Edit]) -> list[str]:
     rows = lm.tokens.rows([e.text for e in edits], [str(e.target_true) for e in edits])
     merged, lm.tokens.num_boundary_merges = lm.tokens.num_boundary_merges - merges, merges
     alone = lm.tokens.encode([str(e.target_true) for e in edits])
-    apart = 0
+    differ = 0
     for r, ids in enumerate(alone):
         target = rows.ids_BT[r, int(rows.start_B[r]) : int(rows.length_B[r])].tolist()
-        apart += [i for i in ids if i not in special] != target
+        differ += [i for i in ids if i not in special] != target
     year = lm.tokens.rows(["It was in"], ["1984"])
     digits = int(year.length_B[0] - year.start_B[0])
     total = len(edits)
     spare = lm.net.get_output_embeddings().weight.shape[0] - len(tokenizer)
     return _pairs({
-        "special tokens in front": ", ".join(begins) or "none",
-        "and behind": "one, taken off" if lm.tokens.appends else "none",
-        "prompt + target": f"{total - merged} of {total} prompts keep their tokens when a target follows",
-        "leading space": f"{apart} of {total} targets are other tokens alone than after a prompt",
+        "special tokens added first": ", ".join(begins) or "none",
+        "special tokens added last": "one, which is removed" if lm.tokens.appends else "none",
+        "prompt + target": f"{total - merged} of {total} prompts have the same tokens when a target follows",
+        "leading space": f"{differ} of {total} targets have different tokens alone than after a prompt",
         "numbers": f"' 1984' is {digits} token{'s' * (digits > 1)}",
-        "padding": f"token {tokenizer.pad_token!r}, its own side {tokenizer.padding_side}; "
-                   "here always on the right, by mask",
-        "character offsets": "yes" if tokenizer.is_fast else "no: subjects cannot be found, edits will fail",
-        "words": f"{len(tokenizer):,}, and {spare:,} rows of the head without a word",
+        "padding": f"token {tokenizer.pad_token!r}, on the {tokenizer.padding_side} by default; "
+                   "here always masked and on the right",
+        "character offsets": "yes" if tokenizer.is_fast else "no: subjects cannot be located, so edits will fail",
+        "vocabulary": f"{len(tokenizer):,} tokens; {spare:,} rows of the head have none",
     })  # fmt: skip
 
 
@@ -208,10 +208,10 @@ def _bytes(number: float) -> str:
 
 
 def _known(lm: LanguageModel, edits: Sequence[Edit], wanted: int) -> list[Edit]:
-    """The first few facts that the model answers token for token."""
+    """The first ``wanted`` facts of which the model predicts every token."""
     found: list[Edit] = []
-    for begin in range(0, min(len(edits), MAX_ASKED), ASKED):
-        part = edits[begin : begin + ASKED]
+    for begin in range(0, min(len(edits), MAX_SCORED), BATCH):
+        part = edits[begin : begin + BATCH]
         right = lm.score([e.text for e in part], [str(e.target_true) for e in part]).exact_B
         found += [edit for edit, yes in zip(part, right.tolist(), strict=True) if yes]
         if len(found) >= wanted:
@@ -225,12 +225,12 @@ def _few_texts() -> list[str]:
 
 
 def propose_layers(trace: CausalTrace | None, shares: Sequence[float]) -> Proposal:
-    """Layers to edit from a causal trace (None if the model knows no fact) and the shares of first tokens.
+    """Layers to edit, from a causal trace (None if the model knows no fact) and the shares of first tokens.
 
-    The range is the run of blocks around the one whose MLPs matter most at the subject's last token, as far as
-    their effect is at least half of its effect and first tokens do not make up most of C. Its lowest block is
-    proposed: what else an edit moves grows with depth, and the peak of a trace is not where editing works best
-    (Hase et al., 2023, arXiv 2301.04213).
+    The range consists of consecutive blocks around the one whose MLP has the largest effect at the subject's last
+    token. All of them have at least half of that effect, and a small share of first tokens in C. Its lowest block
+    is proposed, because side effects grow with depth and the peak of a trace is not where editing works best (Hase
+    et al., 2023, arXiv 2301.04213).
     """
     depth = len(shares)
     usable = [layer for layer, share in enumerate(shares) if share <= MAX_FIRST_SHARE]
@@ -240,14 +240,12 @@ def propose_layers(trace: CausalTrace | None, shares: Sequence[float]) -> Propos
     if effect_L is None or max(effect_L[usable].tolist()) <= 0:
         early = [layer for layer in usable if depth // 10 <= layer <= depth // 2]
         layers = _run((early or usable)[0], early or usable)
-        reason = "no fact could be traced: the lowest block that is neither first nor a sink"
+        reason = "no fact could be traced, so the lowest usable block in the first half"
     else:
         peak = max(usable, key=lambda layer: float(effect_L[layer]))
         strong = [n for n in usable if effect_L[n] >= OF_PEAK * effect_L[peak]]
         layers = _run(peak, strong)
-        reason = (
-            f"MLPs matter most around block {peak} at the subject's last token; lower is more local"
-        )
+        reason = f"MLPs have the largest effect around block {peak} (last subject token); lower is more local"
     return Proposal(layers[0], layers, layers[:MAX_MEMIT_LAYERS], mend, reason)
 
 
@@ -262,16 +260,17 @@ def _run(inside: int, layers: Sequence[int]) -> list[int]:
 
 def _traced(trace: CausalTrace | None, known: Sequence[Edit], out: Path) -> list[str]:
     if trace is None:
-        return [f"none: of {MAX_ASKED} facts the model answers none token for token"]
+        return [f"none: the model answers none of {MAX_SCORED} facts correctly"]
     lines = [
         f"{trace.facts} facts, such as {known[0].text!r} -> {known[0].target_true!r}",
-        f"the answer's mean probability is {trace.clean:.2f}, with a corrupted subject {trace.corrupted:.2f}",
+        f"mean probability of the answer: {trace.clean:.2f}, with a corrupted subject {trace.corrupted:.2f}",
     ]
     for site in SITES:
         effect_RL = trace.effect[site].nan_to_num(-torch.inf)
         role, layer = divmod(int(effect_RL.argmax()), effect_RL.shape[1])
         lines.append(
-            f"{_SITE_NAMES[site]}: most at the {ROLES[role]}, block {layer} ({effect_RL[role, layer]:+.2f})"
+            f"{_SITE_NAMES[site]}: largest effect at the {ROLES[role]}, block {layer} "
+            f"({effect_RL[role, layer]:+.2f})"
         )
     return [*lines, _heat_map(trace, out / "causal_trace.png")]
 
@@ -280,7 +279,7 @@ _SITE_NAMES = {"hidden": "block outputs", "mlp": "MLP outputs"}
 
 
 def _heat_map(trace: CausalTrace, path: Path) -> str:
-    """Draws the effects; returns the line to show."""
+    """Draws the effects; returns the line to print."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -305,7 +304,7 @@ def _shares(shares: Sequence[float]) -> list[str]:
     bad = [str(layer) for layer, share in enumerate(shares) if share > MAX_FIRST_SHARE]
     if bad:
         limit = f"above {100 * MAX_FIRST_SHARE:.0f} %"
-        lines.append(f"{limit}, where C says little of other tokens: {', '.join(bad)}")
+        lines.append(f"{limit}, so C represents other tokens badly: {', '.join(bad)}")
     return lines
 
 
@@ -334,7 +333,9 @@ def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) 
     first, last = proposal.layers[0], proposal.layers[-1]
     together = lm.structure.residual_scale is not None
     memit = (
-        f"layers: {proposal.memit}" if together else "not here: this model normalises MLP outputs"
+        f"layers: {proposal.memit}"
+        if together
+        else "not supported: the model normalises MLP outputs"
     )
     lines = [
         f"blocks {first} to {last}: {proposal.reason}" if last > first else f"block {first}: {proposal.reason}",
@@ -346,21 +347,21 @@ def _proposed(lm: LanguageModel, proposal: Proposal, corpus: Corpus, out: Path) 
     return lines
 
 
-# ---------------------------------------------------------------------------- one real edit
+# ---------------------------------------------------------------------------- self-test
 
 
 def self_test(lm: LanguageModel, edit: Edit, layer: int, corpus: Corpus) -> None:
-    """One edit with ROME; raises UserError if it is not answered, or is not removed bit-exactly."""
+    """Makes an edit with ROME; raises UserError if it has no effect or its removal is not bit-exact."""
     Moments(lm, corpus).gather([layer])
     before = lm.weights_hash
     handle = ROME(layer, corpus=corpus).edit(lm, [edit])
-    took = bool(lm.score([edit.text], [edit.target_new]).exact_B[0])
+    succeeded = bool(lm.score([edit.text], [edit.target_new]).exact_B[0])
     handle.remove()
     after = hash_weights(lm.net)
     if after != before:
-        raise UserError("self-test failed: the weights are not what they were before the edit")
-    if not took:
+        raise UserError("self-test failed: removing the edit has not restored the weights")
+    if not succeeded:
         raise UserError(
-            f"self-test failed: after ROME at block {layer} {edit.text!r} is not answered "
+            f"self-test failed: after ROME at block {layer} the answer to {edit.text!r} is not "
             f"{edit.target_new!r}: try another layer or more steps"
         )

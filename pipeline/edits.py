@@ -1,7 +1,7 @@
-"""Edits as files: what is in them, whether they hold, what they do, adding them up, handing them on.
+"""``corrigenda edits``: shows, verifies, applies, merges and exports saved edits.
 
-``show`` and ``merge`` read files only; ``show`` also reads memories of edits that are kept as text. ``verify``,
-``apply`` and ``export`` load the base model that a file names; a base with other weights is refused.
+``show`` and ``merge`` only read files; ``show`` also reads text memories. ``verify``, ``apply`` and ``export``
+load the base model that a file names, and refuse a model with other weights.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from corrigenda.pipeline.errors import UserError
 
 
 def show(files: Sequence[Path]) -> None:
-    """Prints what is in files of edits: base model, editor, edits, and what each parameter's change is."""
+    """Prints the content of edit files: base model, editor, edits, and the update of each parameter."""
     for file in files:
         if file_format(file) == MEMORY_OF_EDITS:
-            _show_remembered(file)
+            _show_memory(file)
             continue
         delta = _read([file])[0]
         meta = delta.metadata
@@ -46,16 +46,16 @@ def show(files: Sequence[Path]) -> None:
                    f"norm {values_r.norm():.4g}")  # fmt: skip
         for lost in meta.get("requantized", []):
             for name, share in lost.items():
-                _print(f"  packed  {name}: {share:.2f} of the update lost by packing it again")
+                _print(f"  quantised  {name}: {share:.2f} of the update lost by requantising it")
 
 
-def _show_remembered(file: Path) -> None:
-    """A memory of edits that are kept as text: IKE, MemPrompt, MeLLo, SERAC."""
+def _show_memory(file: Path) -> None:
+    """Prints a text memory, of IKE, MemPrompt, MeLLo or SERAC."""
     saved = SavedMemory.load(file)
     _show_origin(file, saved.metadata, saved.edits)
     size = sum(tensor.nbytes for tensor in saved.known.values())
-    found = f"vectors of the encoder {saved.metadata['encoder']}" if saved.known else "no vectors"
-    _print(f"  memory  {len(saved.edits)} edits as text, {found}, {size:,} bytes")
+    vectors = f"vectors of the encoder {saved.metadata['encoder']}" if saved.known else "no vectors"
+    _print(f"  memory  {len(saved.edits)} edits as text, {vectors}, {size:,} bytes")
 
 
 def _show_origin(file: Path, meta: Mapping[str, Any], edits: Sequence[Edit]) -> None:
@@ -67,17 +67,17 @@ def _show_origin(file: Path, meta: Mapping[str, Any], edits: Sequence[Edit]) -> 
 
 
 def merge(files: Sequence[Path], out: Path) -> None:
-    """Adds up edits of one base model, and says where they meet: in parameters, or in what they state."""
+    """Adds up edits of one base model, and prints contradictions and overlaps between them."""
     _refuse_existing(out)
     if len(files) < 2:
-        raise UserError("merge needs two files or more")
+        raise UserError("merge needs at least two files")
     deltas = _read(files)
     shapes: dict[str, list[int]] = {}
     for file, delta in zip(files, deltas, strict=True):
         for name, update in delta.updates.items():
             if shapes.setdefault(name, _shape(update)) != _shape(update):
-                raise UserError(f"{file}: its change of {name} has the shape {_shape(update)}, that of the files "
-                                f"before {shapes[name]}")  # fmt: skip
+                raise UserError(f"{file}: its update of {name} has the shape {_shape(update)}, earlier ones have "
+                                f"{shapes[name]}")  # fmt: skip
     for line in (*_contradictions(files, deltas), *_overlaps(files, deltas)):
         _print(line)
     total = add_deltas(deltas)
@@ -88,7 +88,7 @@ def merge(files: Sequence[Path], out: Path) -> None:
 
 
 def _contradictions(files: Sequence[Path], deltas: Sequence[Delta]) -> Iterator[str]:
-    """The same prompt and subject with different targets, or with the same one twice."""
+    """Lines about prompts that occur several times, with different targets or with the same one."""
     stated: dict[str, list[tuple[str, Path]]] = {}
     for file, delta in zip(files, deltas, strict=True):
         for edit in _edits(delta):
@@ -101,10 +101,10 @@ def _contradictions(files: Sequence[Path], deltas: Sequence[Delta]) -> Iterator[
 
 
 def _overlaps(files: Sequence[Path], deltas: Sequence[Delta]) -> Iterator[str]:
-    """For each parameter that several files change, the two that are most alike in it.
+    """Lines about parameters that several files change, with the largest similarities of two updates.
 
-    The cosine is that of the updates as vectors. The overlap of inputs is the share of the smaller
-    update's input space that lies in the other's: where it is 0, neither answers to what the other does.
+    The cosine is between the flattened updates. The overlap of inputs is the share of the smaller update's input
+    space that lies in the other's; where it is 0, each update maps the inputs of the other to zero.
     """
     names = dict.fromkeys(name for delta in deltas for name in delta.updates)
     for name in names:
@@ -136,31 +136,29 @@ def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[float, float
 
 
 def verify(file: Path, lm_options: Mapping[str, Any]) -> bool:
-    """Whether every edit's target is what the edited model answers greedily; prints each of them.
+    """Whether the edited model's greedy answer is the target of every edit; prints a line per edit.
 
-    Raises UserError if the base model is not itself again, bit for bit, once the edits are out.
+    Raises UserError if removing the edits does not restore the base model bit-exactly.
     """
     (delta,) = _read([file])
     edits = _edits(delta)
     if not edits:
-        raise UserError(f"{file} does not say which edits it holds: there is nothing to verify")
+        raise UserError(f"{file} does not list its edits, so there is nothing to verify")
     lm = _base_model([delta], lm_options)
-    asked = [edit.text for edit in edits], [edit.target_new for edit in edits]
-    before = lm.score(*asked)
+    queries = [edit.text for edit in edits], [edit.target_new for edit in edits]
+    before = lm.score(*queries)
     patch = WeightPatch(lm, delta)
-    after = lm.score(*asked)
+    after = lm.score(*queries)
     for share in (s for lost in patch.delta.metadata.get("requantized", []) for s in lost.values()):
-        _print(f"packed again: {share:.2f} of the update lost")
+        _print(f"requantised: {share:.2f} of the update lost")
     patch.remove()
     if hash_weights(lm.net) != lm.weights_hash:
-        raise UserError(f"{file}: the base model is not restored after the edits are taken out")
+        raise UserError(f"{file}: removing the edits does not restore the base model's weights")
     exact = after.exact_B.tolist()
     gains = zip(before.logprob_BM.sum(1).tolist(), after.logprob_BM.sum(1).tolist(), strict=True)
-    for holds, (was, now), edit in zip(exact, gains, edits, strict=True):
-        _print(f"{'yes' if holds else 'no ':3}  {was:8.3f} -> {now:8.3f}  {_line(edit)}")
-    _print(
-        f"{sum(exact)} of {len(edits)} edits hold; without them all weights are the base's again"
-    )
+    for is_exact, (was, now), edit in zip(exact, gains, edits, strict=True):
+        _print(f"{'yes' if is_exact else 'no ':3}  {was:8.3f} -> {now:8.3f}  {_line(edit)}")
+    _print(f"{sum(exact)} of {len(edits)} edits verified; removed again, all weights are restored")
     return all(exact)
 
 
@@ -170,45 +168,45 @@ def apply(
     prompt: Sequence[str] | None = None,
     tokens: int = 20,
 ) -> None:
-    """Answers prompts without and with the edits, side by side.
+    """Prints the answers of the base model and of the edited model to prompts.
 
     Args:
-        files: edits, put in force together, in this order.
-        lm_options: of the language model; its name is the files' own if not given.
-        prompt: what is asked; the edits' own prompts if not given.
-        tokens: length of an answer.
+        files: edits, all active together, applied in this order.
+        lm_options: options of the language model; its default name is that in the files.
+        prompt: the prompts; by default those of the edits.
+        tokens: length of an answer in tokens.
     """
     at_least(1, tokens=tokens)
     for text in prompt or []:
         if not text.strip():
-            raise UserError("an empty --prompt cannot be continued: give some text")
+            raise UserError("a --prompt is empty: give some text")
     deltas = _read(files)
-    asked = list(prompt or [edit.text for delta in deltas for edit in _edits(delta)])
-    if not asked:
-        raise UserError("the files do not say which edits they hold: give a --prompt")
+    prompts = list(prompt or [edit.text for delta in deltas for edit in _edits(delta)])
+    if not prompts:
+        raise UserError("the files do not list their edits: give a --prompt")
     lm = _base_model(deltas, lm_options)
-    before = lm.generate(asked, tokens)
+    before = lm.generate(prompts, tokens)
     for delta in deltas:
         WeightPatch(lm, delta)
-    for text, was, now in zip(asked, before, lm.generate(asked, tokens), strict=True):
+    for text, was, now in zip(prompts, before, lm.generate(prompts, tokens), strict=True):
         _print(text)
         _print(f"  base    {' '.join(was.split())}")
         _print(f"  edited  {' '.join(now.split())}")
 
 
-# ---------------------------------------------------------------------------- for others
+# ---------------------------------------------------------------------------- export
 
 
 def export(
     file: Path, format: Literal["peft", "hf"], out: Path, lm_options: Mapping[str, Any]
 ) -> None:
-    """Writes edits for others to load: as a PEFT adapter, or as the whole edited model.
+    """Exports edits for use without this project: as a PEFT adapter, or as a complete edited model.
 
     Args:
         file: the edits.
-        format: ``peft`` is a LoRA adapter with the same effect, ``hf`` the edited model and its tokenizer.
-        out: a folder that does not exist yet; it appears when it is complete.
-        lm_options: of the language model; its name is the file's own if not given.
+        format: ``peft`` is an equivalent LoRA adapter, ``hf`` the edited model and its tokenizer.
+        out: a folder that does not exist yet; it is written atomically.
+        lm_options: options of the language model; its default name is that in the file.
     """
     _refuse_existing(out)
     (delta,) = _read([file])
@@ -222,7 +220,7 @@ def export(
 def _write_model(lm: LanguageModel, delta: Delta, folder: Path) -> None:
     if any(is_linear(module) and is_quantised(module) for module in lm.net.modules()):
         raise UserError(
-            f"{lm.name!r} is quantised, and a map that is edited is not: export the edit with --format peft"
+            f"{lm.name!r} is quantised, but edited layers are not: export the edit with --format peft"
         )
     patch = WeightPatch(lm, delta)
     lm.net.save_pretrained(folder)
@@ -231,27 +229,27 @@ def _write_model(lm: LanguageModel, delta: Delta, folder: Path) -> None:
 
 
 def _write_adapter(lm: LanguageModel, delta: Delta, folder: Path) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors``: W + B A, with a scaling of 1.
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: W + B A, with a scaling of 1.
 
-    Every update is given by its singular vectors, the root of each value in both factors, so that the
-    rank is the least that has the same effect.
+    Every update is factorised by its singular value decomposition, with the root of the singular values in both
+    factors, which gives the smallest rank with the same effect.
     """
-    WeightPatch(lm, delta).remove()  # refuses another base and what does not fit
+    WeightPatch(lm, delta).remove()  # raises for another base model or shapes that do not fit
     tensors, ranks = {}, {}
     for name, update in delta.updates.items():
         path = _adapted(lm, name)
         left_Or, values_r, right_rI = svd(update)
         if not len(values_r):
-            continue  # no change, and no adapter of rank 0
+            continue  # the update is zero, and there are no adapters of rank 0
         key, root_r = f"base_model.model.{path}", values_r.sqrt()
         tensors[f"{key}.lora_A.weight"] = root_r[:, None] * right_rI
         tensors[f"{key}.lora_B.weight"] = left_Or * root_r
         ranks[path] = len(values_r)
         outputs, inputs = len(left_Or), right_rI.shape[1]
         _print(f"{path}: {_kind(update)} update {_shape(update)}, adapter of rank {ranks[path]} with "
-               f"{ranks[path] * (outputs + inputs):,} numbers in place of {outputs * inputs:,}")  # fmt: skip
+               f"{ranks[path] * (outputs + inputs):,} parameters instead of {outputs * inputs:,}")  # fmt: skip
     if not ranks:
-        raise UserError("this edit changes nothing: there is nothing to export")
+        raise UserError("the edit changes nothing, so there is nothing to export")
     transposed = any(isinstance(lm.net.get_submodule(path), Conv1D) for path in ranks)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
@@ -260,7 +258,7 @@ def _write_adapter(lm: LanguageModel, delta: Delta, folder: Path) -> None:
 
 
 def _adapter_config(base: str, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
-    """What PEFT reads; alpha is the rank of each map, so that alpha / rank is 1."""
+    """PEFT's configuration; alpha equals the rank of each layer, so the scaling alpha / rank is 1."""
     most = max(ranks.values())
     others = {path: rank for path, rank in ranks.items() if rank != most}
     return {
@@ -286,32 +284,32 @@ def _adapter_config(base: str, ranks: Mapping[str, int], transposed: bool) -> di
 
 
 def _adapted(lm: LanguageModel, name: str) -> str:
-    """The path of the linear map whose weight this is; raises UserError for what LoRA cannot change."""
+    """The path of the linear layer with this weight; raises UserError for parameters that LoRA cannot change."""
     path, _, kind = name.rpartition(".")
     module = lm.net.get_submodule(path)
     if kind != "weight" or not is_linear(module):
         raise UserError(
-            f"{name} is not the weight of a linear map, and a LoRA adapter changes nothing else: "
+            f"{name} is not the weight of a linear layer, which is all that a LoRA adapter can change: "
             "export the edited model with --format hf"
         )
     if module.weight is lm.net.get_input_embeddings().weight:
         raise UserError(
-            f"{name} is the input embedding's weight, too, which a LoRA adapter leaves as it is: "
+            f"{name} is tied to the input embedding, which a LoRA adapter does not change: "
             "export the edited model with --format hf"
         )
     return path
 
 
-# ---------------------------------------------------------------------------- small parts
+# ---------------------------------------------------------------------------- helpers
 
 
 def _read(files: Sequence[Path]) -> list[Delta]:
-    """The files' deltas; raises UserError where they belong to different base models."""
+    """The deltas in the files; raises UserError if they belong to different base models."""
     for file in files:
         if file_format(file) == MEMORY_OF_EDITS:
             raise UserError(
-                f"{file} is a memory of {SavedMemory.load(file).metadata['editor']}, which holds edits as text "
-                "and changes no weight: `edits show` prints it, the editor's restore() activates it"
+                f"{file} is a text memory of {SavedMemory.load(file).metadata['editor']}, which changes no "
+                "weight: `edits show` prints it, the editor's restore() activates it"
             )
     deltas = [Delta.load(file) for file in files]
     bases = [(d.metadata.get("model"), d.metadata.get("base")) for d in deltas]
@@ -319,13 +317,13 @@ def _read(files: Sequence[Path]) -> list[Delta]:
         if base != bases[0][1]:
             raise UserError(
                 f"{file} belongs to {name!r} with weights {base}, {files[0]} to {bases[0][0]!r} with weights "
-                f"{bases[0][1]}: edits of different base models do not go together"
+                f"{bases[0][1]}: edits of different base models cannot be combined"
             )
     return deltas
 
 
 def _base_model(deltas: Sequence[Delta], options: Mapping[str, Any]) -> LanguageModel:
-    """The model of the files, or the one that is asked for; :class:`WeightPatch` refuses a wrong one."""
+    """The model given in the options, or that in the files; :class:`WeightPatch` checks that its weights match."""
     name = options.get("name") or deltas[0].metadata.get("model")
     if not name:
         raise UserError("the file does not name its base model: give --lm.name")
@@ -356,6 +354,6 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _print(text: str) -> None:
-    """A line; what a file of a stranger could send to the terminal besides text is spelt out."""
+    """Prints a line; control characters, which an untrusted file may contain, are escaped."""
     plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     sys.stdout.write(f"{plain}\n")

@@ -1,7 +1,7 @@
-"""``fit`` and ``validate``: Lightning's command line, with a folder for every run and our options beside its own.
+"""``fit`` and ``validate``: Lightning's command line with additional options and a folder for every run.
 
-Signatures are the schema: every constructor argument of a class named in YAML is an option, checked before
-anything is loaded. Classes can be named by their short name (``ROME``, ``MEND``, ``Facts``).
+Options are the constructor arguments of the classes named in YAML, and are checked before anything is loaded.
+Classes can be given by their short name (``ROME``, ``MEND``, ``Facts``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from corrigenda.pipeline.trust import (
     take_plugins,
 )
 
-# Warnings of libraries about what is meant to be so.
+# Warnings of libraries about intended behaviour.
 NOISE = (
     r".*does not have many workers.*",
     r".*LeafSpec.*is deprecated.*",
@@ -37,8 +37,8 @@ NOISE = (
     # A stream of edits trains nothing, and ends after one epoch.
     r".*`max_epochs` was not set.*",
     r".*`LightningModule.configure_optimizers` returned `None`.*",
-    r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the same everywhere
-    # Of a model whose first block is offloaded, whose tokens are nevertheless where they belong.
+    r".*recommended to use `self.log.*sync_dist=True.*",  # these values are the same in all processes
+    # The first block of a model may be offloaded; its tokens are on the right device nevertheless.
     r".*`input_ids` being on a device type different.*",
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,14 +48,14 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def fit_or_validate(args: list[str]) -> None:
-    """Runs one of the two; raises what :func:`corrigenda.pipeline.cli.main` makes one line of."""
+    """Runs ``fit`` or ``validate``; :func:`corrigenda.pipeline.cli.main` reports its errors."""
     for name in RANKS:
         if not (rank := os.environ.get(name, "0")).isdecimal():
             raise UserError(f"the environment variable {name} must be a whole number, got {rank!r}")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from corrigenda.modules.processes import leave_group
-    from corrigenda.pipeline import board  # noqa: F401  configurations may name its class
+    from corrigenda.pipeline import board  # noqa: F401  so that configurations can name its class
     from corrigenda.pipeline.lightning_cli import PipelineCLI
 
     atexit.register(leave_group)
@@ -76,15 +76,15 @@ def fit_or_validate(args: list[str]) -> None:
 
 
 def _prepare_libraries() -> None:
-    """Quietens libraries, and keeps Lightning from failing in a narrow terminal or inside a SLURM job."""
+    """Silences libraries, and prevents errors of Lightning in narrow terminals and SLURM jobs."""
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     if "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        # Not started by srun: one process, not one of several.
+        # Not started by srun, so this is the only process.
         os.environ["SLURM_JOB_NAME"] = "interactive"
-    if shutil.get_terminal_size().columns < MIN_COLUMNS:  # Lightning's table would divide by zero
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:  # Lightning's table divides by zero
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
@@ -94,7 +94,7 @@ def _prepare_libraries() -> None:
 
 
 def _import_methods() -> None:
-    """Imports every editor and data module, so that YAML can name classes without their path."""
+    """Imports all editors and data modules, so that YAML can name classes without their path."""
     for package in ("corrigenda.modules.editors", "corrigenda.datamodules"):
         folder = importlib.import_module(package).__path__
         for module in pkgutil.iter_modules(folder, f"{package}."):
@@ -103,9 +103,9 @@ def _import_methods() -> None:
 
 
 def _files_first(words: Sequence[str]) -> list[str]:
-    """Configuration files in their order, however they are given, then the options, which win over all of them.
+    """Moves configuration files before all other options, which override them.
 
-    An option such as ``--data.limit`` can only be read once a file before it has named the class.
+    An option such as ``--data.limit`` can only be parsed after a file has named the class.
     """
     files, options, rest = [], [], iter(words)
     for word in rest:
@@ -120,14 +120,14 @@ def _files_first(words: Sequence[str]) -> list[str]:
 
 
 def _found(file: str) -> Path:
-    """A configuration file; a configs/... that is not here stands for the one that comes with us."""
+    """The path of a configuration file; a missing ``configs/...`` is looked up in the installed package."""
     path = Path(file).expanduser()
     if file and not path.exists():
         inside = path.relative_to("configs") if path.parts[0] == "configs" else path
         path = CONFIGS / inside
     if not file or not path.exists():
         raise UserError(
-            f"no configuration file {file or '(an empty name)'}; those that come with us are in {CONFIGS}"
+            f"no configuration file {file or '(an empty name)'}; the installed ones are in {CONFIGS}"
         )
     if not isinstance(read_yaml(path), dict):
         raise UserError(

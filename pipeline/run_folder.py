@@ -1,8 +1,8 @@
-"""The folder of a run: one process at a time, and only the same run goes on in it.
+"""The folder of a run: locked by one process at a time, and only resumed by the same run.
 
-A run that goes on mixes what was made before with what is made now, so everything that a result depends on is
-noted: settings, the content of files that they name, versions. The weights and the cases, which are only known
-once they are loaded, are added by the :class:`~corrigenda.pipeline.run_writer.RunWriter`.
+The results of a resumed run come from several processes, so everything that they depend on is recorded and
+compared: settings, the content of files named in them, versions. The weights and the cases, which are known only
+when they have been loaded, are added by the :class:`~corrigenda.pipeline.run_writer.RunWriter`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAMED_RUN = "CORRIGENDA_RUN_DIR"  # tells further processes what the first one has named the run
+NAMED_RUN = "CORRIGENDA_RUN_DIR"  # passes the name of the run from the first process to the others
 LOCK = ".lock"
 RESULTS = ("summary.json", "cases.jsonl", "checkpoints", "edits")
-OF_A_FIT = ("model", "data", "edit", "seed_everything")  # settings that cannot change on the way
-LARGE = 2**30  # bytes; larger files are told apart by size and time of change
+OF_A_FIT = ("model", "data", "edit", "seed_everything")  # settings that a resumed fit cannot change
+LARGE = 2**30  # bytes; larger files are identified by size and modification time
 PROJECT = Path(__file__).parents[1]
 CODE = "the version of Corrigenda's code"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, locked, and how the run begins.
+    """The locked folder of a run, and how the run starts.
 
     Attributes:
         path: the folder.
         text: the settings, as YAML.
-        depends_on: what results depend on, by a name to be shown, see :func:`dependencies`.
-        checkpoint: the checkpoint that an interrupted or finished ``fit`` goes on from.
+        depends_on: what results depend on, by a name shown to the user, see :func:`dependencies`.
+        checkpoint: the checkpoint that a ``fit`` resumes from.
     """
 
     path: Path
@@ -68,25 +68,26 @@ class RunFolder:
 
 @contextmanager
 def open_run(config: Namespace, verb: str, text: str) -> Iterator[RunFolder]:
-    """The run's folder, kept from other processes until the block ends.
+    """The run's folder, locked until the block ends.
 
-    Refuses a folder that holds a run, unless it is one to go on with: an unfinished ``validate`` of the same
-    settings, a ``fit`` with ``--ckpt_path last``. An error before anything was kept leaves the folder as it was.
+    A folder that holds a run is refused, unless the run can be resumed: an unfinished ``validate`` with the same
+    settings, or a ``fit`` with ``--ckpt_path last``. An error before any result is written leaves the folder as it
+    was.
 
     Raises:
         UserError: the folder holds another run.
-        BlockingIOError: another process writes into it.
+        BlockingIOError: another process is writing into it.
     """
     from lightning.pytorch.utilities import rank_zero_only
 
     if verb != "fit" and config.ckpt_path == "last":
         raise UserError(f"{verb} --ckpt_path needs a file, such as runs/NAME/checkpoints/last.ckpt")
-    if config.trainer.fast_dev_run:  # a rehearsal
+    if config.trainer.fast_dev_run:  # results are discarded
         with TemporaryDirectory(prefix="corrigenda-") as name:
             yield RunFolder(Path(name), text, checkpoint=_last(config))
         return
     folder = Path(config.run_dir) if config.run_dir else _named_by_time(verb)
-    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process looks at it and writes
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process checks and locks it
         yield RunFolder(folder, text, checkpoint=_last(config))
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -96,12 +97,12 @@ def open_run(config: Namespace, verb: str, text: str) -> Iterator[RunFolder]:
             remove_unfinished(folder)
             depends_on = dependencies(text, verb)
             if verb == "fit":
-                yield RunFolder(folder, text, depends_on, _goes_on_from(folder, config, text))
+                yield RunFolder(folder, text, depends_on, _checkpoint(folder, config, text))
             else:
                 _require_unfinished(folder, depends_on)
                 yield RunFolder(folder, text, depends_on)
         except BaseException:
-            _remove_start(folder, present, missing)
+            _remove_unused(folder, present, missing)
             raise
 
 
@@ -110,19 +111,18 @@ def _last(config: Namespace) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a ``fit`` keeps up to date, see
-    :class:`~corrigenda.pipeline.checkpointing.LastCheckpoint`."""
+    """The checkpoint that :class:`~corrigenda.pipeline.checkpointing.LastCheckpoint` saves."""
     return folder / "checkpoints" / "last.ckpt"
 
 
-def _goes_on_from(folder: Path, config: Namespace, text: str) -> Path | None:
-    """The checkpoint that a ``fit`` goes on from; None for one that begins."""
+def _checkpoint(folder: Path, config: Namespace, text: str) -> Path | None:
+    """The checkpoint that a ``fit`` resumes from; None for a new run."""
     is_finished = (folder / "summary.json").exists()
     last = last_checkpoint(folder)
     if config.ckpt_path == "last" and last.exists():
         if is_finished and _settings(text, "run_dir", "ckpt_path") in _earlier_settings(folder):
             raise UserError(
-                f"{folder} holds a finished run, and these settings leave nothing to do: give more "
+                f"{folder} holds a finished run, and these settings leave nothing to do: increase "
                 "--trainer.max_steps or --trainer.max_epochs, or choose another --run_dir"
             )
         return last
@@ -130,12 +130,12 @@ def _goes_on_from(folder: Path, config: Namespace, text: str) -> Path | None:
         raise UserError(
             f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
         )
-    begun = [name for name in RESULTS if (folder / name).exists()]
+    is_started = any((folder / name).exists() for name in RESULTS)
     if config.ckpt_path == "last":
-        aside = _put_aside(folder) if begun else None
-        log.warning("%s has no checkpoint to go on from: the run starts from the beginning%s", folder,
-                    f" (what was there is in {aside})" if aside else "")  # fmt: skip
-    elif begun:
+        aside = _set_aside(folder) if is_started else None
+        log.warning("%s has no checkpoint to resume from, so the run starts from the beginning%s", folder,
+                    f" (earlier files are in {aside})" if aside else "")  # fmt: skip
+    elif is_started:
         raise UserError(
             f"{folder} holds an unfinished run: resume it with --ckpt_path last, or choose another --run_dir"
         )
@@ -143,7 +143,7 @@ def _goes_on_from(folder: Path, config: Namespace, text: str) -> Path | None:
 
 
 def _earlier_settings(folder: Path) -> list[dict[str, str]]:
-    """Settings that the run in a folder has been started with, as far as they can be read."""
+    """Settings with which the run in a folder has been started, as far as they can be read."""
     found = []
     for file in folder.glob("config*.yaml"):
         with suppress(OSError, ValueError, yaml.YAMLError):
@@ -151,8 +151,8 @@ def _earlier_settings(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def _put_aside(folder: Path) -> Path:
-    """Moves what a run has left before its first checkpoint into a folder of its own."""
+def _set_aside(folder: Path) -> Path:
+    """Moves what a run has written before its first checkpoint into a subfolder."""
     number = 1
     while (aside := folder / f"interrupted-{number}").exists():
         number += 1
@@ -164,7 +164,7 @@ def _put_aside(folder: Path) -> Path:
 
 
 def _require_unfinished(folder: Path, depends_on: Mapping[str, str]) -> None:
-    """Refuses to ``validate`` into a folder, unless it is empty or the same validation was interrupted there."""
+    """Raises UserError unless the folder is empty or the same validation was interrupted in it."""
     if (folder / "summary.json").exists():
         raise UserError(
             f"{folder} holds a finished run, and runs are never overwritten: choose another --run_dir"
@@ -173,8 +173,8 @@ def _require_unfinished(folder: Path, depends_on: Mapping[str, str]) -> None:
         require_same(folder, read_progress(folder).get("depends_on"), depends_on)
 
 
-def _remove_start(folder: Path, present: set[Path], missing: list[Path]) -> None:
-    """Leaves the folder as it was, if nothing was measured, logged or kept since."""
+def _remove_unused(folder: Path, present: set[Path], missing: list[Path]) -> None:
+    """Restores the folder, unless results, logs or checkpoints have been written since."""
     new = set(folder.rglob("*")) - present
     if any(path.name in RESULTS or path.name == "metrics.csv" for path in new):
         return
@@ -183,7 +183,7 @@ def _remove_start(folder: Path, present: set[Path], missing: list[Path]) -> None
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for path in missing:  # the folder first, then those around it
+    for path in missing:  # the folder first, then its parents
         with suppress(OSError):
             path.rmdir()
 
@@ -191,13 +191,13 @@ def _remove_start(folder: Path, present: set[Path], missing: list[Path]) -> None
 def _named_by_time(verb: str) -> Path:
     from lightning.pytorch.utilities import rank_zero_only
 
-    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process has named it
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process has chosen the name
         if NAMED_RUN not in os.environ:
-            raise UserError("processes that are started one by one need the same --run_dir")
+            raise UserError("processes that are started separately need the same --run_dir")
         return Path(os.environ[NAMED_RUN])
     first = folder = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}"
     number = 1
-    while folder.exists():  # another run began in the same second
+    while folder.exists():  # another run has started in the same second
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     os.environ[NAMED_RUN] = str(folder)
@@ -208,11 +208,11 @@ def _named_by_time(verb: str) -> Path:
 
 
 def dependencies(text: str, verb: str) -> dict[str, str]:
-    """What a run's results depend on before anything is loaded, by a name to be shown to the user.
+    """What a run's results depend on, as far as it is known before loading, by a name shown to the user.
 
     Args:
         text: the settings as YAML.
-        verb: of a ``fit`` only the settings of model, data and edits count: training may go on for longer.
+        verb: for ``fit`` only settings of model, data and edits count, because training may be extended.
     """
     settings = _settings(text, "run_dir")
     if verb == "fit":
@@ -230,19 +230,19 @@ def dependencies(text: str, verb: str) -> dict[str, str]:
 def require_same(
     folder: Path, before: Mapping[str, str] | None, now: Mapping[str, str], code: bool = True
 ) -> None:
-    """Refuses to go on with a run that depends on something else now; the message names it.
+    """Raises UserError if what a run depends on has changed since it was started; the message names it.
 
     Args:
-        folder: the run's.
-        before: what it depended on when it began; None if that cannot be told.
-        now: what it would depend on.
-        code: whether other versions of the code are refused; they are reported anyway.
+        folder: the run's folder.
+        before: what it depended on when it was started; None if unknown.
+        now: what it would depend on now.
+        code: whether a change of versions is an error; otherwise it is a warning.
     """
     if before is None:
         raise UserError(
-            f"{folder} holds an unfinished run of which it is not known how it was begun: choose another --run_dir"
+            f"{folder} holds an unfinished run whose settings are unknown: choose another --run_dir"
         )
-    is_same_code = before.get(CODE) == now.get(CODE)  # else there may be other options
+    is_same_code = before.get(CODE) == now.get(CODE)  # otherwise there may be other options
     names = [
         name
         for name in {**before, **now}
@@ -251,7 +251,7 @@ def require_same(
     changed = [name for name in names if before.get(name) != now.get(name)]
     versions = [name for name in changed if name.startswith("the version of ")]
     if versions and not code:
-        log.warning("%s was begun with another value of %s", folder, ", ".join(versions))
+        log.warning("%s was started with another value of %s", folder, ", ".join(versions))
         changed = [name for name in changed if name not in versions]
     if changed:
         name = changed[0]
@@ -261,20 +261,20 @@ def require_same(
             else ""
         )
         raise UserError(
-            f"{folder} holds a run that was begun with other settings or files: {name} has changed{values}; "
+            f"{folder} holds a run that was started with other settings or files: {name} has changed{values}; "
             "restore it, or choose another --run_dir"
         )
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What is known about an unfinished validation: ``depends_on`` and ``budget``; empty if nothing is."""
+    """``progress.json`` of an unfinished validation; empty if it cannot be read."""
     with suppress(OSError, ValueError):
         return parse((folder / "progress.json").read_text("utf-8"))
     return {}
 
 
 def _settings(text: str, *without: str) -> dict[str, str]:
-    """Settings by their option's name, values as JSON."""
+    """Settings by the name of their option, values as JSON."""
     found: dict[str, str] = {}
 
     def add(name: str, value: Any) -> None:  # noqa: ANN401
@@ -292,13 +292,13 @@ def _settings(text: str, *without: str) -> dict[str, str]:
 
 
 def _named_files(value: Any) -> Iterator[Path]:  # noqa: ANN401
-    """Files that a setting names, those of a folder with a model included."""
+    """Files that a setting names, including those in the folder of a model."""
     if isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _named_files(part)
     elif isinstance(value, str) and value:
         path = Path(value)
-        with suppress(OSError, ValueError):  # too long for a name, say
+        with suppress(OSError, ValueError):  # not a path, for example too long
             if path.is_file():
                 yield path
             elif (path / "config.json").is_file():
@@ -314,7 +314,7 @@ def _hash(file: Path) -> str:
 
 
 def _hash_of_code() -> str:
-    """Of the source, not the version: that stays the same where the project is installed from a checkout."""
+    """Hash of the source, because the version does not change when it is edited in a checkout."""
     files = [*PROJECT.glob("modules/**/*.py"), *PROJECT.glob("datamodules/**/*.py")]
     text = "".join(_hash(file) for file in sorted([*files, *PROJECT.glob("pipeline/*.py")]))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

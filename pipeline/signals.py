@@ -1,4 +1,4 @@
-"""How a command is interrupted: Ctrl-C, SIGTERM, or the end of the process that started it."""
+"""Interrupts a command on Ctrl-C, on SIGTERM, or when the parent process ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # exit status after SIGTERM
-PARENT = "CORRIGENDA_PARENT"  # a pipe of which nobody but the parent holds the other end
+PARENT = "CORRIGENDA_PARENT"  # a pipe whose other end only the parent has open
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which does what Ctrl-C does and ends with another exit status."""
+    """SIGTERM, handled like Ctrl-C except for the exit status."""
 
 
 _stopping = False
@@ -24,9 +24,10 @@ _stopping = False
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, SIGTERM raises :class:`Terminated`, also when the parent process has gone.
+    """Within the block SIGTERM raises :class:`Terminated`, and so does the end of the parent process.
 
-    After the first signal the process has the time it needs to close its files; a further Ctrl-C ends it at once.
+    After the first signal the process may take the time it needs to close its files. A second Ctrl-C ends it
+    immediately.
     """
     global _stopping
     if threading.current_thread() is not threading.main_thread():
@@ -42,15 +43,14 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if _stopping and before[signal.SIGINT] is not signal.SIG_IGN:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # nothing that runs at exit holds a further Ctrl-C up
+            # A second Ctrl-C also ends what runs at exit.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def listen() -> None:
-    """Takes the two signals over again from a library that has taken them."""
+    """Installs the handlers of both signals, again if a library has replaced them."""
     if threading.current_thread() is threading.main_thread():
-        # A shell's background job begins with Ctrl-C ignored, and a trainer that is stopping ignores it, too.
+        # Ctrl-C is ignored in a shell's background jobs, and by a Trainer that is stopping.
         if _stopping or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
@@ -72,28 +72,28 @@ def end_at_once() -> None:
 
 
 def status_of(stop: KeyboardInterrupt) -> int:
-    """The exit status that tells shells which signal it was."""
+    """The exit status by which shells know the signal."""
     return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _watch_parent() -> None:
-    end = os.environ.pop(PARENT, None)  # not for processes that this one starts
+    end = os.environ.pop(PARENT, None)  # not passed on to child processes
     if end is None:
         return
 
     def watch() -> None:
         with suppress(OSError, ValueError):
-            os.read(int(end), 1)  # returns when the other end is closed
+            os.read(int(end), 1)  # blocks until the other end is closed
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str], seconds_to_close: float) -> int:
-    """Exit status of a process that ends when this one does, however this one ends.
+    """Runs a process that ends when this one does, even if this one is killed; returns its exit status.
 
-    A signal that this process gets is passed on (Ctrl-C in a terminal has reached both already). The child then
-    has ``seconds_to_close`` to close its files.
+    Signals are passed on to the child (which has already received a Ctrl-C in a terminal). It then has
+    ``seconds_to_close`` seconds to close its files.
     """
     theirs, ours = os.pipe()
     try:

@@ -1,6 +1,6 @@
-"""What files and options of strangers may say: data of bounded size, and classes from places that are known.
+"""Limits on untrusted files and options: their size, and the classes that they may name.
 
-What is promised is in SECURITY.md.
+SECURITY.md states the guarantees.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import yaml
 import corrigenda
 from corrigenda.pipeline.errors import UserError
 
-MAX_CHARACTERS = 1_000_000  # of a file or an option
+MAX_CHARACTERS = 1_000_000  # per file or option
 MAX_DEPTH = 50
-MAX_VALUES = 100_000  # aliases count as what they stand for
+MAX_VALUES = 100_000  # with aliases expanded
 
 KNOWN_CLASSES = (
     "lightning.pytorch.accelerators",
@@ -41,7 +41,7 @@ KNOWN_CLASSES = (
 )
 OURS = ("corrigenda",)
 OLD_CLASS_PATH = re.compile(r"(modules|datamodules|pipeline)(\.[a-z_]+)+\.[A-Z]\w*")
-REFUSED = ("LambdaCallback",)  # a class that only calls functions that it is given
+REFUSED = ("LambdaCallback",)  # which calls arbitrary functions
 ONLY_KNOWN = (
     "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, torchmetrics and of modules "
     "named with --plugin on the command line are"
@@ -52,18 +52,16 @@ ONLY_KNOWN = (
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401
-    """The content of a YAML file; one line for everything that is wrong with it.
+    """The content of a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or is larger or nested deeper than any of ours.
+        UserError: the file cannot be read, is not YAML, or exceeds the limits on size and nesting.
     """
     try:
         if not stat.S_ISREG((status := path.stat()).st_mode):
             raise UserError(f"{path} is not a file")
         if status.st_size > MAX_CHARACTERS:
-            raise UserError(
-                f"{path} has {status.st_size:,} bytes, and at most {MAX_CHARACTERS:,} are read"
-            )
+            raise UserError(f"{path} has {status.st_size:,} bytes; the limit is {MAX_CHARACTERS:,}")
         return load_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -75,48 +73,49 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401
-    """``yaml.safe_load`` within limits, with ``~/`` expanded at the beginning of texts.
+    """``yaml.safe_load`` within limits, with ``~/`` expanded at the start of strings.
 
     Raises:
-        UserError: the text is too long, nested too deeply, refers to itself or multiplies by aliases.
+        UserError: the text is too long, nested too deeply, refers to itself, grows too large through aliases, or
+            gives a key twice.
         yaml.YAMLError, ValueError: it is not YAML.
     """
     check_yaml(text)
     _require_keys_once(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    return at_home(yaml.safe_load(text))
+    return expand_paths(yaml.safe_load(text))
 
 
 def check_yaml(text: str) -> None:
-    """Reads through YAML without building anything; raises UserError beyond the limits, see above."""
+    """Checks the limits of :func:`load_yaml` without constructing any value; raises UserError beyond them."""
     if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
+        raise UserError(f"{len(text):,} characters; the limit is {MAX_CHARACTERS:,}")
     sizes: dict[str | None, int] = {}
-    begun: list[tuple[str | None, int]] = []
+    open_nodes: list[tuple[str | None, int]] = []
     count = 0
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
             name = str(event.anchor)
-            if name in [anchor for anchor, _ in begun]:
-                raise UserError(f"*{name} refers to a value from inside it")
-            count += sizes.get(name, 1)  # an unknown one is told by the loader
+            if name in [anchor for anchor, _ in open_nodes]:
+                raise UserError(f"*{name} refers to a value that contains it")
+            count += sizes.get(name, 1)  # the loader reports an unknown anchor
         elif isinstance(event, yaml.NodeEvent):
             count += 1
             if isinstance(event, yaml.CollectionStartEvent):
-                begun.append((event.anchor, count - 1))
+                open_nodes.append((event.anchor, count - 1))
             elif event.anchor is not None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = begun.pop()
+            anchor, before = open_nodes.pop()
             if anchor is not None:
                 sizes[anchor] = count - before
-        if len(begun) > MAX_DEPTH:
+        if len(open_nodes) > MAX_DEPTH:
             raise UserError(f"nested more than {MAX_DEPTH} levels deep")
         if count > MAX_VALUES:
-            raise UserError(f"more than {MAX_VALUES:,} values, aliases written out")
+            raise UserError(f"more than {MAX_VALUES:,} values, with aliases expanded")
 
 
 def _require_keys_once(node: Any) -> None:  # noqa: ANN401
-    """Of a key that is given twice the loader would take the last and say nothing."""
+    """Raises UserError for a duplicate key, of which the loader would silently use the last."""
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key, count in Counter(keys).items() if count > 1]:
@@ -127,42 +126,42 @@ def _require_keys_once(node: Any) -> None:  # noqa: ANN401
                 _require_keys_once(part)
 
 
-def at_home(value: Any) -> Any:  # noqa: ANN401
-    """``value`` with every text in it that begins with ``~/`` made a path in the user's home folder.
+def expand_paths(value: Any) -> Any:  # noqa: ANN401
+    """``value`` with ``~/`` expanded to the user's home folder at the start of every string in it.
 
-    Class paths of version 0.1, before everything was imported as ``corrigenda``, become short names.
+    Class paths of version 0.1, from before the package was named ``corrigenda``, become short names.
     """
     if isinstance(value, str):
         if OLD_CLASS_PATH.fullmatch(value):
             return value.rpartition(".")[2]
         return str(Path(value).expanduser()) if value.startswith("~/") else value
     if isinstance(value, list):
-        return [at_home(item) for item in value]
+        return [expand_paths(item) for item in value]
     if isinstance(value, dict):
-        return {key: at_home(item) for key, item in value.items()}
+        return {key: expand_paths(item) for key, item in value.items()}
     return value
 
 
 # Classes
 
-_allowed: set[str] = set()  # jsonargparse only ever adds to what it knows
+_allowed: set[str] = set()  # what jsonargparse has been given, as it only adds to its list
 
 
 def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[str] = ()) -> None:
-    """Makes jsonargparse import only what is known, and read only local YAML within the limits.
+    """Restricts jsonargparse to importing known classes and reading local YAML within the limits.
 
-    Names are checked before anything is imported. To be called after ``lightning.pytorch.cli`` is imported, which
-    lets configuration files be URLs.
+    Names are checked before anything is imported. Must be called after importing ``lightning.pytorch.cli``, which
+    allows configuration files to be URLs.
 
     Args:
-        known: classes that may be named; their members may not.
-        plugins: modules whose content may be named, too.
+        known: classes that may be named, but not their members.
+        plugins: modules whose classes may be named as well.
     """
     from jsonargparse import get_loader, set_loader, set_parsing_settings
 
     new = {path: cls for path, cls in (known or {}).items() if path not in _allowed}
     members = [f"{path}.{name}" for path, cls in new.items() for name in dir(cls)]
-    # It logs every one of them, which takes longer than all the rest.
+    # jsonargparse logs every one of them, which takes longer than everything else.
     logging.getLogger("jsonargparse_null_logger").setLevel(logging.WARNING)
     set_parsing_settings(
         config_read_mode_fsspec_enabled=False,
@@ -178,13 +177,13 @@ def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[
 
     def load(text: str) -> Any:  # noqa: ANN401
         check_yaml(text)
-        return at_home(plain(text))
+        return expand_paths(plain(text))
 
     set_loader("yaml", load, (yaml.YAMLError, ValueError))
 
 
 def known_classes() -> dict[str, type]:
-    """Classes that YAML may name, by every name that they have; of ours those that have been imported."""
+    """Classes that YAML may name, by all of their names; of this project those that have been imported."""
     known: dict[str, type] = {}
     for name in (*KNOWN_CLASSES, *(n for n in sys.modules if n.partition(".")[0] in OURS)):
         module, package = importlib.import_module(name), name.partition(".")[0]
@@ -198,9 +197,9 @@ def known_classes() -> dict[str, type]:
 
 
 def take_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The modules that ``--plugin`` names, and the other words of the command line.
+    """(modules named by ``--plugin``, the other arguments of the command line).
 
-    Nothing but the command line is looked at, so that no configuration file can name a plugin.
+    Only the command line is read, so no configuration file can name a plugin.
     """
     plugins, others, rest = [], [], iter(words)
     for word in rest:
@@ -218,7 +217,7 @@ def take_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Imports modules named on the command line, also from the current folder."""
+    """Imports the modules named by ``--plugin``, also from the current folder."""
     if names:
         sys.path.append(str(Path.cwd()))
     for name in names:

@@ -108,15 +108,18 @@ def test_a_model_that_knows_something(corrigenda, taught, tmp_path, capsys):
     assert traced.startswith("  4 facts, such as ") and any(repr(f.text) in traced for f in facts)
     clean, corrupted = (float(word.strip(",")) for word in traced.split() if word[:2] == "0.")
     assert clean > 0.5 > corrupted
-    assert "block outputs: most at the " in traced and "MLP outputs: most at the " in traced
+    assert (
+        "block outputs: largest effect at the " in traced
+        and "MLP outputs: largest effect at the " in traced
+    )
     assert (tmp_path / "found" / "causal_trace.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((tmp_path / "found" / "rome.yaml").read_text())
     editor = config["edit"]["editor"]["init_args"]
     assert editor == {"layer": 0, "corpus": {"source": "facts", "tokens": 3000}}
     pasted = section(text, "Where to edit").split("rome.yaml:\n")[1]
     assert yaml.safe_load(pasted) == config
-    assert "answered token for token" in section(text, "Self-test")
-    assert "bit for bit" in section(text, "Self-test")
+    assert "every token is predicted" in section(text, "Self-test")
+    assert "restored bit-exactly" in section(text, "Self-test")
     assert corrigenda("validate", "-c", "found/rome.yaml", "--data", "Facts", "--print_config") == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["edit"]["editor"]["init_args"]["layer"] == 0
@@ -135,15 +138,15 @@ def test_without_matplotlib_there_is_no_picture(corrigenda, taught, tmp_path, ca
 def test_an_edit_that_does_not_take_fails(corrigenda, tiny_folder, capsys, monkeypatch):
     """A random model knows nothing to trace, and one step changes nothing."""
     monkeypatch.setattr(module, "ROME", partial(ROME, contexts=[(3, 1)], steps=1))
-    monkeypatch.setattr(module, "MAX_ASKED", 64)
+    monkeypatch.setattr(module, "MAX_SCORED", 64)
     assert corrigenda("doctor", tiny_folder("llama"), "--tokens", "2000") == 2
     text, error = capsys.readouterr()
-    assert "of 64 facts the model answers none" in section(text, "Causal trace")
+    assert "the model answers none of 64 facts" in section(text, "Causal trace")
     assert "Self-test" not in text
     (line,) = [line for line in error.splitlines() if line.startswith("corrigenda: error")]
-    assert "self-test failed: after ROME at block" in line and "is not answered" in line
+    assert "self-test failed: after ROME at block" in line and "the answer to" in line
     assert "<|begin|>" in section(text, "Tokenizer")
-    assert "lm_head, apart from the embedding" in text and "(gated)" in text
+    assert "lm_head, not tied to the embedding" in text and "(gated)" in text
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_the_configuration_keeps_the_precision(tiny_folder, tmp_path):
     lines = module._proposed(lm, propose_layers(None, [0.1, 0.1]), Corpus("facts", 900), tmp_path)
     config = yaml.safe_load((tmp_path / "rome.yaml").read_text())
     assert config["model"]["init_args"]["lm"] == {"name": lm.name, "dtype": "bfloat16"}
-    assert any("MEMIT  not here: this model normalises MLP outputs" in line for line in lines)
+    assert any("MEMIT  not supported: the model normalises MLP outputs" in line for line in lines)
 
 
 def test_memory_is_that_of_the_tensors(tiny_lm):
@@ -261,9 +264,9 @@ def test_tokenizers_are_looked_through(tiny_lm):
     lines = module._tokenizer(lm, edits)
     assert lm.tokens.num_boundary_merges == 0
     found = {line.split("  ")[0]: line for line in lines}
-    assert "<|begin|>" in found["special tokens in front"]
-    assert "5 of 5 prompts keep" in found["prompt + target"]
-    assert "5 of 5 targets are other tokens" in found["leading space"]
+    assert "<|begin|>" in found["special tokens added first"]
+    assert "5 of 5 prompts have the same tokens" in found["prompt + target"]
+    assert "5 of 5 targets have different tokens" in found["leading space"]
     year = lm.tokens.rows(["It was in"], ["1984"])
     assert f"is {int(year.length_B[0] - year.start_B[0])} tokens" in found["numbers"]
-    assert "400, and 4 rows" in found["words"]
+    assert "400 tokens; 4 rows" in found["vocabulary"]

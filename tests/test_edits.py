@@ -114,7 +114,7 @@ def test_show_needs_no_model(edits, saved, tmp_path):
     full = Delta.load(saved("llama", "dense")).dense(name)
     rank = torch.linalg.matrix_rank(full.float()).item()
     assert f"{name} [32, 80]: dense, rank {rank}, norm {full.norm():.4g}\n" in said
-    assert "packed  model.x: 0.25 of the update lost" in said
+    assert "quantised  model.x: 0.25 of the update lost" in said
 
 
 def test_a_memory_of_edits_is_shown_and_told_apart(edits, saved, tiny_lm, tmp_path):
@@ -126,7 +126,9 @@ def test_a_memory_of_edits_is_shown_and_told_apart(edits, saved, tiny_lm, tmp_pa
     assert "memory  2 edits as text, no vectors" in said and "editor  LoRA" in said
     for verb in (["verify", file], ["apply", file], ["merge", file, saved("llama"), "--out", "x"]):
         message = edits(*verb, status=2)
-        assert "memory.safetensors is a memory of MemPrompt, which holds edits as text" in message
+        assert (
+            "memory.safetensors is a text memory of MemPrompt, which changes no weight" in message
+        )
         assert message.count("\n") == 1
 
 
@@ -146,7 +148,7 @@ def test_an_edit_that_holds(edits, saved, base, how):
         said[0].split()
         == f"yes {was:.3f} -> {now:.3f} The capital of {{Zorbania}} is -> Quill Port".split()
     )
-    assert said[1] == "1 of 1 edits hold; without them all weights are the base's again"
+    assert said[1] == "1 of 1 edits verified; removed again, all weights are restored"
 
 
 def test_one_that_does_not(edits, saved, tmp_path):
@@ -155,7 +157,7 @@ def test_one_that_does_not(edits, saved, tmp_path):
     delta.save(tmp_path / "a.safetensors")
     said = edits("verify", "a.safetensors", status=1).splitlines()
     assert said[0].startswith("yes") and said[1].startswith("no ") and "{Otto Vane}" in said[1]
-    assert said[2].startswith("1 of 2 edits hold")
+    assert said[2].startswith("1 of 2 edits verified")
 
 
 def test_verify_notices_a_base_that_is_not_restored(edits, saved, monkeypatch):
@@ -270,7 +272,7 @@ def test_contradicting_edits_are_named(edits, saved, tmp_path):
 
 def test_merges_that_are_refused(edits, saved, tmp_path):
     args = ["merge", saved(), saved("gpt2"), "--out", "x.safetensors"]
-    assert "different base models do not go together" in edits(*args, status=2)
+    assert "different base models cannot be combined" in edits(*args, status=2)
     assert not (tmp_path / "x.safetensors").exists()
     (tmp_path / "x.safetensors").write_text("mine")
     args[2] = saved("llama", "dense")
@@ -390,11 +392,11 @@ def test_what_an_adapter_cannot_hold(edits, saved, tiny_lm, tmp_path):
     lm = tiny_lm("gpt2", tie_word_embeddings=True)
     meta = {"base": lm.weights_hash, "model": lm.name}
     bias = Delta({"transformer.h.1.mlp.c_proj.bias": torch.ones(32)}, meta)
-    refused(edits, tmp_path, bias, "c_proj.bias is not the weight of a linear map", "--format hf")
+    refused(edits, tmp_path, bias, "c_proj.bias is not the weight of a linear layer", "--format hf")
     embedding = Delta({"transformer.wte.weight": torch.ones(404, 32)}, meta)
-    refused(edits, tmp_path, embedding, "wte.weight is not the weight of a linear map")
+    refused(edits, tmp_path, embedding, "wte.weight is not the weight of a linear layer")
     head = Delta({"lm_head.weight": torch.ones(404, 32)}, meta)
-    refused(edits, tmp_path, head, "lm_head.weight is the input embedding's weight, too")
+    refused(edits, tmp_path, head, "lm_head.weight is tied to the input embedding")
     name = "transformer.h.1.mlp.c_proj.weight"
     refused(edits, tmp_path, Delta({name: torch.zeros(32, 128)}, meta), "changes nothing")
     broken = LowRank(torch.full((32, 1), torch.nan), torch.ones(1, 128))
@@ -444,7 +446,7 @@ def test_an_existing_folder_is_left_alone(edits, saved, tmp_path, monkeypatch):
         (["show", "nope.safetensors"], ["nope.safetensors: no such delta file"]),
         (["show"], ["files"]),
         (["shwo", "x"], ["shwo"]),
-        (["verify", "bare.safetensors"], ["does not say which edits"]),
+        (["verify", "bare.safetensors"], ["does not list its edits"]),
         (["apply", "bare.safetensors"], ["give a --prompt"]),
         (["apply", "bare.safetensors", "--prompt", "He"], ["give --lm.name"]),
         (["export", "bare.safetensors", "--format", "onnx", "--out", "x"], ["'peft', 'hf'"]),

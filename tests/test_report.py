@@ -273,7 +273,7 @@ def test_different_sets_of_cases_join_on_what_is_shared(tmp_path):
         "The runs' cases differ (3 in a, 4 in b): compared on the 2 they share."
     ]
     c = write_run(tmp_path / "c", [row(7, efficacy_exact=1.0)])
-    refuses([a, c], "share no case", "3 in a", "1 in c")
+    refuses([a, c], "have no case in common", "3 in a", "1 in c")
 
 
 def test_metrics_may_be_absent_for_a_case(tmp_path):
@@ -287,7 +287,7 @@ def test_different_questions_are_refused(tmp_path):
     probe = {"criterion": "efficacy", "prompt": "Rome is in", "target": "Chad"}
     a = write_run(tmp_path / "a", [row(18, "x", efficacy_exact=1.0)])
     b = write_run(tmp_path / "b", [row(18, "y", efficacy_exact=1.0, probes=[probe])])
-    words = ("case 18 asked different things in runs a and b", '"Rome is in"')
+    words = ("case 18 differs between the runs a and b", '"Rome is in"')
     refuses([a, b], *words)
     c = write_run(tmp_path / "c", [row(18, "z", efficacy_exact=1.0)])
     refuses([a, c], "fingerprint x against z")
@@ -379,7 +379,7 @@ def test_a_case_counts_where_every_seed_has_it(seeded_runs, tmp_path):
 
 
 def test_runs_of_one_name_differ_in_their_seed_alone(seeded_runs, tmp_path):
-    words = ("two runs are called 'mend'", "seed alone")
+    words = ("two runs are named 'mend'", "only differ in their seed")
     for number, changes in enumerate([{"seed": 3}, {}, {"seed": 9, "model_hash": "cd34"}]):
         folder = tmp_path / str(number) / "mend"
         refuses(
@@ -388,7 +388,7 @@ def test_runs_of_one_name_differ_in_their_seed_alone(seeded_runs, tmp_path):
             folder,
         )
     other = write_run(tmp_path / "o" / "mend", [row(1, "z", efficacy_exact=1.0)], seed=9)
-    refuses([*seeded_runs, other], "case 1 asked different things", "mend, seed 9")
+    refuses([*seeded_runs, other], "case 1 differs between", "mend, seed 9")
 
 
 def test_a_folder_of_seeds_is_expanded(seeded_runs, tmp_path):
@@ -510,7 +510,7 @@ def test_a_line_per_seed(two_runs, training, tmp_path):
 
 @pytest.fixture
 def sizes(tmp_path):
-    """One editor with 1, 10 and 100 edits in force, under three schedules, and no editor."""
+    """One editor with 1, 10 and 100 active edits, under three schedules, and no editor."""
     made = [write_run(tmp_path / "none", [row(c, num_edits=0, **{"efficacy_exact": 0.0}) for c in "ab"],
                       editor=None, means={"text/perplexity": 20.0})]  # fmt: skip
     for size, schedule in ((100, "epoch"), (1, "each"), (10, "batch")):
@@ -537,7 +537,7 @@ def test_sizes_of_a_batch_make_a_line(sizes):
 def test_sizes_stand_in_one_table_that_says_so(sizes, tmp_path):
     report(sizes, tmp_path / "out", "none")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| run | edits in force | efficacy exact |" in text
+    assert "| run | active edits | efficacy exact |" in text
     assert "| none | 0 | 0.0 [" in text and "| memit@100 | 100 | 1.0 [" in text
     protocols = {line["run"]: line["protocol"] for line in read_csv(tmp_path / "out")
                  if line["metric"] == "efficacy/exact"}  # fmt: skip
@@ -596,10 +596,10 @@ def test_mistakes_are_one_line(two_runs, tmp_path):
     rome, base = two_runs
     refuses([tmp_path / "nowhere"], "nowhere is not a folder")
     (tmp_path / "empty").mkdir()
-    refuses([tmp_path / "empty"], "is no run folder")
+    refuses([tmp_path / "empty"], "is not a run folder")
     refuses([rome, base], "'memit'", "rome, base", baseline="memit")
     twin = write_run(tmp_path / "other" / "rome", [row(1, efficacy_exact=1.0)])
-    refuses([rome, twin], "two runs are called 'rome'", rome, twin)
+    refuses([rome, twin], "two runs are named 'rome'", rome, twin)
     refuses([write_run(tmp_path / "old", [row(1)], format=0)], "format 0", "summary.json")
     current = write_run(tmp_path / "current", [row(1, phase="current", efficacy_exact=1.0)])
     refuses([current], "no evaluation", "cases.jsonl")
@@ -619,7 +619,7 @@ def test_an_unfinished_run_is_refused_before_its_cases_are_read(tmp_path):
     ("line", "reason"),
     [
         ('{"case_id": "1", "fing', "not JSON"),
-        ('{"case_id": "1", "metrics": {}}', "lacks 'fingerprint'"),
+        ('{"case_id": "1", "metrics": {}}', "has no 'fingerprint'"),
         ("[1]", "not a case row"),
         ('{"case_id": "1", "metrics": {"a/b": "high"}}', "not a case row"),
     ],

@@ -164,7 +164,7 @@ def test_a_run_goes_on_after_its_first_step_is_lost(
     assert len((tmp_path / "cut" / "cases.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "cut" / "checkpoints").exists()
     assert corrigenda(*stream, "--run_dir", "cut", *ONE_MORE) == 0
-    assert "starts from the beginning (what was there is in cut/interrupted-1)" in caplog.text
+    assert "starts from the beginning (earlier files are in cut/interrupted-1)" in caplog.text
     rows = [(tmp_path / name / "cases.jsonl").read_text() for name in ("whole", "cut")]
     assert rows[0] == rows[1]
     assert (tmp_path / "cut" / "interrupted-1" / "cases.jsonl").exists()
@@ -280,7 +280,7 @@ def test_a_finished_fit_goes_on_for_longer(
     assert corrigenda(*args, "--run_dir", "a", "--trainer.max_steps", first) == 0
     short = summary(tmp_path / "a")
     more = [*args, "--run_dir", "a", *ONE_MORE, "--trainer.max_steps"]
-    assert "leave nothing to do: give more --trainer.max_steps" in refused(
+    assert "leave nothing to do: increase --trainer.max_steps" in refused(
         *more, first, folder=tmp_path / "a"
     )
     assert "nothing left to do" in refused(*more, first - 1, folder=tmp_path / "a")
@@ -423,7 +423,7 @@ def test_other_code_is_told_when_a_fit_goes_on(corrigenda, stream, monkeypatch, 
         assert corrigenda(*stream, "--run_dir", "a") == 130
     monkeypatch.setattr("corrigenda.pipeline.run_folder._hash_of_code", lambda: "other")
     assert corrigenda(*stream, "--run_dir", "a", *ONE_MORE) == 0
-    assert "was begun with another value of the version of Corrigenda's code" in caplog.text
+    assert "was started with another value of the version of Corrigenda's code" in caplog.text
 
 
 def test_another_runs_checkpoint_is_refused(
@@ -456,7 +456,7 @@ def test_cases_of_another_make_are_refused(corrigenda, refused, validate, tmp_pa
         message = refused(*validate, "--run_dir", "a", folder="a")
         assert "a/cases.jsonl:1: this version cannot read the row" in message
     (tmp_path / "a" / "progress.json").write_text("{")
-    assert "not known how it was begun" in refused(*validate, "--run_dir", "a", folder="a")
+    assert "whose settings are unknown" in refused(*validate, "--run_dir", "a", folder="a")
 
 
 # ---------------------------------------------------------------------------- numbers that are not finite

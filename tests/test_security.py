@@ -213,8 +213,8 @@ TOO_MUCH = {
     "nested": ("edit: " + "[" * 100_000, "levels deep"),
     "mappings": ("{a: " * 3000 + "}" * 3000, "levels deep"),
     "laughs": (LAUGHS, f"more than {MAX_VALUES:,} values"),
-    "itself": ("edit: &a {editor: *a}", "*a refers to a value from inside it"),
-    "long": ("a: " + "x" * MAX_CHARACTERS, "at most 1,000,000"),
+    "itself": ("edit: &a {editor: *a}", "*a refers to a value that contains it"),
+    "long": ("a: " + "x" * MAX_CHARACTERS, "the limit is 1,000,000"),
 }
 
 

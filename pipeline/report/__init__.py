@@ -1,9 +1,9 @@
-"""``corrigenda report``: run folders in, one comparison out (HTML, Markdown, CSV, terminal).
+"""``corrigenda report``: compares run folders (as HTML, Markdown, CSV and on the terminal).
 
-- Runs are joined case by case: a number is compared only over cases that every run was asked, and a
-  case counts as the same only if its fingerprint is.
-- A run folder says everything in ``summary.json`` and ``cases.jsonl``; no method is known here.
-- A column holds one protocol. Means carry bootstrap intervals over cases, differences are paired.
+- Runs are joined case by case: metrics are compared over the cases, identified by fingerprint, that all runs have
+  evaluated.
+- Everything is read from ``summary.json`` and ``cases.jsonl``, without knowledge of any method.
+- A column holds one protocol. Means have bootstrap intervals over cases, differences are paired.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ __all__ = ["is_finished", "report"]
 def report(
     dirs: list[Path], out: Path, baseline: str | None = None, training: Sequence[Path] = ()
 ) -> None:
-    """Compare finished runs case by case: report.html, report.md, report.csv and a table on screen.
+    """Compares finished runs case by case; writes report.html, report.md and report.csv, and prints a table.
 
     Args:
-        dirs: run folders, or folders that hold run folders.
+        dirs: run folders, or folders that contain run folders.
         out: folder for the three files; an earlier report there is replaced.
-        baseline: name of the run that the others are subtracted from.
-        training: folders of further runs, of which only the learning curves are drawn.
+        baseline: name of the run that differences are relative to.
+        training: folders of further runs, of which only learning curves are drawn.
     """
     runs, unreported, notes = read_runs(dirs)
-    # Torch and matplotlib take seconds: after the mistakes that need neither.
+    # Torch and matplotlib take seconds to import, so mistakes in the folders are reported first.
     from corrigenda.modules.files import write_text
     from corrigenda.pipeline.report.comparison import join
     from corrigenda.pipeline.report.page import as_html
@@ -48,8 +48,8 @@ def report(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UserError(f"--out {out} is a file; name a folder for the report") from None
+        raise UserError(f"--out {out} is a file; give a folder for the report") from None
     for name, text in texts.items():
         write_text(out / name, text)
     print_headline(comparison, sys.stdout)
-    sys.stdout.write(f"\nreport: {out / 'report.html'} (and report.md, report.csv beside it)\n")
+    sys.stdout.write(f"\nreport: {out / 'report.html'} (also report.md and report.csv)\n")

@@ -1,4 +1,4 @@
-"""Runs joined case by case: means with bootstrap intervals, paired differences, curves."""
+"""Joins runs case by case: means with bootstrap intervals, paired differences, curves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ HEADLINE = (
 PREFERENCES = HEADLINE[1:6:2]
 PANELS = (HEADLINE[0:6:2], PREFERENCES)  # rows of three criteria
 CRITERIA = tuple(zip(*PANELS, strict=True))
-TOGETHER = ("each", "batch", "epoch")  # schedules that differ in how many edits are in force
-SEED = 0  # of the resampling, so that a report can be made again to the digit
+BY_SIZE = ("each", "batch", "epoch")  # schedules that differ only in the number of active edits
+SEED = 0  # of the resampling, so that reports are reproducible
 
 
 class Estimate(NamedTuple):
-    """A mean over ``n`` cases and its 95 % interval, or one number for a whole run (``n`` is 0).
+    """A mean over ``n`` cases and its 95 % interval, or a value of the whole run (``n`` is 0).
 
-    Of a run under several seeds it is the mean over them, and ``sd`` their standard deviation.
+    With several seeds it is the mean over them, and ``sd`` is their standard deviation.
     """
 
     mean: float
@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs joined over the cases they share; the mappings go from run name to metric to number."""
+    """Runs joined over the cases they share; mappings go from run name to metric to value."""
 
     runs: Sequence[Run]
     case_ids: Sequence[str]
@@ -59,12 +59,12 @@ class Comparison:
     trainings: Sequence[Training]
 
     def metrics(self, wanted: Iterable[str] = HEADLINE) -> list[str]:
-        """Those of the wanted metrics that any run has for its cases."""
+        """Those of the wanted metrics that any run has."""
         return [name for name in wanted if any(name in found for found in self.estimates.values())]
 
     @property
     def num_seeds(self) -> int:
-        """The largest number of seeds that any run was made with."""
+        """The largest number of seeds of any run."""
         return max(len(run.seeds) or 1 for run in self.runs)
 
     @property
@@ -72,7 +72,7 @@ class Comparison:
         return [run for run in self.runs if run.is_repeated]
 
     def curve(self, run: Run, metric: str, phase: str) -> dict[int, float]:
-        """Number of edits to the metric's mean over the compared cases evaluated there."""
+        """The metric's mean over the compared cases, by number of edits."""
         wanted = set(self.case_ids)
         values: dict[int, list[float]] = {}
         for row in run.rows:
@@ -90,16 +90,16 @@ def join(
     """Runs over the cases they share, with intervals and paired differences to the baseline."""
     if baseline is not None and baseline not in (run.name for run in runs):
         names = ", ".join(run.name for run in runs)
-        raise UserError(f"there is no run {baseline!r} to be the baseline; the runs are {names}")
+        raise UserError(f"the baseline {baseline!r} is not among the runs: {names}")
     case_ids = [case for case in runs[0].last if all(case in run.last for run in runs)]
     counts = ", ".join(f"{len(run.last)} in {run.name}" for run in runs)
     if not case_ids:
-        raise UserError(f"the runs share no case ({counts}); they used different data")
+        raise UserError(f"the runs have no case in common ({counts}); they used different data")
     if any(len(run.last) > len(case_ids) for run in runs):
-        differ = f"The runs' cases differ ({counts}): compared on the {len(case_ids)} they share."
+        differ = f"The runs' cases differ ({counts}); compared on the {len(case_ids)} in common."
         notes = [differ, *notes]
     for single in (single for run in runs for single in run.seeds or [run]):
-        _require_same_questions(runs[0], single, case_ids)
+        _require_same_probes(runs[0], single, case_ids)
     values = {run.name: _values(run, case_ids) for run in runs}
     estimates = {run.name: _estimates(run, case_ids) for run in runs}
     return Comparison(
@@ -123,12 +123,12 @@ def join(
     )
 
 
-def _require_same_questions(first: Run, other: Run, case_ids: Sequence[str]) -> None:
+def _require_same_probes(first: Run, other: Run, case_ids: Sequence[str]) -> None:
     for case in case_ids:
         row, other_row = first.last[case], other.last[case]
         if row.fingerprint != other_row.fingerprint:
             raise UserError(
-                f"case {case} asked different things in runs {first.name} and {other.name}: "
+                f"case {case} differs between the runs {first.name} and {other.name}: "
                 f"{_what_differs(row, other_row)}; run both with the same data settings"
             )
 
@@ -149,7 +149,7 @@ def _quote(value: object) -> str:
 
 
 def _values(run: Run, case_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Metric to case id to value, for the cases that have it."""
+    """Values by metric and case id."""
     values: dict[str, dict[str, float]] = {}
     for case in case_ids:
         for metric, value in run.last[case].metrics.items():
@@ -158,7 +158,7 @@ def _values(run: Run, case_ids: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def _whole_run_values(run: Run) -> dict[str, float]:
-    """What the run states only as one number for all of it (general abilities, distances)."""
+    """Metrics that the run has only as one value for all cases, such as perplexity."""
     per_case = {metric for row in run.rows for metric in row.metrics}
     means = run.summary.get("means") or {}
     return {
@@ -166,12 +166,12 @@ def _whole_run_values(run: Run) -> dict[str, float]:
         for name, value in means.items()
         if isinstance(value, int | float)
         and name not in per_case
-        and not name.startswith("all/")  # scores of means; the report's is over the shared cases
+        and not name.startswith("all/")  # scores over the run's own cases
     }
 
 
 def _measured(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> list[str]:
-    """All metrics, each of which must have been measured by one protocol in all runs."""
+    """All metrics; raises UserError if one was measured by different protocols."""
     columns: dict[str, list[Run]] = {}
     for run in runs:
         for metric in metrics[run.name]:
@@ -184,21 +184,21 @@ def _measured(runs: Sequence[Run], metrics: Mapping[str, Iterable[str]]) -> list
             for run in column:
                 stated.setdefault(run.protocol(metric), []).append(run.name)
             parts = "; ".join(f"{how} in {', '.join(names)}" for how, names in stated.items())
-            hint = "" if len(measures) > 1 else " (or name sizes of a batch NAME@SIZE)"
+            hint = "" if len(measures) > 1 else ", or name runs of different sizes NAME@SIZE"
             raise UserError(
-                f"{metric} was measured by different protocols: {parts}. Report these apart{hint}"
+                f"{metric} was measured by different protocols: {parts}. Report these separately{hint}"
             )
     return sorted(columns)
 
 
 def _schedule(run: Run, metric: str) -> str:
-    """When edits are in force; runs named by how many (``memit@100``) may differ in that."""
+    """The run's schedule; those of runs named by their number of edits (``memit@100``) may differ."""
     schedule = run.protocol(metric).partition("@")[2]
-    return "any number" if run.is_sized and schedule in TOGETHER else schedule
+    return "any number" if run.is_sized and schedule in BY_SIZE else schedule
 
 
 def _estimates(run: Run, case_ids: Sequence[str]) -> dict[str, Estimate]:
-    """Metric to its mean over the cases, or over all of the run where it has no value per case."""
+    """Estimates by metric: means over the cases, or values of the whole run."""
     estimates = {
         metric: Estimate(fmean(values), *bootstrap_interval(values, SEED), len(values))
         for metric, by_case in _values(run, case_ids).items()
@@ -222,7 +222,7 @@ def _means(run: Run, case_ids: Sequence[str]) -> dict[str, float]:
 def _differences(
     values: Mapping[str, Mapping[str, float]], baseline: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Estimate]:
-    """A run minus the baseline by headline metric, over the cases that have it in both."""
+    """Paired differences of a run to the baseline, by headline metric."""
     differences = {}
     for metric in HEADLINE:
         by_case, other = values.get(metric, {}), baseline.get(metric, {})

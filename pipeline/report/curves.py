@@ -1,4 +1,4 @@
-"""Pictures of what changes: with edits so far, with edits in force at once, with training steps."""
+"""Figures over the number of edits so far, the number of active edits, and training steps."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from corrigenda.pipeline.report.comparison import CRITERIA, PANELS, Comparison
 from corrigenda.pipeline.report.logs import Training, curve
 from corrigenda.pipeline.report.style import COLOURS, FAINT, STYLE, Colours, words
 
-TRAIL = 10  # single edits are 0 or 1 and hide the trend
-SMOOTH = 5  # single batches differ in how hard they are
+TRAIL = 10  # edits in a trailing mean, because single ones are 0 or 1
+SMOOTH = 5  # steps in a trailing mean, because batches vary
 LOSSES = ("train/loss", "train/edit_loss", "train/kl")
 PERPLEXITY = "text/perplexity"
 
 
 def retention_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """Criteria, and perplexity if it was logged, over the edits so far, for runs that go on editing."""
+    """Criteria, and perplexity if it was logged, over the number of edits so far."""
     runs = comparison.repeated_runs
     metrics = [found[0] for column in CRITERIA if (found := comparison.metrics(column))]
     logged = {run.name: run.logged(f"val/{PERPLEXITY}", over="edit/num_edits") for run in runs}
@@ -46,10 +46,10 @@ def retention_figure(comparison: Comparison, colours: Colours) -> Figure | None:
 
 
 def size_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """Criteria and perplexity over how many edits are in force at once, a line per family."""
-    sized = [run for run in comparison.runs if run.is_sized and run.edits_in_force]
-    sized.sort(key=lambda run: run.edits_in_force)
-    sizes = {run.edits_in_force for run in sized}
+    """Criteria and perplexity over the number of active edits, with a line per family of runs."""
+    sized = [run for run in comparison.runs if run.is_sized and run.active_edits]
+    sized.sort(key=lambda run: run.active_edits)
+    sizes = {run.active_edits for run in sized}
     exact, preference = (comparison.metrics(line) for line in PANELS)
     metrics = [*exact, *comparison.metrics([PERPLEXITY]), *preference]
     if len(sizes) < 2 or not metrics:
@@ -64,7 +64,7 @@ def size_figure(comparison: Comparison, colours: Colours) -> Figure | None:
         }
         for family in dict.fromkeys(run.family for run in sized if run.name in values):
             runs = [run for run in sized if run.family == family and run.name in values]
-            size, colour = [run.edits_in_force for run in runs], colours[runs[0].name]
+            size, colour = [run.active_edits for run in runs], colours[runs[0].name]
             mean, low, high = zip(*(values[run.name] for run in runs), strict=True)
             axes.plot(size, mean, "o-", color=colour, markersize=3.5, label=family)
             axes.fill_between(size, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -73,27 +73,27 @@ def size_figure(comparison: Comparison, colours: Colours) -> Figure | None:
                 level = values[run.name][0]
                 axes.axhline(level, color=FAINT, linestyle="--", label=run.name)
         axes.set_xscale("log")
-        axes.set_xticks(_apart(sizes), [f"{size:,}" for size in _apart(sizes)])
+        axes.set_xticks(_ticks(sizes), [f"{size:,}" for size in _ticks(sizes)])
         axes.xaxis.set_minor_locator(NullLocator())
-    return _finish(figure, panels, "edits in force")
+    return _finish(figure, panels, "active edits")
 
 
-def _apart(sizes: Iterable[int]) -> list[int]:
-    """The largest size, and of the others those that leave room on a logarithmic axis."""
-    kept: list[int] = []
+def _ticks(sizes: Iterable[int]) -> list[int]:
+    """The largest size, and those of the others whose labels do not overlap on a logarithmic axis."""
+    ticks: list[int] = []
     for size in sorted(sizes, reverse=True):
-        if not kept or size <= kept[-1] / 3:
-            kept.append(size)
-    return kept
+        if not ticks or size <= ticks[-1] / 3:
+            ticks.append(size)
+    return ticks
 
 
 def learning_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """Losses, and criteria on the cases of validation, over steps: a line per run and seed."""
+    """Losses and validation criteria over training steps, with a line per run and seed."""
     return _learning(comparison.trainings, colours)
 
 
 def learning_picture(training: Training) -> Figure | None:
-    """The same of one run by itself."""
+    """The learning curves of a single run."""
     with matplotlib.rc_context(STYLE):
         return _learning([training], {training.name: COLOURS[0]})
 
@@ -125,7 +125,7 @@ def _learning(trainings: Sequence[Training], colours: Colours) -> Figure | None:
 
 
 def _done(values: Mapping[float, float]) -> list[float]:
-    """Steps done; the trainer counts them from 0."""
+    """Numbers of completed steps; the Trainer logs steps from 0."""
     return [step + 1 for step in values]
 
 
@@ -162,7 +162,7 @@ def _finish(figure: Figure, panels: Mapping[str, Axes], across: str) -> Figure:
 
 
 def _spread(axes: Axes) -> float:
-    """How many times the smallest value drawn the largest is; 0 where some are not positive."""
+    """Ratio of the largest to the smallest value drawn; 0 if any is not positive."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
     values = values[np.isfinite(values)]
     return values.max() / values.min() if values.size and values.min() > 0 else 0.0

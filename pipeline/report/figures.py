@@ -1,4 +1,4 @@
-"""Pictures of a comparison, as SVG to put into a page."""
+"""The figures of a report, as SVG elements."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ MARKERS = "osD^vPX*<>"
 
 
 def pictures(comparison: Comparison) -> list[tuple[str, str]]:
-    """Caption and SVG of everything that can be drawn from these runs."""
+    """(caption, SVG) of every figure that these runs have data for."""
     makers = {
         _headline_figure: "Mean and 95 % interval over the cases.",
-        _trade_off_figure: "Up and right is better: new wordings follow, other facts stay.",
-        _budget_figure: "What an edit costs, as each run measured it.",
+        _trade_off_figure: "Up and right is better: paraphrases follow the edit, other facts stay unchanged.",
+        _budget_figure: "The cost of an edit, as measured in each run.",
         retention_figure: "Solid: all cases edited so far. "
-        f"Dotted: those just edited, trailing mean of {TRAIL}.",
-        size_figure: "The same cases, with more and more edits in force at once. "
+        f"Dotted: the latest edits, trailing mean over {TRAIL}.",
+        size_figure: "The same cases with an increasing number of active edits. "
         "Bands: 95 % intervals over the cases.",
-        learning_figure: "Training. Losses: every logged step, faint, and the trailing mean of "
-        f"{SMOOTH}. Criteria: on the cases of validation; a star marks the best checkpoint.",
+        learning_figure: "Training. Losses: every logged step (faint) and the trailing mean over "
+        f"{SMOOTH}. Criteria: on the validation cases; a star marks the best checkpoint.",
     }
     names = [run.name for run in comparison.runs] + [one.name for one in comparison.trainings]
     colours = palette(names, grey=comparison.baseline)
@@ -50,7 +50,7 @@ def pictures(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _headline_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """A panel per headline metric, criteria across, a bar per run."""
+    """One panel per headline metric, with a bar per run."""
     grid = [line for line in PANELS if comparison.metrics(line)]
     if not grid:
         return None
@@ -76,7 +76,7 @@ def _draw_bars(
     colours: Colours,
     bars: Sequence[tuple[float, float, str]],
 ) -> None:
-    """A bar per run: its length, and where its number stands, and that as text."""
+    """Draws a bar per run, given its length, the position of its label and the label."""
     names = [run.name for run in comparison.runs]
     lengths, ends, texts = zip(*bars, strict=True)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -91,7 +91,7 @@ def _draw_bars(
 
 
 def _trade_off_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """Generality against locality, a point per run with both intervals."""
+    """Generality against locality, with a point and both intervals per run."""
     pairs = [line[1:] for line in PANELS if len(comparison.metrics(line[1:])) == 2]
     if not pairs:
         return None
@@ -114,7 +114,7 @@ def _trade_off_figure(comparison: Comparison, colours: Colours) -> Figure | None
 
 
 def _budget_figure(comparison: Comparison, colours: Colours) -> Figure | None:
-    """A panel per budget column any run has, a bar per run."""
+    """One panel per budget column that any run has, with a bar per run."""
     runs = comparison.runs
     keys = [key for key in BUDGET if any(run.budget.get(key) for run in runs)]
     if not keys:
@@ -132,7 +132,7 @@ def _budget_figure(comparison: Comparison, colours: Colours) -> Figure | None:
 
 
 def _as_svg(figure: Figure, prefix: str) -> str:
-    """A figure as an element to put into a page: no header, no outside names, ids of its own."""
+    """An SVG element to embed in HTML: no XML header, no namespaces, ids with a prefix."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

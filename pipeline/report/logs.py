@@ -1,4 +1,4 @@
-"""What a run logged step by step: ``logs/version_N/metrics.csv``, one for every time it was started."""
+"""Reads the values that a run has logged per step: ``logs/version_N/metrics.csv``, one per start of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Log = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Training:
-    """The log of a run that trained, and how many steps its best checkpoint had seen, if known."""
+    """The log of a training run, and the step of its best checkpoint, if known."""
 
     name: str
     log: Log
@@ -23,7 +23,7 @@ class Training:
 
 
 def read_training(folder: Path) -> Training | None:
-    """What ``fit`` logged in a run folder; None where nothing was trained."""
+    """What ``fit`` has logged in a run folder; None if nothing was trained."""
     log = read_log(folder)
     if not any("train/loss" in row for row in log):
         return None
@@ -31,7 +31,7 @@ def read_training(folder: Path) -> Training | None:
 
 
 def read_log(folder: Path) -> Log:
-    """All rows, in the order they were written."""
+    """All rows in the order in which they were written."""
     files = (folder / "logs").glob("version_*/metrics.csv")
     rows = []
     for file in sorted(files, key=lambda file: (len(file.parent.name), file.parent.name)):
@@ -44,7 +44,7 @@ def read_log(folder: Path) -> Log:
 
 
 def _numbers(row: Mapping[str, str | None]) -> dict[str, float]:
-    """The cells that hold a number; a run that was killed may have left half a line."""
+    """The cells that hold a number; a killed run may have left an incomplete line."""
     numbers = {}
     for name, text in row.items():
         with suppress(TypeError, ValueError):
@@ -53,13 +53,13 @@ def _numbers(row: Mapping[str, str | None]) -> dict[str, float]:
 
 
 def curve(log: Log, metric: str, over: str = "step") -> dict[float, float]:
-    """The metric in the order of ``over``; where a resumed run repeats a place, the later counts."""
+    """The metric over ``over``, sorted; where a resumed run repeats a point, the last one counts."""
     values = {row[over]: row[metric] for row in log if over in row and metric in row}
     return dict(sorted(values.items()))
 
 
 def _steps(checkpoint: Path) -> int | None:
-    """Steps taken when a checkpoint was written; None if there is none that can be read."""
+    """The step at which a checkpoint was written; None if there is no readable checkpoint."""
     from corrigenda.modules.training.checkpoints import read_checkpoint  # takes seconds
 
     try:

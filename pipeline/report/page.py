@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing but itself."""
+"""The report as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _cell(text: str) -> str:
 
 
 def _cases(comparison: Comparison) -> str:
-    """The first probe of each criterion of the first cases, and every run's answer to it."""
+    """The first probe of each criterion of the first cases, with every run's answer."""
     shown = comparison.case_ids[:MAX_CASES_SHOWN]
     of_seed = ", answers of the first seed" if comparison.num_seeds > 1 else ""
     header = ["case", "criterion", "prompt", "target", *(run.name for run in comparison.runs)]
@@ -96,7 +96,7 @@ def _cases(comparison: Comparison) -> str:
     return (
         f"<details><summary>Cases ({len(shown)} of {len(comparison.case_ids)})</summary>\n"
         f"<p class=soft>The first probe of each criterion{of_seed}. "
-        "Green: as it should be. Red: not.</p>\n"
+        "Green: correct (for locality: unchanged). Red: incorrect.</p>\n"
         f"{_grid(header, rows, style=' class=text')}</details>"
     )
 

@@ -1,4 +1,4 @@
-"""Reading run folders: ``summary.json`` and ``cases.jsonl``, checked; several seeds of a run as one."""
+"""Reads and checks run folders (``summary.json`` and ``cases.jsonl``), and averages the seeds of a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from corrigenda.pipeline.report.records import (
 
 K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
-SHARED_BY_SEEDS = ("editor", "model_hash", "dataset", "schedule")  # of summary.json
+SHARED_BY_SEEDS = ("editor", "model_hash", "dataset", "schedule")  # fields of summary.json
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case as one evaluation found it: a line of ``cases.jsonl``."""
+    """The results of one case in one evaluation: a line of ``cases.jsonl``."""
 
     case_id: str
     fingerprint: str
@@ -39,9 +39,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder; ``rows`` are in the order of the file, a repeated evaluation once.
+    """A finished run folder. ``rows`` are in the order of the file, without those that a later one replaces.
 
-    Where it stands for several ``seeds``, its values are means over them.
+    If it combines several ``seeds``, its values are means over them.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Run:
 
     @cached_property
     def last(self) -> dict[str, Row]:
-        """The row of each case's last evaluation, which is what the tables show."""
+        """The row of each case's last evaluation, which the tables show."""
         return {row.case_id: row for row in self.rows if row.phase == "val"}
 
     @property
     def is_repeated(self) -> bool:
-        """Whether some case was evaluated at several numbers of edits, so that there is a curve."""
+        """Whether any case was evaluated after different numbers of edits, which gives a curve."""
         return sum(row.phase == "val" for row in self.rows) > len(self.last)
 
     @property
     def family(self) -> str:
-        """Runs of one family, ``memit@1`` and ``memit@100``, differ in how many edits are in force."""
+        """Runs of one family, such as ``memit@1`` and ``memit@100``, differ in the number of active edits."""
         return self.name.partition("@")[0]
 
     @property
@@ -70,8 +70,8 @@ class Run:
         return "@" in self.name
 
     @property
-    def edits_in_force(self) -> int:
-        """Edits the model bore while cases were asked; a last batch may have had fewer."""
+    def active_edits(self) -> int:
+        """Number of active edits while cases were evaluated; the last batch may have had fewer."""
         return max(row.num_edits for row in self.last.values())
 
     @property
@@ -83,11 +83,11 @@ class Run:
         return self.summary.get("seed")
 
     def logged(self, metric: str, over: str) -> dict[float, float]:
-        """One logged value over another; where all seeds have it, their mean."""
+        """One logged value over another; with several seeds, the mean where all of them have it."""
         return _means([curve(read_log(run.path), metric, over) for run in self.seeds or [self]])
 
     def protocol(self, metric: str) -> str:
-        """How the metric was measured, and after the ``@`` under which schedule."""
+        """How the metric was measured, and after the ``@`` the schedule."""
         return (self.summary.get("protocols") or {}).get(metric, "unstated")
 
     @property
@@ -96,7 +96,7 @@ class Run:
 
 
 def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[Path], list[str]]:
-    """The runs in these folders, in this order, folders of unreported ones, notes on what was left out."""
+    """(runs in these folders, folders of runs a study does not report, notes on what was left out)."""
     notes: list[str] = []
     folders: dict[Path, Path] = {}
     unreported: list[Path] = []
@@ -115,13 +115,13 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[Path], list[str]]:
 
 
 def _pool(runs: Sequence[Run]) -> Run:
-    """One run under several seeds as one: the rows and numbers that all have, as means."""
+    """Combines the seeds of a run: means of the rows and numbers that all of them have."""
     for one, other in combinations(runs, 2):
         alike = all(one.summary.get(key) == other.summary.get(key) for key in SHARED_BY_SEEDS)
         if not alike or None in (one.seed, other.seed) or one.seed == other.seed:
             raise UserError(
-                f"two runs are called {one.name!r}: {one.path} and {other.path}; "
-                "rename one folder (runs of one name may differ in their seed alone)"
+                f"two runs are named {one.name!r}: {one.path} and {other.path}; "
+                "rename one folder (runs of the same name may only differ in their seed)"
             )
     first = runs[0]
     tables = [{(row.case_id, row.phase, row.num_edits): row for row in run.rows} for run in runs]
@@ -136,7 +136,7 @@ def _pool(runs: Sequence[Run]) -> Run:
 
 
 def _means(mappings: Sequence[Mapping[K, Any]]) -> dict[K, float]:
-    """The mean of every number that all of them have."""
+    """The mean of every number that all mappings have."""
     return {
         key: fmean(mapping[key] for mapping in mappings)
         for key in mappings[0]
@@ -145,9 +145,11 @@ def _means(mappings: Sequence[Mapping[K, Any]]) -> dict[K, float]:
 
 
 def _expand(folder: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
-    """The finished, scored runs below ``folder`` in a study's order, and those it does not report."""
+    """(finished runs with cases below ``folder``, in the study's order; folders that it does not report)."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name run folders or a folder of them")
+        raise UserError(
+            f"{folder} is not a folder; give run folders, or a folder that contains them"
+        )
     seeds = sorted(folder.glob("seed-*/"), key=lambda path: (len(path.name), path.name))
     runs, unreported = [], []
     members = [member for part in (folder, *seeds) for member in _members(part).items()]
@@ -158,18 +160,18 @@ def _expand(folder: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
         elif not is_finished(path):
             notes.append(f"{name} is unfinished and was left out.")
         elif not (path / "cases.jsonl").exists():
-            notes.append(f"{name} scored no cases and was left out.")
+            notes.append(f"{name} has no evaluated cases and was left out.")
         else:
             runs.append(path)
     if runs:
         return runs, unreported
     if _has_any(folder, *FILES):
-        raise UserError(f"run {folder} is unfinished (it has no summary.json); let it finish first")
-    raise UserError(f"{folder} is no run folder and holds no finished run (no summary.json)")
+        raise UserError(f"run {folder} is unfinished (no summary.json): resume it first")
+    raise UserError(f"{folder} is not a run folder and contains no finished run (no summary.json)")
 
 
 def _members(folder: Path) -> dict[Path, bool]:
-    """Run folders one level below in a study's order, and whether it wants them reported."""
+    """Run folders one level below, in the study's order, and whether the study reports them."""
     study = read_study_record(folder)
     names = [*study, *sorted({path.name for path in folder.iterdir()} - {*study})]
     return {
@@ -184,7 +186,7 @@ def _has_any(folder: Path, *names: str) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` came to its end; a damaged summary is no end."""
+    """Whether the run in ``folder`` has finished; not if its summary is damaged."""
     try:
         return read_summary(folder).get("finished") is True
     except (OSError, UserError):
@@ -192,28 +194,28 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run, checked."""
+    """A finished run; raises UserError for any other folder."""
     summary = read_summary(folder)
     if summary.get("finished") is not True:
-        raise UserError(f"run {folder} is unfinished (summary.json says so); let it finish first")
+        raise UserError(f"run {folder} is unfinished (according to summary.json): resume it first")
     if summary.get("format") != 1:
         raise UserError(
-            f"{folder / 'summary.json'} has format {summary.get('format')!r}, this version reads 1"
+            f"{folder / 'summary.json'} has format {summary.get('format')!r}, but this version reads format 1"
         )
     path = folder / "cases.jsonl"
     if not path.exists():
-        raise UserError(f"run {folder} scored no cases (it has no cases.jsonl); leave it out")
+        raise UserError(f"run {folder} has no evaluated cases (no cases.jsonl); leave it out")
     rows: dict[tuple[str, str, int], Row] = {}
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 row = _parse_row(line, f"{path}:{number}")
                 key = (row.case_id, row.phase, row.num_edits)
-                rows.pop(key, None)  # a resumed run may repeat an evaluation: the later one counts
+                rows.pop(key, None)  # a resumed run may repeat an evaluation; the last one counts
                 rows[key] = row
     run = Run(folder.resolve().name, folder, summary, list(rows.values()))
     if not run.last:
-        raise UserError(f"{path} holds no evaluation (no row with phase 'val'); leave the run out")
+        raise UserError(f"{path} has no evaluation (no row with phase 'val'); leave the run out")
     return run
 
 
@@ -230,6 +232,6 @@ def _parse_row(line: str, where: str) -> Row:
             probes=probes(row.get("probes") or []),
         )
     except KeyError as error:
-        raise UserError(f"{where}: a case row lacks {error}") from None
+        raise UserError(f"{where}: the row has no {error}; repair or remove that line") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: not a case row: {error}; repair or remove that line") from None

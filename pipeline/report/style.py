@@ -1,4 +1,4 @@
-"""How pictures look: colours, words and what matplotlib is told."""
+"""The style of the figures: colours, labels and settings of matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Colours = Mapping[str, str]  # by name of a run
-INK = "#0b0c0e"  # becomes the page's text colour, so that a dark page stays readable
+INK = "#0b0c0e"  # replaced by the page's text colour, for dark mode
 FAINT = "#8a919b"
 COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
 STYLE: Any = {
@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def palette(names: Iterable[str], grey: str | None = None) -> Colours:
-    """A colour per name, the same for ``memit@1`` and ``memit@100``; one name is grey."""
+    """A colour for each name, the same for ``memit@1`` and ``memit@100``; one name may be grey."""
     family = {name: name.partition("@")[0] for name in names if name != grey}
     order = list(dict.fromkeys(family.values()))
     colours = {name: COLOURS[order.index(family[name]) % len(COLOURS)] for name in family}

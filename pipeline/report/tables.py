@@ -1,4 +1,4 @@
-"""A comparison as tables of text, and those as CSV, as Markdown and on the terminal."""
+"""The tables of a report, as CSV, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Table:
 
 
 def all_tables(comparison: Comparison) -> list[Table]:
-    """Those that these runs fill: the headline first, all metrics last."""
+    """All tables that have content: the headline first, all metrics last."""
     tables = [headline_table(comparison)]
     tables += [_difference_table(comparison)] if comparison.differences else []
     tables += [_budget_table(comparison), _run_table(comparison)]
@@ -35,7 +35,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
 
 
 def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
-    """A row per run, a column per headline metric any run has, and the score."""
+    """One row per run; a column for each headline metric that any run has, and the score."""
     metrics, scores = comparison.metrics(), comparison.scores
     sized = any(run.is_sized for run in comparison.runs)
     rows = []
@@ -44,10 +44,10 @@ def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
         cells = [_percent(of_run.get(metric), interval=interval) for metric in metrics]
         if scores:
             cells.append(f"{100 * scores[run.name]:.1f}" if run.name in scores else ABSENT)
-        rows.append([run.name, *([f"{run.edits_in_force:,}"] if sized else []), *cells])
+        rows.append([run.name, *([f"{run.active_edits:,}"] if sized else []), *cells])
     header = _header("run", metrics) + (["score"] if scores else [])
     if sized:
-        header.insert(1, "edits in force")
+        header.insert(1, "active edits")
     over_seeds = " ± standard deviation over seeds" if comparison.num_seeds > 1 else ""
     note = f"×100, mean over {len(comparison.case_ids)} cases{over_seeds} with 95 % interval."
     return Table("Headline", header, rows, note)
@@ -59,9 +59,7 @@ def _difference_table(comparison: Comparison) -> Table:
         [name, *(_percent(of_run.get(metric), "+z.1f", "+z.1f") for metric in metrics)]
         for name, of_run in comparison.differences.items()
     ]
-    note = (
-        "×100, run minus baseline case by case. An interval without 0 is a difference to believe."
-    )
+    note = "×100, run minus baseline, paired by case. A difference is significant if its interval excludes 0."
     return Table(f"Difference to {comparison.baseline}", _header("run", metrics), rows, note)
 
 
@@ -70,7 +68,7 @@ def _header(first: str, metrics: Sequence[str]) -> list[str]:
 
 
 def _percent(estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1f") -> str:
-    """An estimate ×100, the mean and the interval's ends each in a format; '' for no interval."""
+    """An estimate ×100, with format strings for the mean and for the interval's ends ('' for no interval)."""
     if estimate is None:
         return ABSENT
     text = f"{100 * estimate.mean:{mean}}"
@@ -83,7 +81,7 @@ def _percent(estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1
 def _budget_table(comparison: Comparison) -> Table:
     header = ["run", *(title for title, _ in BUDGET.values())]
     rows = [[run.name, *(budget_text(run, key) for key in BUDGET)] for run in comparison.runs]
-    return Table("Budget", header, rows, "What an edit costs, as each run measured it.")
+    return Table("Budget", header, rows, "The cost of an edit, as measured in each run.")
 
 
 def budget_text(run: Run, key: str) -> str:
@@ -107,7 +105,7 @@ BUDGET: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "parameters_touched": ("parameters touched", "{:,.0f}".format),
     "bytes_per_edit": ("bytes per edit", "{:,.0f}".format),
     "bytes_kept": ("bytes kept", "{:,.0f}".format),
-    "query_overhead": ("time per query, unedited = 1", "{:.2f}".format),
+    "query_overhead": ("time per query (unedited = 1)", "{:.2f}".format),
     "training_seconds": ("training time", _duration),
 }
 
@@ -126,7 +124,7 @@ def _run_table(comparison: Comparison) -> Table:
 
 
 def _curve_table(comparison: Comparison) -> Table:
-    """Repeated evaluations, thinned to a readable number with the last one kept."""
+    """Repeated evaluations, thinned to a readable number that includes the last one."""
     metrics = comparison.metrics()
     rows = []
     for run in comparison.repeated_runs:
@@ -142,7 +140,7 @@ def _curve_table(comparison: Comparison) -> Table:
 
 
 def _metric_table(comparison: Comparison) -> Table:
-    """Every metric of every run, as it is (not ×100)."""
+    """Every metric of every run, not scaled."""
     rows = []
     for metric in comparison.measured:
         for run in comparison.runs:
@@ -153,37 +151,37 @@ def _metric_table(comparison: Comparison) -> Table:
             spread = ABSENT if sd is None else f"{sd:.4g}"
             cells = [f"[{low:.4g}, {high:.4g}]", str(num_cases)] if num_cases else [ABSENT, ABSENT]
             rows.append([metric, run.name, f"{mean:.4g}", spread, *cells, run.protocol(metric)])
-    note = "Not scaled. Rows without n are one number for the whole run, over its own cases."
+    note = "Not scaled. Rows without n are values of the whole run, over all of its cases."
     header = ["metric", "run", "mean", "sd over seeds", "95 % interval", "n", "protocol"]
     return Table("All metrics", header, rows, note)
 
 
 EXPLANATIONS = {
     "efficacy": "efficacy: the edited prompt itself. Higher is better.",
-    "generality": "generality: other wordings of it. Higher is better.",
-    "locality": "locality: facts that must not move. Higher is better.",
-    "unrelated": "unrelated: other relations of other subjects, which must not move either.",
-    "exact": "exact: each target token is the first choice after the right ones before it.",
-    "preference": "preference: the new answer is likelier than the old one "
-    "(under locality: the true one likelier than the edit's).",
-    "agreement": "agreement: the edited model's choices equal the unedited model's.",
+    "generality": "generality: paraphrases of the edited prompt. Higher is better.",
+    "locality": "locality: related facts that must not change. Higher is better.",
+    "unrelated": "unrelated: facts with other subjects and relations, which must not change either.",
+    "exact": "exact: every target token is the most likely one, given the correct tokens before it.",
+    "preference": "preference: the new answer is more likely than the old one "
+    "(for locality: the true answer is more likely than the edit's).",
+    "agreement": "agreement: the edited model predicts the same tokens as the unedited model.",
 }
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """How to read the numbers, for those that are shown."""
+    """Explanations of the numbers that are shown."""
     shown = {part for metric in comparison.metrics() for part in metric.split("/")}
     lines = [text for word, text in EXPLANATIONS.items() if word in shown]
     if comparison.scores:
-        lines.append("score: harmonic mean of the three preferences; one bad one pulls it down.")
+        lines.append("score: harmonic mean of the three preferences.")
     lines.append(
-        "[low, high]: 95 % bootstrap interval over the cases. It covers the choice of cases, "
-        "not another seed or order of edits."
+        "[low, high]: 95 % bootstrap interval over the cases. It reflects the choice of cases, "
+        "not the seed or the order of edits."
     )
     if comparison.num_seeds > 1:
         lines.append(
-            "±: standard deviation over seeds. The mean before it is the mean over seeds, the "
-            "interval resamples cases by their means over seeds."
+            "±: standard deviation over seeds, after the mean over seeds. The interval resamples the "
+            "cases' means over seeds."
         )
     points = [
         estimate.n
@@ -194,22 +192,21 @@ def legend(comparison: Comparison) -> list[str]:
     if points:
         alike = min(points)
         lines.append(
-            "An interval of one point means that all cases agree, not certainty: after "
-            f"{alike} alike, up to {100 * (1 - 0.05 ** (1 / alike)):.0f} % of others "
-            "may still differ."
+            "An interval of a single point means that all cases agree, not that the value is certain: with "
+            f"{alike} cases, up to {100 * (1 - 0.05 ** (1 / alike)):.0f} % of other cases may still differ."
         )
     if any(run.is_sized for run in comparison.runs):
         lines.append(
-            "edits in force: how many the model bore at once when it was asked. Their schedules "
-            "differ (each, batch, epoch) and are in the table of all metrics."
+            "active edits: how many edits were active during the evaluation. The schedules (each, batch, "
+            "epoch) are in the table of all metrics."
         )
     if comparison.baseline is None:
-        lines.append("No baseline was named (--baseline), so no differences are shown.")
+        lines.append("No differences are shown because no baseline was given (--baseline).")
     return lines
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line per run and metric; n and the interval are empty where a run states one number."""
+    """One line per run and metric; n and the interval are empty for values of the whole run."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     header = ["run", "editor", "metric", "protocol", "n", "mean", "ci_low", "ci_high"]
@@ -249,7 +246,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _as_plain_text(text: str) -> str:
-    """Markdown that shows the text as it is: no HTML, no code, no link or image, no further cell or line."""
+    """Escapes text for a Markdown table cell: no HTML, code, links, images, cell or line breaks."""
     text = " ".join(escape(text, quote=False).split())
     for characters in ("|", "`", "\\", "]("):
         text = text.replace(characters, "".join(f"&#{ord(c)};" for c in characters))
@@ -257,13 +254,13 @@ def _as_plain_text(text: str) -> str:
 
 
 def print_headline(comparison: Comparison, stream: TextIO, width: int | None = None) -> None:
-    """The headline as aligned text; the narrower the terminal, the less of the intervals."""
+    """Prints the headline as aligned text; intervals are rounded or left out in narrow terminals."""
     over_seeds = " and ± over seeds" if comparison.num_seeds > 1 else ""
     width = width or shutil.get_terminal_size((120, 24)).columns
     intervals = {
         "z.1f": "95 % intervals over the cases",
         "z.0f": "95 % intervals over the cases, rounded",
-        "": "their intervals are in the report",
+        "": "intervals are in the report",
     }
     for interval, about in intervals.items():
         lines = _aligned(headline_table(comparison, interval))
@@ -274,7 +271,7 @@ def print_headline(comparison: Comparison, stream: TextIO, width: int | None = N
 
 
 def _aligned(table: Table) -> list[str]:
-    """Header words on lines of their own, the first column left, numbers right."""
+    """Lines of a table: one header word per line, the first column left-aligned, numbers right-aligned."""
     words = [cell.split() for cell in table.header]
     height = max(map(len, words))
     headers = [[""] * (height - len(cell)) + cell for cell in words]
