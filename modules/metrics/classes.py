@@ -1,7 +1,7 @@
-"""Means over cases, and what a stream has forgotten, as torchmetrics classes, which add up over processes.
+"""torchmetrics classes, which sum over processes: means over cases, and the facts that a stream has forgotten.
 
-Shapes as in `corrigenda.modules.metrics.probes`. ``case_B`` holds one integer per probe that tells cases
-apart, such as the case's place in the batch.
+Shapes as in `corrigenda.modules.metrics.probes`. ``case_B`` holds one integer per probe that identifies its case,
+such as the case's index in the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from corrigenda.modules.metrics import probes, summaries
 
 
 class EditMetric(Metric):
-    """A metric that names its protocol and is NaN, without a warning, as long as it is empty."""
+    """A metric with the name of its protocol; NaN, without a warning, while it is empty."""
 
     is_differentiable = False
     higher_is_better = True
@@ -32,8 +32,8 @@ class EditMetric(Metric):
         super().__init__(**kwargs)
         if protocol is not None:
             self.protocol = protocol
-        # MetricCollection makes metrics share states that are equal after one batch, and a perfect
-        # first batch makes most of ours equal. A state of its own name keeps each apart.
+        # MetricCollection merges metrics whose states are equal after one batch, which a perfect first batch
+        # causes. A state with a name of its own prevents that.
         self.add_state(f"{type(self).__name__}_{self.protocol}", torch.tensor(0), "sum")
 
     def _wrap_compute(self, compute: Callable) -> Callable:
@@ -50,7 +50,7 @@ class EditMetric(Metric):
 class CaseMean(EditMetric):
     """Mean over cases of the mean over a case's probes.
 
-    All of a case's probes must come in one ``update``: a case met in two updates counts twice.
+    All probes of a case must be in one ``update``; a case in two updates counts twice.
 
     Args:
         protocol: how the values were measured.
@@ -63,12 +63,12 @@ class CaseMean(EditMetric):
 
     def __init__(self, protocol: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(protocol, **kwargs)
-        # In double precision the order in which processes add up does not show.
+        # In double precision the order of summation over processes has no visible effect.
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, values_B: Tensor, case_B: Tensor) -> None:
-        """Add whole cases."""
+        """Adds whole cases."""
         values_B = values_B.to(self.device)
         cases, index_B = case_B.to(self.device).unique(return_inverse=True)
         values_C = self.reduce(values_B, index_B, len(cases))
@@ -76,12 +76,12 @@ class CaseMean(EditMetric):
         self.count = self.count + values_C.numel()
 
     def compute(self) -> Tensor:
-        """Mean over the cases seen; NaN before the first."""
+        """Mean over the cases so far; NaN before the first."""
         return self.total / self.count
 
 
 class MultiHopAccuracy(CaseMean):
-    """Share of cases with any wording of their multi-hop question right (arXiv 2305.14795); see `any_right`."""
+    """Share of cases with any phrasing of their multi-hop question right (arXiv 2305.14795); see `any_right`."""
 
     reduce = staticmethod(probes.any_right)
 
@@ -93,14 +93,13 @@ class HopAccuracy(CaseMean):
 
 
 class FactsForgotten(EditMetric):
-    """Share of the edits that held at first and were ever found lost since; see `facts_forgotten`.
+    """Share of the initially successful edits that failed in any later evaluation; see `facts_forgotten`.
 
-    Its states are kept in checkpoints and must live as long as the edits do: log what ``compute``
-    returns, not the object, which Lightning would reset after each epoch.
+    Its state is saved in checkpoints and must last as long as the edits. Log the value of ``compute``, not the
+    object, which Lightning would reset after each epoch.
 
     Args:
-        of_all: divide by all edits, not only by those that held.
-        protocol: how it was decided whether an edit is right.
+        protocol: how edits are judged.
     """
 
     protocol = "tf_exact"
@@ -109,21 +108,20 @@ class FactsForgotten(EditMetric):
     held: list[Tensor]
     lost: list[Tensor]
 
-    def __init__(self, of_all: bool = False, protocol: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, protocol: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(protocol, **kwargs)
-        self.of_all = of_all
         for name in ("edited", "held", "lost"):
             self.add_state(name, [], dist_reduce_fx="cat", persistent=True)
 
     def update(
         self, case_ids: Sequence[str], ok_B: Tensor, phase: Literal["current", "retention"]
     ) -> None:
-        """Add one look at some edits.
+        """Adds an evaluation of some edits.
 
         Args:
-            case_ids: whose edits; for ``retention`` only edits that have been made.
+            case_ids: their cases; for ``retention`` only those that have been edited.
             ok_B: 1 where the edit is right (`exact_match`).
-            phase: ``current`` just after these edits were made, ``retention`` at any later look.
+            phase: ``current`` just after these edits were made, ``retention`` at any later time.
         """
         if phase not in ("current", "retention"):
             raise ValueError(f"phase must be 'current' or 'retention', got {phase!r}")
@@ -135,7 +133,7 @@ class FactsForgotten(EditMetric):
         self._extend("lost", keys_B[:0] if is_current else keys_B[~is_ok_B])
 
     def _extend(self, name: str, keys: Tensor) -> None:
-        # Always leaves one tensor in the list: an empty one would be gathered as float.
+        # The list always has one tensor, because an empty list would be gathered as float.
         setattr(self, name, [torch.cat([*getattr(self, name), keys]).unique()])
 
     def compute(self) -> Tensor:
@@ -144,13 +142,11 @@ class FactsForgotten(EditMetric):
             return torch.tensor(math.nan, device=self.device)
         edited, held, lost = (dim_zero_cat(s) for s in (self.edited, self.held, self.lost))
         edited = edited.unique()
-        share = summaries.facts_forgotten(
-            torch.isin(edited, held), torch.isin(edited, lost), self.of_all
-        )
+        share = summaries.facts_forgotten(torch.isin(edited, held), torch.isin(edited, lost))
         return torch.tensor(share, device=self.device)
 
 
 def _key(case_id: str) -> int:
-    """A number for a case id, the same in every process: ranks cannot gather strings."""
+    """A number for a case id, the same in all processes, which cannot gather strings."""
     digest = hashlib.blake2b(str(case_id).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -1,22 +1,20 @@
-"""Teacher-forced measures of one probe each, and how probes become cases.
+"""Teacher-forced measures of single probes, and their means over cases.
 
-Every measure of success is 0 for a probe whose log-probabilities are not finite (a collapsed model)
-or that has no target token; divergence and perplexity are infinite there. Nothing raises on NaN.
+Every measure of success is 0 for a probe whose log-probabilities are not finite (a collapsed model) or that has no
+target token; the KL divergence is infinite there. Nothing raises on NaN.
 
 Shapes: B probes, M target tokens (padded), N rival tokens (padded), V vocabulary, C cases.
-Masks are true at real tokens; what stands at padded positions never matters.
+Masks are true at real tokens; values at padded positions are ignored.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def _require_same_shape(what: str, one: Tensor, other: Tensor) -> None:
-    """Raises ValueError where tensors differ in shape: broadcast, they would give a wrong number."""
+    """Raises ValueError for different shapes, which broadcasting would hide."""
     if one.shape != other.shape:
         raise ValueError(f"{what} need one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
 
@@ -37,8 +35,8 @@ def token_accuracy(
         greedy_BM: argmax ids at the positions that predict the target.
         target_BM: the target's ids.
         mask_BM: true at the target's tokens.
-        logprob_BM: the target's log-probabilities. Where they are not finite the position counts
-            as wrong: the argmax of NaN logits looks like any other id.
+        logprob_BM: the target's log-probabilities. Positions where they are not finite count as wrong, because the
+            argmax of NaN logits is an ordinary id.
     """
     _require_same_shape("ids", greedy_BM, target_BM)
     hits_BM = greedy_BM == target_BM
@@ -61,21 +59,14 @@ def agreement(
     mask_BM: Tensor,
     after_logprob_BM: Tensor | None = None,
 ) -> Tensor:
-    """Share of positions whose argmax the edit left as it was, [B]."""
+    """Share of positions whose argmax is the same before and after the edit, [B]."""
     return token_accuracy(after_greedy_BM, before_greedy_BM, mask_BM, after_logprob_BM)
 
 
-def sum_logprob(logprob_BM: Tensor, mask_BM: Tensor) -> Tensor:
-    """Log-probability of the whole target, [B]; -inf where it is not finite."""
-    _require_same_shape("log-probabilities and mask", logprob_BM, mask_BM)
-    mask_BM = mask_BM.bool()
-    total_B = torch.where(mask_BM, logprob_BM.float(), 0.0).sum(-1)
-    return torch.where(total_B.isfinite() & mask_BM.any(-1), total_B, -torch.inf)
-
-
 def mean_logprob(logprob_BM: Tensor, mask_BM: Tensor) -> Tensor:
-    """Log-probability per target token, [B]; -inf where it is not finite."""
-    return sum_logprob(logprob_BM, mask_BM) / mask_BM.bool().sum(-1).clamp(min=1)
+    """Mean log-probability of the target's tokens, [B]; -inf where it is not finite."""
+    mean_B = masked_mean(logprob_BM, mask_BM)
+    return torch.where(mean_B.isfinite(), mean_B, -torch.inf)
 
 
 def preference(
@@ -83,20 +74,17 @@ def preference(
     target_mask_BM: Tensor,
     rival_logprob_BN: Tensor,
     rival_mask_BN: Tensor,
-    normalise: bool = True,
 ) -> Tensor:
-    """1 where the target is strictly likelier than its rival, else 0, [B].
+    """1 where the target is more likely than its rival, by mean log-probability of their tokens, else 0, [B].
 
     Args:
         target_logprob_BM: log-probabilities of the target's tokens.
         target_mask_BM: true at them.
         rival_logprob_BN: log-probabilities of the rival's tokens.
         rival_mask_BN: true at them.
-        normalise: compare means over tokens, as the published tables do; otherwise sums.
     """
-    measure = mean_logprob if normalise else sum_logprob
-    target_B = measure(target_logprob_BM, target_mask_BM)
-    rival_B = measure(rival_logprob_BN, rival_mask_BN)
+    target_B = mean_logprob(target_logprob_BM, target_mask_BM)
+    rival_B = mean_logprob(rival_logprob_BN, rival_mask_BN)
     return ((target_B > rival_B) & rival_B.isfinite()).float()
 
 
@@ -124,28 +112,15 @@ def kl(before_logprob_BMV: Tensor, after_logprob_BMV: Tensor, mask_BM: Tensor) -
     _require_same_shape("log-probabilities", before_logprob_BMV, after_logprob_BMV)
     before_BMV, after_BMV = before_logprob_BMV.float(), after_logprob_BMV.float()
     terms_BMV = before_BMV.exp() * (before_BMV - after_BMV)
-    # Some models forbid padding ids of the vocabulary with -inf: 0 log 0 is 0, not NaN.
+    # Some models set unused ids of the vocabulary to -inf: 0 log 0 is 0, not NaN.
     terms_BMV = torch.where(before_BMV == -torch.inf, 0.0, terms_BMV)
     kl_BM = terms_BMV.sum(-1).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
     mean_B = masked_mean(kl_BM.clamp(min=0), mask_BM)
     return mean_B.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def perplexity(logprob_BM: Tensor, mask_BM: Tensor, count_first: bool = False) -> Tensor:
-    """Perplexity of each text, [B]; +inf where a log-probability is not finite.
-
-    Args:
-        logprob_BM: log-probabilities of the predicted tokens (all but a text's first).
-        mask_BM: true at them.
-        count_first: divide by the length of the text, which counts the first token although it is
-            never predicted, as ROME's essence drift does.
-    """
-    num_tokens_B = (mask_BM.bool().sum(-1) + int(count_first)).clamp(min=1)
-    return (-sum_logprob(logprob_BM, mask_BM) / num_tokens_B).exp()
-
-
 def case_means(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
-    """Mean over each case's probes, [C]; NaN, meaning absent, for a case without any.
+    """Mean over each case's probes, [C]; NaN (absent) for a case without any.
 
     Args:
         values_B: one value per probe.
@@ -154,7 +129,7 @@ def case_means(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
     """
     if values_B.shape != case_B.shape:
         raise ValueError(
-            f"every probe's value needs its case's index, got {tuple(values_B.shape)} values "
+            f"values and case indices must have the same shape, got {tuple(values_B.shape)} values "
             f"and {tuple(case_B.shape)} indices"
         )
     values_B, case_B = values_B.float(), case_B.to(values_B.device)
@@ -163,7 +138,7 @@ def case_means(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
 
 
 def any_right(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
-    """1 where at least one of the case's probes is right (has the value 1), else 0, [C]; NaN where absent.
+    """1 if at least one of the case's probes is right (has the value 1), else 0, [C]; NaN where absent.
 
     Arguments of `case_means`.
     """
@@ -172,31 +147,8 @@ def any_right(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
 
 
 def all_right(values_B: Tensor, case_B: Tensor, num_cases: int) -> Tensor:
-    """1 where every one of the case's probes is right (has the value 1), else 0, [C]; NaN where absent.
+    """1 if all of the case's probes are right (have the value 1), else 0, [C]; NaN where absent.
 
     Arguments of `case_means`.
     """
     return 1 - any_right((~(values_B >= 1)).float(), case_B, num_cases)
-
-
-def two_level_means(
-    values_B: Tensor, kinds_B: Sequence[str], case_B: Tensor, num_cases: int
-) -> Tensor:
-    """Mean over each case's kinds of the mean over that kind's probes, [C]; NaN where absent.
-
-    Args:
-        values_B: one value per probe.
-        kinds_B: the probe's kind, such as ``alias`` or ``reasoning``.
-        case_B: index of the probe's case, from 0 to num_cases - 1.
-        num_cases: C.
-    """
-    if len(kinds_B) != len(values_B):
-        raise ValueError(
-            f"every probe's value needs its kind, got {len(values_B)} values and {len(kinds_B)} kinds"
-        )
-    index_of = {kind: index for index, kind in enumerate(sorted(set(kinds_B)))}
-    kind_B = torch.tensor([index_of[kind] for kind in kinds_B], dtype=torch.long)
-    pair_B = case_B * max(len(index_of), 1) + kind_B.to(case_B.device)
-    pairs, group_B = pair_B.unique(return_inverse=True)
-    group_means = case_means(values_B, group_B, len(pairs))
-    return case_means(group_means, pairs // max(len(index_of), 1), num_cases)

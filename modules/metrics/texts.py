@@ -1,22 +1,16 @@
-"""What a model wrote when left alone: where its answer ends, whether it is right, how it degrades.
+"""Measures of freely generated answers: where an answer ends, and whether it is right.
 
-Two protocols say where an answer ends. ``strict`` stops at a newline or at a period that ends a
-sentence; ``paper`` (WILD, arXiv 2502.11177) stops at any period, which cuts "U.S." and "3.5".
+An answer ends at a newline or at a period that ends a sentence. (WILD, arXiv 2502.11177, ends it at any period,
+which cuts off "U.S." and "3.5".)
 """
 
 from __future__ import annotations
 
-import math
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-
-from corrigenda.modules import checks
-
-WORD_PATTERN = r"\w+|[^\w\s]"
-"""How `split_words` finds words; entropies under another tokeniser differ by a few points."""
 
 _PERIOD = re.compile(r"(\S+)\.(?=\s+(\S)|\s*$)")
 _INITIALS = re.compile(r"([^\W\d_]\.)*[^\W\d_]")
@@ -28,16 +22,16 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _is_abbreviation(word: str) -> bool:
-    """True for initials ("U.S", "J") and for short forms that stand before a name ("St")."""
+    """True for initials ("U.S", "J") and for abbreviations that precede a name ("St")."""
     word = word.lstrip("([\"'")
     return bool(_INITIALS.fullmatch(word) or _BEFORE_NAMES.fullmatch(word))
 
 
 def wild_answer(text: str) -> str:
-    """The answer up to a newline or the first sentence's end, without its final period.
+    """The first sentence of the first line, without its final period.
 
-    A period ends a sentence at the end of the line, or before a space and a capital letter unless
-    it belongs to an abbreviation: "U.S. Virgin Islands" and "St. Louis" stay whole.
+    A period ends a sentence at the end of the line, or before a space and a capital letter unless it belongs to an
+    abbreviation, as in "U.S. Virgin Islands" and "St. Louis".
     """
     line = text.split("\n", 1)[0]
     for period in _PERIOD.finditer(line):
@@ -47,14 +41,9 @@ def wild_answer(text: str) -> str:
     return line.strip()
 
 
-def paper_answer(text: str) -> str:
-    """The answer up to the first newline or period of any kind."""
-    return re.split(r"[.\n]", text, maxsplit=1)[0].strip()
-
-
 def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces; an answer that is nothing but
-    an article ("A") keeps it."""
+    """Lower case, without punctuation, articles and extra spaces; an answer that consists of an article ("A") is
+    not changed."""
     text = unicodedata.normalize("NFC", text).lower().translate(_WITHOUT_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split() or text.split())
 
@@ -73,19 +62,19 @@ def wild_exact(prediction: str, answers: Sequence[str]) -> float:
 
 
 def wild_contains(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the words of one answer stand next to each other in the prediction, else 0."""
+    """1 if the prediction contains the words of one answer as a sequence, else 0."""
     return _best(lambda prediction, gold: f" {gold} " in f" {prediction} ", prediction, answers)
 
 
 def wild_prefix(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction begins with the words of one answer, else 0."""
+    """1 if the prediction starts with the words of one answer, else 0."""
     return _best(
         lambda prediction, gold: f"{prediction} ".startswith(f"{gold} "), prediction, answers
     )
 
 
 def wild_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the prediction's words against the answer it matches best, repeated words counted."""
+    """F1 of the prediction's words against the best matching answer, counting repeated words."""
     return _best(_word_f1, prediction, answers)
 
 
@@ -93,31 +82,3 @@ def _word_f1(prediction: str, gold: str) -> float:
     words, gold_words = prediction.split(), gold.split()
     num_shared = (Counter(words) & Counter(gold_words)).total()
     return 2 * num_shared / (len(words) + len(gold_words))
-
-
-def split_words(text: str) -> list[str]:
-    """Words and punctuation marks of a text, by `WORD_PATTERN`."""
-    return re.findall(WORD_PATTERN, text)
-
-
-def ngram_entropy(words: Sequence[str], n: int) -> float:
-    """Entropy in bits of a text's n-grams; 0 for a text with fewer than n words."""
-    checks.whole(1, n=n)
-    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-    total = counts.total()
-    return sum(count / total * math.log2(total / count) for count in counts.values())
-
-
-def generation_entropy(words: Sequence[str]) -> float:
-    """Fluency of one text: H2 / 3 + 2 H3 / 3 in bits (tables show it times 100)."""
-    return ngram_entropy(words, 2) / 3 + 2 * ngram_entropy(words, 3) / 3
-
-
-def normalised_word_entropy(texts: Sequence[str]) -> float:
-    """Word entropy of all of a case's generations together, over that of equal frequencies.
-
-    Healthy models mostly lie at 0.8 to 0.92, collapsed ones below 0.7; a single word gives 0.
-    """
-    words = " ".join(texts).lower().replace(".", "").split()
-    num_distinct = len(set(words))
-    return ngram_entropy(words, 1) / math.log2(num_distinct) if num_distinct > 1 else 0.0
