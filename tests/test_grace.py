@@ -252,7 +252,7 @@ def test_distances_of_near_points_are_exact():
 
 def test_too_little_text_is_an_error(llama, make, tmp_path):
     (tmp_path / "one.txt").write_text("The town is here.")
-    with pytest.raises(ValueError, match="fewer than two different texts"):
+    with pytest.raises(ValueError, match="fewer than two distinct texts"):
         make(corpus=Corpus(str(tmp_path / "one.txt"))).prepare(llama)
     with pytest.raises(ValueError, match="layer 9 does not exist"):
         make(layer=9).prepare(llama)

@@ -208,7 +208,7 @@ def test_a_damaged_file_is_made_again_with_a_warning(damage, file, gather, caplo
         again = gather()
         assert torch.equal(again.factor(0), factor) and torch.equal(again.moment(0), moment)
     (record,) = caplog.records
-    assert str(path) in record.getMessage() and "gathering it again" in record.getMessage()
+    assert str(path) in record.getMessage() and "computing it again" in record.getMessage()
     assert moments._read(path) is not None
 
 
@@ -519,7 +519,7 @@ def test_statistics_of_the_authors_are_taken_over(gather, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mom2.mom2": None}, "it holds mom2.constructor, mom2.count, sample_size"),
+        ({"mom2.mom2": None}, "it has mom2.constructor, mom2.count, sample_size"),
         ({"mom2.mom2": np.eye(3)}, r"\(3, 3\), the keys of .* have width 80"),
         ({"mom2.mom2": np.ones((80, 2))}, "must be square"),
         ({"mom2.count": 9}, "from 9 tokens"),
@@ -573,12 +573,12 @@ def test_a_singular_moment_gets_the_least_help(caplog):
     for rounding, added in ((0.0, 1e-8), (3e-8, 1e-7), (2e-7, 1e-6)):
         moment[5, 5] = -rounding * mean  # sums of float32 products can be that far off
         factor = cholesky(moment)
-        assert f"singular to rounding: added {added * mean:.1e}" in caplog.records[-1].getMessage()
+        assert f"numerically singular: added {added * mean:.1e}" in caplog.records[-1].getMessage()
         torch.testing.assert_close(
             factor @ factor.T, moment, rtol=0, atol=float(1.1 * added * mean)
         )
     for hopeless in (-torch.eye(3), torch.full((3, 3), torch.nan)):
-        with pytest.raises(ValueError, match="cannot be factored"):
+        with pytest.raises(ValueError, match="has no Cholesky factor"):
             cholesky(hopeless)
 
 
@@ -608,10 +608,10 @@ def test_other_numbers_in_a_cached_file_are_not_used(gather, caplog, change, rea
     if with_digest:
         rewritten(path, change)
     else:  # of other content altogether, written by our own code
-        reason = "not of keys of width 80"
+        reason = "its keys do not have width 80"
         gather()._write(path, {"moment": torch.eye(9), "tokens": torch.tensor(9)})
     assert torch.equal(gather().moment(0), moment)
-    assert reason in caplog.text and "gathering it again" in caplog.text
+    assert reason in caplog.text and "computing it again" in caplog.text
     assert path.with_name(f"{path.name}.unusable").exists()
 
 
@@ -702,7 +702,7 @@ def test_two_programs_gather_once(
     )  # fmt: skip
     assert first.stdout.readline() == "gathers\n"
     found = gather().gather([0, 1])
-    assert not counted and "waiting for it to gather" in caplog.text
+    assert not counted and "waiting for another program to compute" in caplog.text
     assert first.communicate(timeout=60)[0].endswith("done\n")
     near(found[1], by_hand(gather().lm, 1))
 

@@ -57,9 +57,9 @@ def test_target_tokens_stand_in_their_order():
 
 
 def test_the_last_token_of_an_answer_is_not_read(rows):
-    assert rows.read.length_B.tolist() == [3, 2, 5]
-    assert rows.answers_read(1).length_B.tolist() == [3, 3, 6]
-    some = rows.answers_read(2)
+    assert rows.without_last().length_B.tolist() == [3, 2, 5]
+    assert rows.without_last(1).length_B.tolist() == [3, 3, 6]
+    some = rows.without_last(2)
     assert some.length_B.tolist() == [3, 2, 6] and some.ids_BT is rows.ids_BT
     assert some.mask_BT.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
     assert some.start_B.tolist() == [2, 2, 5] and rows.length_B.tolist() == [4, 3, 6]

@@ -109,7 +109,7 @@ class KeyRows:
         The last token of an answer is never read.
         """
         answers = self.num_edits * self.num_contexts
-        return lm.reuse.tail(self.rows.answers_read(answers), layer, self.lookup_R)
+        return lm.reuse.tail(self.rows.without_last(answers), layer, self.lookup_R)
 
 
 def keys_and_values(

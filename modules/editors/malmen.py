@@ -202,7 +202,9 @@ class MALMEN(LearnedEditor):
         """Takes statistics of keys and gradients from the first ``num_normalising`` cases."""
         edits = [case.edits[0] for case in cases[: self.num_normalising]]
         rows = self.lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
-        pairs, _ = self.keys_and_gradients(self.lm.reuse.tail(rows.read, self.lowest_layer), rows)
+        pairs, _ = self.keys_and_gradients(
+            self.lm.reuse.tail(rows.without_last(), self.lowest_layer), rows
+        )
         for index, (k_nF, g_nO) in enumerate(pairs.values()):
             self.network.normalise_x.update(k_nF, index)
             self.network.normalise_d.update(g_nO, index)

@@ -148,7 +148,7 @@ class MEND(LearnedEditor):
         for begin in range(0, len(edits), 16):
             part = edits[begin : begin + 16]
             rows = self.lm.tokens.rows([e.text for e in part], [e.target_new for e in part])
-            tail = self.lm.reuse.tail(rows.read, self.lowest_layer)
+            tail = self.lm.reuse.tail(rows.without_last(), self.lowest_layer)
             pairs = gradient_factors(self.lm, tail, rows, self.names)
             for matrix, (x_BTI, d_BTO) in enumerate(pairs.values()):
                 used_BT = (d_BTO != 0).any(-1)

@@ -46,17 +46,17 @@ class Rows:
     def length_B(self) -> Tensor:
         return self.mask_BT.sum(1)
 
-    @property
-    def read(self) -> Rows:
-        """The rows without their last token, after which nothing is predicted; the columns stay."""
-        return self.answers_read(len(self.ids_BT))
+    def without_last(self, count: int | None = None) -> Rows:
+        """Masks the last token of the rows, whose output predicts nothing.
 
-    def answers_read(self, count: int) -> Rows:
-        """The same for the first ``count`` rows; the others, all of whose outputs are used, stay whole."""
+        Args:
+            count: only of the first ``count`` rows; by default of all.
+        """
+        count = len(self.ids_BT) if count is None else count
         device = self.ids_BT.device
         column_T = torch.arange(self.ids_BT.shape[1], device=device)
-        is_answer_B = torch.arange(len(self.ids_BT), device=device) < count
-        mask_BT = self.mask_BT * (column_T < (self.length_B - is_answer_B.long())[:, None])
+        is_cut_B = torch.arange(len(self.ids_BT), device=device) < count
+        mask_BT = self.mask_BT * (column_T < (self.length_B - is_cut_B.long())[:, None])
         return Rows(self.ids_BT, mask_BT, self.start_B)
 
     @property

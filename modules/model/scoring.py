@@ -95,7 +95,7 @@ class Scorer:
         """See :meth:`LanguageModel.score`: encode, merge, run, scatter."""
         rows = self.tokens.rows(request.prompts, request.targets)
         prefix = self.reuse.prefix_of_rows(rows, beside_deltas=bool(request.deltas))
-        merged = self.reuse.merge(rows.read, request.owner_B, prefix)
+        merged = self.reuse.merge(rows.without_last(), request.owner_B, prefix)
         table = _ScoreTable(rows, merged, request.full)
         for rows_C in batches(merged.rows, prefix.length if prefix else 0):
             here_N, *place = table.places(rows_C)

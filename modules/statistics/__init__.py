@@ -1,1 +1,1 @@
-"""What is measured on ordinary text: second moments, states, causal traces."""
+"""Statistics of a model on text: second moments of keys, states of modules, causal traces."""

@@ -1,4 +1,4 @@
-"""Ordinary text that an editor or a measurement reads: which one, and what the model itself writes of it."""
+"""Corpora of plain text, including text sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from corrigenda.datamodules.corpus import texts as corpus_texts
 from corrigenda.modules import checks
 from corrigenda.modules.model.lm import LanguageModel
 
-IMPORTED = "imported"  # the source of statistics that were not gathered here
+IMPORTED = "imported"  # the source of published statistics
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Which text second moments, perplexity and unrelated prompts come from.
+    """The text for second moments, perplexity and unrelated prompts.
 
     Args:
-        source: ``facts`` (sentences of the Facts training split), ``model`` (text sampled from the model
-            itself), a text or JSONL file, a ``datasets`` hub id, or ``imported`` (what
-            ``corrigenda moments --import`` took over).
-        tokens: how many tokens; at least ten times the key width is advisable.
-        seed: of the sampling.
-        tolerance: stop earlier, once twice the text changed no layer's C by more than this share of its
-            norm; 0 reads all the tokens.
+        source: ``facts`` (sentences of the Facts training split), ``model`` (text sampled from the model itself),
+            a text or JSONL file, a ``datasets`` Hub id, or ``imported`` (statistics that ``corrigenda moments
+            --import`` has read).
+        tokens: number of tokens; at least ten times the key width is recommended.
+        seed: seed of the sampling.
+        tolerance: stop early when doubling the text changes no layer's C by more than this share of its norm; 0
+            reads all tokens.
     """
 
     source: str = "facts"
@@ -47,13 +47,13 @@ class Corpus:
         return corpus_texts(self.source)
 
     def require_text(self) -> None:
-        """Raises ValueError or OSError, before any work is done, unless the source has a first text."""
+        """Raises ValueError or OSError if the source cannot be read or is empty."""
         if self.source != "model" and next(corpus_texts(self.source), None) is None:
-            raise ValueError(f"{self.source}: there is no text in it")
+            raise ValueError(f"{self.source}: the corpus is empty")
 
     @property
     def key(self) -> str:
-        """A name that tells this corpus from every other; a local file is told by its content, not its path."""
+        """A unique name of this corpus; a local file is identified by its content, not by its path."""
         if self.source == IMPORTED:
             return IMPORTED
         path, stem = Path(os.path.expanduser(self.source)), Path(self.source).stem[:24]
@@ -72,11 +72,11 @@ class Corpus:
 def sampled_texts(
     lm: LanguageModel, seed: int, length: int = 128, batch: int = 64
 ) -> Iterator[str]:
-    """Endless text sampled from the unedited model, from the most likely first words of a text.
+    """Samples texts from the unedited model without end, each starting with a common first word.
 
-    ``length`` tokens follow the first word, fewer where the model cannot take in as many.
+    ``length`` tokens follow the first word, or fewer if the model's context is shorter.
     """
-    starts = "The In A It This He She I When For As On There At".split()  # noqa: SIM905  shorter so
+    starts = "The In A It This He She I When For As On There At".split()  # noqa: SIM905  shorter
     if lm.max_length is not None:
         length = min(length, lm.max_length - max(map(len, lm.tokens.encode(starts))))
     round_ = 0

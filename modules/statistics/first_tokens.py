@@ -1,4 +1,4 @@
-"""How much of a second moment comes from the first tokens of texts, for all blocks in one pass."""
+"""The share of the first tokens of texts in second moments, for all blocks in one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corrigenda.modules.statistics.moments import MAX_LENGTH, padded_batches
 
 @torch.no_grad()
 def first_token_shares(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
-    """Each block's part of trace(C) that comes from the first tokens of the texts, without any C."""
+    """For each block the share of trace(C) that comes from the first tokens of the texts, without computing C."""
     first_L = torch.zeros(lm.structure.num_layers, dtype=torch.float64)
     every_L = first_L.clone()
     ids = [row[: min(MAX_LENGTH, lm.max_length or MAX_LENGTH)] for row in lm.tokens.encode(texts)]

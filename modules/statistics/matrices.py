@@ -1,4 +1,4 @@
-"""The linear algebra of second moments: their sum over keys, Cholesky factor and eigenvectors."""
+"""The linear algebra of second moments: Gram matrix, Cholesky factor and eigenvectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def gram(keys_nF: Tensor, parts: int = 4) -> Tensor:
-    """The product keys' keys; each pair of coordinates is multiplied once and written twice."""
+    """The Gram matrix K^T K; each pair of coordinates is computed once and written twice."""
     width = keys_nF.shape[1]
     gram_FF = keys_nF.new_empty(width, width)
     step = -(-width // parts)
@@ -23,10 +23,10 @@ def gram(keys_nF: Tensor, parts: int = 4) -> Tensor:
 
 
 def cholesky(moment_FF: Tensor) -> Tensor:
-    """Lower factor in float64; adds to the diagonal, with a warning, only what it must.
+    """Lower factor in float64; if necessary a small multiple of the identity is added, with a warning.
 
-    Sums of float32 products are positive definite up to their rounding only, which the least eigenvalues of a
-    second moment can fall below.
+    Rounding of float32 products can exceed the smallest eigenvalues of a second moment, so that their sum is not
+    positive definite.
     """
     moment_FF = moment_FF.double()
     diagonal_F = moment_FF.diagonal()
@@ -38,15 +38,15 @@ def cholesky(moment_FF: Tensor) -> Tensor:
         if not failed:
             if share:
                 log.warning(
-                    "the second moment is singular to rounding: added %.1e to its diagonal", jitter
+                    "the second moment is numerically singular: added %.1e to its diagonal", jitter
                 )
             return factor
     raise ValueError(
-        "the second moment cannot be factored: it is not finite, or of too little text"
+        "the second moment has no Cholesky factor: it is not finite, or computed from too little text"
     )
 
 
 def eigen(moment_FF: Tensor) -> dict[str, Tensor]:
-    """Eigenvalues, ascending and at least 0, and eigenvectors, one per column."""
+    """Eigenvalues, ascending and clamped at 0, and eigenvectors, one per column."""
     values_F, vectors_FF = torch.linalg.eigh(moment_FF)
     return {"values": values_F.clamp(min=0), "vectors": vectors_FF}

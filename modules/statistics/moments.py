@@ -1,16 +1,16 @@
-"""Second moments of MLP keys on ordinary text: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
+"""Second moments of MLP keys over a corpus: C = E[k k'], uncentred, its Cholesky factor and eigenvectors.
 
-Cached in safetensors files named by weight hash, corpus, token count and dtype, so that no statistics of
-another model, text or precision are ever used. A file says the same in its header, with a digest of its numbers:
-one that is damaged or of something else is put aside and gathered again. Gathering can be killed and goes on
-where it was; of several programs that want the same statistics one gathers and the others wait. Where
-torch.distributed is initialised, every process takes every n-th buffer of texts and the sums are added up.
+They are cached in safetensors files named by weight hash, corpus, number of tokens and dtype, so statistics of
+another model, text or precision are never used. The header of a file repeats these and has a digest of the
+tensors; a file that is damaged or does not match is renamed and computed again. If the computation is killed it
+resumes. If several programs need the same statistics, one computes them and the others wait. Where
+torch.distributed is initialised, every process reads every n-th buffer of texts and the sums are added.
 
-The first token of a text has keys many times longer than any other in some layers (attention sinks: Sun et
-al., 2024, arXiv 2402.17762). They stay in C, as in the published statistics, but their share of trace(C) is
-kept beside it: where it is large, C says little about the other tokens.
+In some layers the keys of a text's first token are many times longer than all others (attention sinks: Sun et al.,
+2024, arXiv 2402.17762). They are part of C, as in the published statistics, but their share of trace(C) is stored
+with it: where it is large, C represents the other tokens badly.
 
-Statistics of the ROME and MEMIT authors (.npz, one file per layer; arXiv 2202.05262) can be taken over.
+Statistics published with ROME and MEMIT (.npz, one file per layer; arXiv 2202.05262) can be imported.
 
 Shapes: n tokens, F key width, L layers.
 """
@@ -40,20 +40,22 @@ from corrigenda.modules.statistics.published import read_npz
 
 log = logging.getLogger(__name__)
 
-MAX_LENGTH = 512  # tokens of one text
+MAX_LENGTH = 512  # tokens per text
 BATCH_TOKENS = 4096
-BUFFER_TEXTS = 512  # texts sorted by length together, and the unit of resuming
-WAIT_SECONDS = 5.0  # for a program that gathers the same, before looking again
-WRITE_SECONDS = 30.0  # between two writings of the sums, which are gigabytes in wide models
+BUFFER_TEXTS = (
+    512  # texts that are sorted by length together; a resumed run repeats at most one buffer
+)
+WAIT_SECONDS = 5.0  # between attempts to get the lock of another program
+WRITE_SECONDS = 30.0  # between writes of the sums, which are gigabytes in wide models
 
 
 class Moments:
-    """Second moments of one model on one corpus, gathered when first asked for.
+    """Second moments of one model on one corpus, computed when they are first needed.
 
     Args:
-        lm: the model; statistics are always of its unedited weights.
+        lm: the model; statistics are those of its unedited weights.
         corpus: the text.
-        folder: where files are kept; the user's cache folder by default.
+        folder: folder of the files; by default in the user's cache folder.
     """
 
     def __init__(self, lm: LanguageModel, corpus: Corpus, folder: Path | None = None) -> None:
@@ -67,19 +69,19 @@ class Moments:
         return self.gather([layer])[layer]
 
     def factor(self, layer: int) -> Tensor:
-        """Lower Cholesky factor of C, float64; computed once and kept beside C."""
+        """Lower Cholesky factor of C, float64; computed once and cached."""
         stored = self._derived(layer, "cholesky", lambda moment_FF: {"factor": cholesky(moment_FF)})
         return stored["factor"].to(self.lm.device)
 
     def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(values_F, vectors_FF) of C, ascending, one vector per column, float64; kept beside C."""
+        """(values_F, vectors_FF) of C, ascending, one vector per column, float64; computed once and cached."""
         stored = self._derived(layer, "eigen", eigen)
         return stored["values"].to(self.lm.device), stored["vectors"].to(self.lm.device)
 
     def _derived(
         self, layer: int, name: str, make: Callable[[Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """What ``make`` finds of C; the file that keeps it belongs to that very C, by its digest."""
+        """The result of ``make`` on C, cached in a file with the digest of that C."""
         path, of = self.folder / f"layer{layer}.{name}.safetensors", self._digest(layer)
         stored = None if of is None else self._read(path, of)
         if stored is None:
@@ -88,51 +90,51 @@ class Moments:
         return stored
 
     def first_token_share(self, layer: int) -> float | None:
-        """Part of trace(C) that comes from the first tokens of texts; None for imported statistics."""
+        """Share of trace(C) that comes from the first tokens of texts; None for imported statistics."""
         self.gather([layer])
         share = (self._read(self._path(layer)) or {}).get("first_share")
         return None if share is None else float(share)
 
     def gather(self, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
-        """The moments of several layers, missing ones in one pass over the text.
+        """The moments of several layers; missing ones are computed in one pass over the text.
 
-        Where torch.distributed is initialised, all processes must call it, with the same layers.
+        Where torch.distributed is initialised, all processes must call this with the same layers.
         """
-        found = self._found(layers)
+        found = self._cached(layers)
         left = any(self.folder.glob(f".*{files.UNFINISHED}"))  # by a process that was killed
-        if _lacking(layers, found) or _largest(int(left)):
-            with self._alone():  # another program may have gathered them meanwhile
-                found = self._found(layers)
-                if missing := _lacking(layers, found):
+        if _missing(layers, found) or _largest(int(left)):
+            with self._exclusive():  # another program may have computed them meanwhile
+                found = self._cached(layers)
+                if missing := _missing(layers, found):
                     found |= self._gather(missing, progress)
         return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}
 
-    def _found(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    def _cached(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         stored = {layer: self._read(self._path(layer)) for layer in layers}
         return {layer: tensors for layer, tensors in stored.items() if tensors is not None}
 
     def take_over(self, path: str | Path, layer: int) -> Tensor:
-        """C of ``layer`` from a statistics file of the ROME or MEMIT authors, kept as source ``imported``.
+        """Imports C of ``layer`` from a statistics file published with ROME or MEMIT, as source ``imported``.
 
-        Such a file names no weights: whose it is, is the caller's word. Raises ValueError where it cannot be
-        of this model.
+        Such a file does not identify the model, which is the caller's responsibility. Raises ValueError if its
+        shape does not fit.
         """
         moment, tokens = read_npz(path)
         width = self.lm.structure.inner_width
         self.lm.structure.block_name(layer)
         if moment.shape != (width, width):
             raise ValueError(
-                f"{path}: the second moment is {tuple(moment.shape)}, the keys of {self.lm.name!r} have width "
-                f"{width}: these are statistics of another model"
+                f"{path}: the second moment has the shape {tuple(moment.shape)}, but the keys of {self.lm.name!r} "
+                f"have width {width}: these are statistics of another model"
             )
         found = {"moment": moment, "tokens": torch.tensor(tokens)}
         self._write(self._path(layer), found)
         return moment.to(self.lm.device)
 
-    # ------------------------------------------------------------------ gathering
+    # ------------------------------------------------------------------ computation
 
     def _gather(self, layers: list[int], progress: bool) -> dict[int, dict[str, Tensor]]:
-        """One pass; the sums are written now and then, after a buffer of texts, so that it can resume."""
+        """Computes C in one pass; the sums are saved regularly, after a buffer of texts, so that it can resume."""
         if self.corpus.source == IMPORTED:
             raise ValueError(
                 f"no statistics of layer {layers[0]} of {self.lm.name!r} have been imported: run "
@@ -141,7 +143,7 @@ class Moments:
         rank, world = processes.rank_and_number()
         number = f".rank{rank}of{world}" if world > 1 else ""
         partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
-        state, written = self._begin(partial, layers), time.monotonic()
+        state, written = self._initial_sums(partial, layers), time.monotonic()
         for index, ids in enumerate(self._buffers(progress and rank == 0)):
             if index < state["buffers"]:
                 continue
@@ -151,8 +153,7 @@ class Moments:
             state["buffers"] += 1
             if (index + 1) % world:
                 continue
-            settled = self._settled(layers, state, (index + 1) // world)
-            if settled:
+            if self._has_converged(layers, state, (index + 1) // world):
                 break
             if _largest(int(time.monotonic() - written >= WRITE_SECONDS)):
                 self._write(partial, state)
@@ -174,13 +175,13 @@ class Moments:
                 )
             share = processes.total(state[f"{layer}.first"]) / tokens / moment_FF.trace()
             found[layer] = {"moment": moment_FF, "tokens": tokens, "first_share": share}
-            log.info("layer %d: %.1f %% of trace(C) is of first tokens", layer, 100 * share)
+            log.info("layer %d: %.1f %% of trace(C) is from first tokens", layer, 100 * share)
             self._write(self._path(layer), found[layer])
         partial.unlink(missing_ok=True)
         return found
 
-    def _begin(self, partial: Path, layers: list[int]) -> dict[str, Tensor]:
-        """The sums a killed run left, or zeros; several processes go on only from the same buffer."""
+    def _initial_sums(self, partial: Path, layers: list[int]) -> dict[str, Tensor]:
+        """The sums saved by a killed run, or zeros; several processes only resume from the same buffer."""
         width = self.lm.structure.inner_width
         zero, sums = torch.zeros((), dtype=torch.int64), torch.zeros(width, width).double()
         state = {"tokens": zero, "buffers": zero.clone()}
@@ -190,30 +191,30 @@ class Moments:
                 state[f"{layer}.before"] = sums.clone()
         stored = self._read(partial)
         if stored is not None and stored.keys() == state.keys():
-            begun = int(stored["buffers"])
+            done = int(stored["buffers"])
         else:
-            stored, begun = state, 0
-        if _largest(begun) != -_largest(-begun):
+            stored, done = state, 0
+        if _largest(done) != -_largest(-done):
             stored = state
         return {name: tensor.to(self.lm.device) for name, tensor in stored.items()}
 
-    def _settled(self, layers: list[int], state: dict[str, Tensor], rounds: int) -> bool:
-        """Whether C has changed little since half as much text; looked at after 1, 2, 4, ... rounds."""
+    def _has_converged(self, layers: list[int], state: dict[str, Tensor], rounds: int) -> bool:
+        """Whether C has changed less than the tolerance since half as much text; checked in rounds 1, 2, 4, ..."""
         change = 1.0
         if self.corpus.tolerance and not rounds & (rounds - 1):
             change, tokens = 0.0, processes.total(state["tokens"])
             for layer in layers:
                 moment_FF = processes.total(state[str(layer)]) / tokens
-                moved = (moment_FF - state[f"{layer}.before"]).norm() / moment_FF.norm()
-                change = max(change, float(moved))
+                difference = (moment_FF - state[f"{layer}.before"]).norm() / moment_FF.norm()
+                change = max(change, float(difference))
                 state[f"{layer}.before"] = moment_FF
             if tokens < self.lm.structure.inner_width:
                 change = 1.0
-        # PromptBatch in every round: processes that stay in step are killed at the same buffer.
+        # Synchronises in every round, so that processes are at the same buffer when they are killed.
         return bool(_largest(int(change <= self.corpus.tolerance)))
 
     def _buffers(self, progress: bool) -> Iterator[list[list[int]]]:
-        """Buffers of encoded texts up to the token budget, the same in every process."""
+        """Buffers of encoded texts up to the number of tokens, the same in all processes."""
         limit = min(MAX_LENGTH, self.lm.max_length or MAX_LENGTH)
         seen = 0
         with Progress(disable=not progress, transient=True) as bar:
@@ -233,7 +234,7 @@ class Moments:
 
     @torch.no_grad()
     def _add(self, ids: list[list[int]], layers: list[int], state: dict[str, Tensor]) -> None:
-        """Adds one buffer's keys."""
+        """Adds the keys of one buffer to the sums."""
         names = {self.lm.structure.out_name(layer): layer for layer in layers}
         modules = {name: self.lm.net.get_submodule(name) for name in names}
         for rows in padded_batches(self.lm, ids):
@@ -254,7 +255,7 @@ class Moments:
         return self.folder / f"layer{layer}.safetensors"
 
     def _digest(self, layer: int) -> str | None:
-        """That of C, as its file has it; None where there is no file of this model and text."""
+        """The digest of C in its file; None if there is no file for this model and corpus."""
         try:
             header = files.read_metadata(self._path(layer))
             self._require_own(self._path(layer), header)
@@ -265,11 +266,11 @@ class Moments:
             return None
 
     def _read(self, path: Path, of: str | None = None) -> dict[str, Tensor] | None:
-        """What a file holds; None if there is none. One that is not usable is named and put aside.
+        """The tensors in a file; None if there is none. An unusable file is renamed, with a warning.
 
         Args:
             path: the file.
-            of: digest of the C that its content was computed from.
+            of: digest of the C that its content must have been computed from.
         """
         try:
             number = path.stat().st_ino
@@ -279,30 +280,30 @@ class Moments:
                 raise ValueError(f"{path}: computed from another second moment")
             width = self.lm.structure.inner_width
             if any(size != width for tensor in tensors.values() for size in tensor.shape):
-                raise ValueError(f"{path}: not of keys of width {width}")
+                raise ValueError(f"{path}: its keys do not have width {width}")
             require_finite(tensors)
         except FileNotFoundError:
             return None
         except ValueError as error:
-            aside = path.with_name(f"{path.name}.unusable")
-            log.warning("%s; gathering it again, the old file is now %s", error, aside)
-            with self._writing():
+            renamed = path.with_name(f"{path.name}.unusable")
+            log.warning("%s; computing it again, the file is renamed to %s", error, renamed)
+            with self._write_lock():
                 if path.exists() and path.stat().st_ino == number:  # still the same file
-                    path.replace(aside)
+                    path.replace(renamed)
             return None
         return tensors
 
     def _require_own(self, path: Path, header: dict[str, str]) -> None:
-        """Raises ValueError where a file is of another model, text or precision."""
+        """Raises ValueError if a file belongs to another model, corpus or precision."""
         own = self._header()
-        # Files of earlier versions do not name the whole corpus; the folder that they lie in does.
+        # Files of earlier versions do not identify the corpus, but their folder does.
         names = ("weights", "corpus", "dtype") if "corpus" in header else ("weights", "source")
         for name in names:
             if header.get(name) != own[name]:
                 raise ValueError(f"{path}: its {name} is {header.get(name)!r}, not {own[name]!r}")
 
     def _write(self, path: Path, tensors: dict[str, Tensor], of: str | None = None) -> None:
-        with self._writing():
+        with self._write_lock():
             files.write_tensors(path, tensors, self._header() | ({"of": of} if of else {}))
 
     def _header(self) -> dict[str, str]:
@@ -316,17 +317,17 @@ class Moments:
         }
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One process at a time writes into the folder, for as long as a file takes."""
+    def _write_lock(self) -> Iterator[None]:
+        """Locks the folder while a file is written."""
         lock = self.folder.with_name(f".{self.folder.name}.write.lock")
         with files.locked(lock, f"the statistics in {self.folder}", wait=-1):
             yield
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits while another program gathers into the folder, and keeps others waiting meanwhile.
+    def _exclusive(self) -> Iterator[None]:
+        """Locks the folder against other programs while statistics are computed.
 
-        The first of several processes that gather together holds the lock for all of them.
+        With several processes the first one holds the lock for all of them.
         """
         lock = self.folder.with_name(f".{self.folder.name}.lock")
         with ExitStack() as stack:
@@ -339,22 +340,24 @@ class Moments:
                         held = 1
                     except BlockingIOError as busy:
                         if not attempt:
-                            log.warning("waiting for it to gather statistics: %s", busy)
+                            log.warning(
+                                "waiting for another program to compute statistics: %s", busy
+                            )
                 if _largest(held):
                     break
             if held:
-                with self._writing():
+                with self._write_lock():
                     files.remove_unfinished(self.folder)
             yield
 
 
-def _lacking(layers: Sequence[int], found: dict[int, dict[str, Tensor]]) -> list[int]:
-    """The layers that some process does not have."""
+def _missing(layers: Sequence[int], found: dict[int, dict[str, Tensor]]) -> list[int]:
+    """The layers that any process is missing."""
     return [layer for layer in sorted(set(layers)) if _largest(int(layer not in found))]
 
 
 def padded_batches(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
-    """Batches of texts sorted by length and padded on the right, so that causal attention needs no mask."""
+    """Batches of texts sorted by length, padded on the right so that causal attention needs no mask."""
     ids = sorted((row for row in ids if row), key=len)
     begin = 0
     while begin < len(ids):
@@ -366,7 +369,7 @@ def padded_batches(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
 
 
 def _largest(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """The maximum over all processes."""
     return max(processes.gather(number))
 
 

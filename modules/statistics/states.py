@@ -1,4 +1,4 @@
-"""What goes into or comes out of a module when the model reads prompts: keys, queries and memories of editors.
+"""Inputs and outputs of a module for given prompts, which editors use as keys and queries.
 
 Shapes: R rows, T tokens, H width of the state.
 """
@@ -23,7 +23,7 @@ MAX_WORDS = 32  # of an unrelated prompt
 def read_states(
     lm: LanguageModel, rows: Rows, site: str, output: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row_R, states_RTH) in parts: the input (or output) of module ``site`` at every token, float32."""
+    """Yields (row_R, states_RTH) by batch: the input (or output) of module ``site`` at every token, float32."""
     module = lm.net.get_submodule(site)
     for row_R in batches(rows):
         part = rows.select(row_R)
@@ -50,9 +50,9 @@ def last_states(
 
 
 def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str]:
-    """The first different texts of a corpus, each without its last word, as prompts end.
+    """The first ``count`` distinct texts of a corpus, each without its last word, like a prompt.
 
-    Texts that ``lm`` cannot read whole are left out.
+    Texts longer than the context of ``lm`` are left out.
     """
     prompts: dict[str, None] = {}
     for text in islice(corpus.texts(lm), 10 * count):
@@ -64,7 +64,7 @@ def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str
             break
     if len(prompts) < 2:
         raise ValueError(
-            f"the corpus {corpus.source!r} holds fewer than two different texts: use more"
+            f"the corpus {corpus.source!r} has fewer than two distinct texts: use more text"
         )
     return list(prompts)
 
@@ -72,7 +72,7 @@ def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str
 def neighbour_distance(
     lm: LanguageModel, prompts: Sequence[str], site: str, output: bool = False
 ) -> float:
-    """Median over prompts of the distance to the nearest other one, in the unedited model's states."""
+    """Median distance between a prompt and its nearest neighbour, in the states of the unedited model."""
     with lm.pristine():
         states_RH = last_states(lm, prompts, site, output)
     distance_RR = distances(states_RH, states_RH)
@@ -81,5 +81,5 @@ def neighbour_distance(
 
 
 def distances(a_RH: Tensor, b_QH: Tensor) -> Tensor:
-    """Euclidean distances, from differences: through products, those of near points would be rounding."""
+    """Euclidean distances, computed from differences because products lose precision for close points."""
     return torch.cdist(a_RH, b_QH, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,17 +1,17 @@
 """Causal tracing: which states carry a fact from its subject to its answer (Meng et al., 2022, arXiv 2202.05262).
 
-The subject's embeddings are corrupted with noise, so that the model no longer knows the answer; then one state
-of the clean run is put back, and the answer's probability measured:
+The subject's embeddings are corrupted with noise, so that the model no longer knows the answer. Then one state of
+the clean run is restored and the probability of the answer is measured:
 
     effect(token, layer) = mean over noise samples of P(answer | corrupted, state restored) - P(answer | corrupted)
 
 A state is the output of a block (``hidden``), or the outputs of the MLPs of a few neighbouring blocks (``mlp``).
 Effects are averaged over facts by the token's role.
 
-Departures from the authors' code: the answer is all of its tokens, not the first; the span of neighbouring
-MLPs grows with the model's depth (ten of 48 in theirs); tokens before the subject are left out, as their states
-are never corrupted. Where tracing peaks is not always where editing works best (Hase et al., 2023,
-arXiv 2301.04213): take it for a range.
+Departures from the authors' code: all tokens of the answer count, not only the first; the number of neighbouring
+MLPs is proportional to the model's depth (ten of 48 in theirs); tokens before the subject are left out, as their
+states are never corrupted. Editing does not always work best where the effect is largest (Hase et al., 2023, arXiv
+2301.04213), so use it as a range of candidates.
 
 Shapes: S noise samples, T tokens, K tokens of the subject, P positions restored, D width, L layers, N positions
 that predict answer tokens.
@@ -43,7 +43,7 @@ ROLES = (
 )
 LAST_SUBJECT = ROLES.index("last subject token")
 SITES = ("hidden", "mlp")
-MAX_ROWS = 256  # restored runs at once
+MAX_ROWS = 256  # per batch of restored runs
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class CausalTrace:
     """Mean effects over facts.
 
     Attributes:
-        effect: for each site a tensor [roles, layers]; NaN where no fact has such a token.
+        effect: for each site a tensor [roles, layers]; NaN where no fact has a token of that role.
         clean: mean probability of the answers.
-        corrupted: the same with a corrupted subject.
-        facts: how many there were.
+        corrupted: the same with corrupted subjects.
+        facts: number of facts.
     """
 
     effect: dict[str, Tensor]
@@ -73,16 +73,16 @@ def causal_trace(
     seed: int = 0,
     progress: bool = False,
 ) -> CausalTrace:
-    """Traces the true answers of some facts through the model, with the edits in force on it.
+    """Traces the true answers of some facts through the model, with its active edits.
 
     Args:
-        lm: should know the facts; of one that it does not know there is nothing to restore.
-        edits: each with its ``target_true``; their new targets do not matter.
-        samples: of the noise, run side by side.
-        noise: its standard deviation, in those of the subjects' embeddings.
-        window: how many neighbouring MLPs are restored together; by default a fifth of the blocks.
-        seed: of the noise.
-        progress: show a bar.
+        lm: the model, which should know the facts: there is nothing to restore for others.
+        edits: the facts, with ``target_true``; new targets are ignored.
+        samples: number of noise samples, which run side by side.
+        noise: standard deviation of the noise, relative to that of the subjects' embeddings.
+        window: number of neighbouring MLPs that are restored together; by default a fifth of the blocks.
+        seed: seed of the noise.
+        progress: show a progress bar.
     """
     if not edits:
         raise ValueError("no facts to trace")
@@ -118,7 +118,7 @@ class _Fact:
 
     def __init__(self, lm: LanguageModel, edit: Edit) -> None:
         if edit.target_true is None:
-            raise ValueError(f"{edit.text!r} has no true answer, and only those can be traced")
+            raise ValueError(f"{edit.text!r} has no true answer, which is what is traced")
         self.lm = lm
         self.rows = lm.tokens.rows([edit.text], [edit.target_true])
         self.first, last = lm.tokens.subject_span(edit.text, edit.subject_start, edit.subject)
@@ -146,7 +146,7 @@ class _Fact:
         return {name: first(output).reshape(length, -1) for name, (_, output) in seen.items()}
 
     def corrupt(self, noise_SKD: Tensor) -> None:
-        """Sets the noise, and measures the answer's probability without and with it."""
+        """Sets the noise and measures the probability of the answer without and with it."""
         zero = torch.zeros(1, dtype=torch.long, device=self.lm.device)
         self.noise_SKD = torch.zeros_like(noise_SKD[:1])
         self.clean = float(self._probability(self._tail(0, zero), zero, [])[0])
@@ -155,12 +155,12 @@ class _Fact:
         self.corrupted = float(self._probability(self._tail(0, every), every, []).mean())
 
     def forget(self) -> None:
-        """Frees the stored states; the numbers stay."""
+        """Frees the stored states, but not the probabilities."""
         self.tails.clear()
         self.__dict__.pop("states", None)
 
     def restored(self, site: str, layer: int, window: int) -> Tensor:
-        """Mean probability over the noise, with each position's state at ``layer`` put back; [P]."""
+        """Mean probability over noise samples with the state of each position at ``layer`` restored; [P]."""
         structure = self.lm.structure
         if site == "hidden":
             layers, name_of = range(layer, layer + 1), structure.block_name
@@ -179,7 +179,7 @@ class _Fact:
             sample_B = every.repeat(len(part))
             position_B = part.to(self.lm.device).repeat_interleave(count)
             hooks = [
-                (self.lm.net.get_submodule(name), _put_back(self.states[name], position_B))
+                (self.lm.net.get_submodule(name), _restore(self.states[name], position_B))
                 for name in names
             ]
             probability_B = self._probability(tail.select(sample_B), sample_B, hooks)
@@ -194,7 +194,7 @@ class _Fact:
     def _probability(
         self, tail: Tail, sample_B: Tensor, hooks: list[tuple[nn.Module, Hook]]
     ) -> Tensor:
-        """Of the whole answer in each row."""
+        """Probability of the whole answer in each row, [B]."""
         rows = self.rows.select(torch.zeros_like(sample_B))
         row_N, position_N = rows.answer_positions()
         with hooked([self._noisy(sample_B), *hooks]):
@@ -215,8 +215,8 @@ class _Fact:
         return self.lm.net.get_input_embeddings(), hook
 
 
-def _put_back(clean_TD: Tensor, position_B: Tensor) -> Hook:
-    """A hook that gives each row its clean state at one position."""
+def _restore(clean_TD: Tensor, position_B: Tensor) -> Hook:
+    """A hook that restores the clean state of one position in each row."""
 
     def hook(_module: nn.Module, _args: tuple, output: object) -> object:
         flat = first(output)

@@ -86,7 +86,7 @@ def _cached_gradient(lm: LanguageModel, layer: int, rows: Rows, top: int) -> Ten
         return None
 
     def run(part: Rows) -> Tensor:
-        tail = lm.reuse.higher(lm.reuse.tail(part.read, layer), top)
+        tail = lm.reuse.higher(lm.reuse.tail(part.without_last(), layer), top)
         with torch.enable_grad():
             states_BTD = first(tail.stored).requires_grad_()
             return torch.autograd.grad(_nll(tail, part).sum(), states_BTD)[0]

@@ -117,7 +117,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         rows = lm.tokens.rows([edit.text for edit in flat], [edit.target_new for edit in flat])
         owner_B = torch.tensor(owners, device=lm.device)
         with torch.no_grad():
-            tail = lm.reuse.tail(rows.read, self.lowest_layer)
+            tail = lm.reuse.tail(rows.without_last(), self.lowest_layer)
         deltas = self.deltas(tail, rows, owner_B, len(edits))
         return [delta.detach().scaled(self.scale) for delta in deltas]
 
@@ -302,7 +302,7 @@ class LearnedEditor(EditingModule, WeightEditor):
         prompts = [e.text for e in edits] + [p.prompt for p in (*outer, *local)]
         targets = [e.target_new for e in edits] + [str(p.target) for p in (*outer, *local)]
         rows = self.lm.tokens.rows(prompts, targets)
-        tail = self.lm.reuse.tail(rows.answers_read(2 * len(edits)), self.lowest_layer)
+        tail = self.lm.reuse.tail(rows.without_last(2 * len(edits)), self.lowest_layer)
         return rows, tail
 
 
