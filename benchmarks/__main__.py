@@ -1,10 +1,10 @@
-"""Speed as ratios against the plain way, both timed in one process on the same edits.
+"""Speed-ups over the reference path, both timed in one process on the same edits.
 
     python -m benchmarks [NAME ...] [--rounds 5] [--model smollm2] [--dtype bfloat16] [--device cuda]
 
-The plain way is our own code with ``reuse_prefix: false`` and ``parallel: 1``: the whole network for every
-step, one edit at a time, all logits. A script per claim; each first checks that both ways give the same result
-(in float32; with less precise weights it says how far they are apart).
+The reference path is this project's code with ``reuse_prefix: false`` and ``parallel: 1``: the whole network in
+every step, one edit at a time, all logits. Each benchmark first checks that both give the same result (in float32;
+with less precise weights it reports the difference).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCRIPTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SCRIPTS)}; all by default"
+        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(SCRIPTS)} (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=5)
     shapes = f"as for corrigenda, or {', '.join(SHAPES)} with random weights"
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
     if unknown := set(args.names) - SCRIPTS.keys():
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(SCRIPTS)}")
+        parser.error(
+            f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(SCRIPTS)}"
+        )
     kind = RandomModel if args.model in SHAPES else LanguageModel
     lm = kind(args.model, dtype=args.dtype, device=args.device)
     cases = Facts().cases("test")

@@ -1,4 +1,4 @@
-"""Evaluation of facts under their own edits: one after the other, or side by side over a shared prefix."""
+"""Evaluation of independent edits: one after the other, or side by side over a shared prefix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
     with editing_mode():
         deltas = editor.propose_each(lm, [case.edits for case in cases])
 
-    def plain() -> list[dict[str, float]]:
+    def reference() -> list[dict[str, float]]:
         lm.reuse.enabled = False
         results = []
         for case, delta in zip(cases, deltas, strict=True):
@@ -31,6 +31,6 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         module.conditions = Conditions(case_deltas=deltas)
         return [result.metrics for result in module.evaluate(cases)]
 
-    for a, b in zip(plain(), ours(), strict=True):
+    for a, b in zip(reference(), ours(), strict=True):
         require_close(lm, max(abs(a[name] - b[name]) for name in a), 1e-3)
-    yield ratio(f"evaluation of {len(cases)} edited cases", plain, ours, rounds)
+    yield ratio(f"evaluation of {len(cases)} edited cases", reference, ours, rounds)

@@ -1,4 +1,4 @@
-"""Free answers: every batch whole to its end over its whole texts, or without what has been said already."""
+"""Generation: every batch over its complete prompts until its last row ends, or with reuse of common prefixes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from benchmarks.side_by_side import ratio, require_close
 from corrigenda.datamodules.records import EditCase
 from corrigenda.modules.model.lm import LanguageModel
 
-SHOWN, ASKED = 12, 32
+SHOWN, COUNT = 12, 32
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     edits = [case.edits[0] for case in cases]
     shown = "".join(f"{edit.text} {edit.target_new}.\n" for edit in edits[:SHOWN])
-    asked = [edit.text for edit in edits[SHOWN:][:ASKED]]
+    texts = [edit.text for edit in edits[SHOWN:][:COUNT]]
     for name, prompts, tokens, stop in (
         (
-            f"{len(asked)} lines after the same {SHOWN}, read before",
-            [shown + text for text in asked],
+            f"{len(texts)} prompts with a common prefix of {SHOWN} lines, which is cached",
+            [shown + text for text in texts],
             24,
             "\n",
         ),
-        (f"{len(asked)} texts of 64 tokens", asked, 64, None),
+        (f"{len(texts)} texts of 64 tokens", texts, 64, None),
     ):
-        plain, ours = (
+        reference, ours = (
             partial(_answers, lm, prompts, tokens, stop, reuse) for reuse in (False, True)
         )
-        require_close(lm, float(plain() != ours()), 0.0)
-        yield ratio(name, plain, ours, rounds)
+        require_close(lm, float(reference() != ours()), 0.0)
+        yield ratio(name, reference, ours, rounds)
 
 
 def _answers(

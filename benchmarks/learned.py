@@ -1,9 +1,8 @@
-"""MEND: a training step, each pass through the whole network, or over what is kept of the texts.
+"""A training step of MEND: through the whole network, or with cached states of the frozen blocks.
 
-The plain step does what the authors' code does (arXiv 2110.11309): the edit's loss goes backward through the whole
-network and leaves a gradient in every weight, and every pass runs all blocks, and the head over all tokens. New
-texts are those of a first epoch: what the frozen blocks make of them is computed, once for all passes, and kept.
-Cached ones have been seen.
+The reference step is that of the authors' code (arXiv 2110.11309): the edit's loss is backpropagated through the
+whole network, with a gradient for every weight, and every pass runs all blocks, and the head on all tokens. New
+texts are those of a first epoch, whose states are computed once for all passes of the step and cached.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
               [case.probes["unrelated"][0] for case in cases])  # fmt: skip
 
     def step() -> tuple[list[float], Tensor]:
-        """Losses, and their gradient in the editor's weights."""
+        """The losses, and their gradient with respect to the editor's weights."""
         editor.zero_grad()
         edit_loss, kl = editor._losses(*chosen)
         (edit_loss + kl).backward()
         gradients = [p.grad.flatten() for p in editor.parameters() if p.grad is not None]
         return [edit_loss.item(), kl.item()], torch.cat(gradients)
 
-    def plain() -> tuple[list[float], Tensor]:
+    def reference() -> tuple[list[float], Tensor]:
         lm.reuse.enabled = False
         with patch("corrigenda.modules.editors.mend.gradient_factors", backward_through_all):
             return step()
@@ -60,22 +59,21 @@ def _steps(editor: MEND, cases: Sequence[EditCase], rounds: int) -> Iterator[str
             lm.reuse.keep(layers[0], lm.structure.num_layers)
         return step()
 
-    expected, gradient = plain()
+    expected, gradient = reference()
     for losses, same in (ours(new=True), ours(new=False)):
-        apart = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, losses, strict=True)]
-        require_close(lm, max(apart), 1e-4)
+        errors = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, losses, strict=True)]
+        require_close(lm, max(errors), 1e-4)
         require_close(lm, ((gradient - same).norm() / gradient.norm()).item(), 1e-4)
     edits = "1 edit" if len(cases) == 1 else f"{len(cases)} edits"
     for new, texts in ((True, "new"), (False, "cached")):
         name = f"MEND on blocks {layers[0]} to {layers[-1]}, a step of {edits}, {texts} texts"
-        yield ratio(name, plain, lambda new=new: ours(new), rounds)  # type: ignore[misc]
+        yield ratio(name, reference, lambda new=new: ours(new), rounds)  # type: ignore[misc]
 
 
 def backward_through_all(
     lm: LanguageModel, _tail: Tail, rows: Rows, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What :func:`corrigenda.modules.training.gradients.gradient_factors` gives, as a by-product of
-    ``loss.backward()``."""
+    """The result of :func:`corrigenda.modules.training.gradients.gradient_factors`, from ``loss.backward()``."""
     row_N, position_N = rows.answer_positions()
     target_N = rows.ids_BT[row_N, position_N + 1]
     weight_N = 1 / (rows.length_B - rows.start_B)[row_N]

@@ -1,4 +1,4 @@
-"""MEMIT: what writing many values takes beside the search for them, and a batch end to end."""
+"""MEMIT: the insertion of given values, and a batch of edits end to end."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from corrigenda.modules.model.lm import LanguageModel
 
 
 class GivenValues(MEMIT):
-    """MEMIT whose values are given, so that only their insertion is timed."""
+    """MEMIT with random values instead of optimised ones, so that only their insertion is timed."""
 
     def _search(
         self, lm: LanguageModel, edits: Sequence[Edit], site: str, v0_ND: Tensor
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         generator = torch.Generator().manual_seed(0)
-        moved_ND = torch.randn(v0_ND.shape, generator=generator).to(v0_ND)
-        return 0.5 * v0_ND.norm(dim=1, keepdim=True) * moved_ND / moved_ND.norm(
-            dim=1, keepdim=True
-        ), [{"loss": 0.0, "nll": 0.0, "iterations": 0} for _ in edits]
+        random_ND = torch.randn(v0_ND.shape, generator=generator).to(v0_ND)
+        change_ND = (
+            0.5 * v0_ND.norm(dim=1, keepdim=True) * random_ND / random_ND.norm(dim=1, keepdim=True)
+        )
+        return change_ND, [{"loss": 0.0, "nll": 0.0, "iterations": 0} for _ in edits]
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
-    """Insertions of given values, and a batch end to end; that one once, as it takes minutes."""
+    """Insertions of given values, and one round of a batch end to end, which takes minutes."""
     for count in (1, 10, 50):
-        plain, ours = _ways(lm, cases[:count], GivenValues)
-        found = difference([plain()], [ours()])
+        reference, ours = _ways(lm, cases[:count], GivenValues)
+        found = difference([reference()], [ours()])
         require_close(lm, found, 1e-3)
         name = f"MEMIT, insertion of {count} edit{'s' * (count > 1)} (updates agree to {found:.0e})"
-        yield ratio(name, plain, ours, rounds)
+        yield ratio(name, reference, ours, rounds)
     deltas: list[Delta] = []
-    plain, ours = _ways(lm, cases[:100], MEMIT, steps=5)
+    reference, ours = _ways(lm, cases[:100], MEMIT, steps=5)
     name = "MEMIT, 100 edits end to end, 5 steps each, one round"
-    row = ratio(name, lambda: deltas.append(plain()), lambda: deltas.append(ours()), rounds=1)
+    row = ratio(name, lambda: deltas.append(reference()), lambda: deltas.append(ours()), rounds=1)
     require_close(lm, difference(deltas[:1], deltas[1:]), 1e-3)
     yield row
 
@@ -51,7 +52,7 @@ def _ways(
     kind: type[MEMIT],
     **changes: Any,  # noqa: ANN401
 ) -> tuple[Callable[[], Delta], Callable[[], Delta]]:
-    """The plain way and ours to the update of some edits together."""
+    """Functions that compute the update of some edits, along the reference path and with reuse."""
     settings: dict[str, Any] = {"ridge": 0.1, "corpus": corpus(lm)} | changes
     first = lm.structure.num_layers // 10
     layers = list(range(max(0, first - 3), first + 1))

@@ -1,4 +1,4 @@
-"""Second moments of five layers: a pass over the text for each, or one for all."""
+"""Second moments of five layers: one pass over the text for each layer, or one for all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corrigenda.modules.statistics.moments import Moments
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
-    first = lm.structure.num_layers // 8  # as deep as MEMIT's layers, as published for Llama
+    first = lm.structure.num_layers // 8  # the relative depth of MEMIT's published layers for Llama
     layers = list(range(first, first + 5))
     tokens = max(6_000, 2 * lm.structure.inner_width)
 
@@ -28,13 +28,13 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
                 found |= service.gather(group, progress=False)
         return found
 
-    def plain() -> dict[int, torch.Tensor]:
+    def reference() -> dict[int, torch.Tensor]:
         return gather([[layer] for layer in layers])
 
     def ours() -> dict[int, torch.Tensor]:
         return gather([layers])
 
-    apart, together = plain(), ours()
+    expected, found = reference(), ours()
     for layer in layers:
-        torch.testing.assert_close(apart[layer], together[layer], rtol=1e-4, atol=1e-6)
-    yield ratio("second moments, five layers", plain, ours, rounds)
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-6)
+    yield ratio("second moments, five layers", reference, ours, rounds)

@@ -1,4 +1,4 @@
-"""Knowledge neurons: attributions in all layers, a point of the integral at a time or all together."""
+"""Knowledge neurons: attributions in all layers, with the points of the integral one by one or in one batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from corrigenda.modules.model.lm import LanguageModel
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
     edit = cases[0].edits[0]
-    asked = lm.tokens.rows([edit.text], [str(edit.target_true)])
+    fact = lm.tokens.rows([edit.text], [str(edit.target_true)])
 
     def run(reuse: bool) -> torch.Tensor:
         lm.reuse.enabled = reuse
-        return attributions(lm, asked, points=10, batch_rows=10 if reuse else 1)
+        return attributions(lm, fact, points=10, batch_rows=10 if reuse else 1)
 
-    plain, ours = run(False), run(True)
-    found = ((plain - ours).norm() / plain.norm()).item()
+    reference, ours = run(False), run(True)
+    found = ((reference - ours).norm() / reference.norm()).item()
     require_close(lm, found, 1e-3)
     name = f"KN, attributions in all layers, 10 points (agree to {found:.0e})"
     yield ratio(name, lambda: run(False), lambda: run(True), rounds)

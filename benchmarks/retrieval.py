@@ -1,6 +1,7 @@
-"""SERAC's look-up: the memory encoded anew for every question, as in the authors' code, or the question alone.
+"""SERAC's look-up: encoding the whole memory for every query, as the authors' code does, or only the query.
 
-Of 100,000 edits the plain way encodes 200, and its time is multiplied. Their vectors are made up, in clusters.
+For 100,000 edits the reference path encodes 200, and its time is multiplied. Their vectors are random, in
+clusters.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
     few.add(texts[:FEW])
     exact, indexed = _many(encoder, exact_up_to=MANY), _many(encoder, exact_up_to=0)
 
-    def plain(count: int) -> Tensor:
+    def reference(count: int) -> Tensor:
         vectors_ND = encoder.encode(texts[:count] + question)
         return (vectors_ND[:-1] @ vectors_ND[-1]).argmax()
 
-    if plain(FEW) != few.search(question, 1)[1].item():
-        raise AssertionError("the two ways find different edits")
-    asked_BD = exact.vectors_ND[:1]
-    if exact.nearest(asked_BD, 1, MANY)[1] != indexed.nearest(asked_BD, 1, MANY)[1]:
-        raise AssertionError("the index misses what an exact search finds")
+    if reference(FEW) != few.search(question, 1)[1].item():
+        raise AssertionError("the two look-ups find different edits")
+    query_BD = exact.vectors_ND[:1]
+    if exact.nearest(query_BD, 1, MANY)[1] != indexed.nearest(query_BD, 1, MANY)[1]:
+        raise AssertionError("the index does not find the nearest vector")
     indexed.search(question, 1)
     size = indexed.nbytes / 2**20
     yield from [
-        ratio(f"look-up among {FEW} edits", lambda: plain(FEW), lambda: few.search(question, 1), rounds),
-        ratio(f"look-up among {MANY:,} edits (memory of {size:.0f} MiB)", lambda: plain(TIMED),
+        ratio(f"look-up among {FEW} edits", lambda: reference(FEW), lambda: few.search(question, 1), rounds),
+        ratio(f"look-up among {MANY:,} edits (memory of {size:.0f} MiB)", lambda: reference(TIMED),
               lambda: indexed.search(question, 1), rounds, times=MANY // TIMED),
-        ratio(f"nearest of {MANY:,} vectors, exactly or by the index",
-              lambda: exact.nearest(asked_BD, 1, MANY), lambda: indexed.nearest(asked_BD, 1, MANY), rounds),
+        ratio(f"nearest of {MANY:,} vectors, by exact and by indexed search",
+              lambda: exact.nearest(query_BD, 1, MANY), lambda: indexed.nearest(query_BD, 1, MANY), rounds),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Two ways to the same result, timed in turn in one process: what every benchmark here is made of."""
+"""Times two computations of the same result in turn, in one process."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ def seconds(work: Callable[[], object]) -> float:
 
 def ratio(
     name: str,
-    plain: Callable[[], object],
+    reference: Callable[[], object],
     ours: Callable[[], object],
     rounds: int,
     times: int = 1,
 ) -> str:
-    """One table row: both in turn; the median of the rounds' ratios and their range.
+    """A table row: both are timed in turn; the median and the range of the rounds' ratios.
 
-    Neither is warmed up here: whoever checks first that both give the same result has done that. Where ``plain``
-    would take too long it does one part of ``times`` equal ones, and its time is multiplied.
+    Both should have run before, to warm up, which a check of their results does. If ``reference`` would take too
+    long, it computes one of ``times`` equal parts, and its time is multiplied.
     """
-    pairs = [(times * seconds(plain), seconds(ours)) for _ in range(rounds)]
+    pairs = [(times * seconds(reference), seconds(ours)) for _ in range(rounds)]
     ratios = [a / b for a, b in pairs]
-    median_plain, median_ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    median_reference, median_ours = (
+        statistics.median(column) for column in zip(*pairs, strict=True)
+    )
     return (
-        f"| {name} | {_short(median_plain)} | {_short(median_ours)} | {statistics.median(ratios):.1f} "
+        f"| {name} | {_short(median_reference)} | {_short(median_ours)} | {statistics.median(ratios):.1f} "
         f"| {min(ratios):.1f} to {max(ratios):.1f} |"
     )
 
@@ -49,12 +51,12 @@ def _short(time: float) -> str:
 
 
 def corpus(lm: LanguageModel) -> Corpus:
-    """The text of the second moments, ten times as long as keys are wide."""
+    """The text for second moments, with ten tokens per key dimension."""
     return Corpus("facts", max(20_000, 10 * lm.structure.inner_width))
 
 
 def difference(a: Sequence[Delta], b: Sequence[Delta]) -> float:
-    """Largest relative difference between the updates of two ways."""
+    """The largest relative difference between two lists of updates."""
     worst = 0.0
     for left, right in zip(a, b, strict=True):
         for name in left.updates:
@@ -64,6 +66,6 @@ def difference(a: Sequence[Delta], b: Sequence[Delta]) -> float:
 
 
 def require_close(lm: LanguageModel, found: float, limit: float) -> None:
-    """A faster wrong answer is a failure. Less precise weights than float32 round more than any limit allows."""
+    """Raises AssertionError for a difference above the limit; only float32 is precise enough to check it."""
     if lm.net.dtype == torch.float32 and not found <= limit:
-        raise AssertionError(f"the two ways differ by {found:.1e}, more than {limit:.0e}")
+        raise AssertionError(f"the results differ by {found:.1e}, more than {limit:.0e}")

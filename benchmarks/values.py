@@ -1,4 +1,4 @@
-"""ROME's edits: the search for values from stored states, of several facts together, and the whole edit."""
+"""ROME: whole edits whose value search reuses stored states, for single facts and for several together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from corrigenda.modules.model.lm import LanguageModel
 
 
 def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[str]:
-    """Six facts, each a round of its own, and together; 10 steps in 21 contexts.
+    """Six facts, each in a round of its own, and all together; 10 steps in 21 contexts.
 
-    A step runs the tokens from the subject on: most of a text whose subject is early, few where it is late.
+    A step runs the tokens from the subject on, which are most of the text if the subject is early.
     """
     layer = lm.structure.num_layers // 10
     editor = ROME(layer, corpus=corpus(lm), steps=10)
@@ -30,8 +30,8 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
                 delta = editor.propose(lm, group)
             yield delta
 
-    def plain() -> list[Delta]:
-        """The whole network in every step, all logits."""
+    def reference() -> list[Delta]:
+        """Runs the whole network in every step, with all logits."""
         return list(one_by_one(reuse=False))
 
     def together() -> list[Delta]:
@@ -39,16 +39,16 @@ def rows(lm: LanguageModel, cases: Sequence[EditCase], rounds: int) -> Iterator[
         with editing_mode():
             return editor.propose_each(lm, edits)
 
-    expected = plain()
-    apart = []
+    expected = reference()
+    errors = []
     for found in (list(one_by_one(reuse=True)), together()):
-        apart.append(difference(expected, found))
-        require_close(lm, apart[-1], 1e-3)
+        errors.append(difference(expected, found))
+        require_close(lm, errors[-1], 1e-3)
         steps = [[d.metadata["notes"][0]["iterations"] for d in way] for way in (expected, found)]
         if lm.net.dtype == torch.float32 and steps[0] != steps[1]:
-            raise AssertionError(f"the two ways took {steps[0]} and {steps[1]} steps")
-    plain_each, ours_each = one_by_one(reuse=False), one_by_one(reuse=True)
-    yield ratio(f"ROME, 1 edit, six in turn (updates agree to {apart[0]:.0e})",
-                lambda: next(plain_each), lambda: next(ours_each), len(edits))  # fmt: skip
-    name = f"ROME, 6 edits together (updates agree to {apart[1]:.0e})"
-    yield ratio(name, plain, together, rounds)
+            raise AssertionError(f"the two searches took {steps[0]} and {steps[1]} steps")
+    reference_each, ours_each = one_by_one(reuse=False), one_by_one(reuse=True)
+    yield ratio(f"ROME, 1 edit, six in turn (updates agree to {errors[0]:.0e})",
+                lambda: next(reference_each), lambda: next(ours_each), len(edits))  # fmt: skip
+    name = f"ROME, 6 edits together (updates agree to {errors[1]:.0e})"
+    yield ratio(name, reference, together, rounds)
