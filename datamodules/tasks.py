@@ -75,7 +75,7 @@ class Tasks:
         """Deals cases out to the tasks; returns those dealt, in the order of the tasks."""
         pool = list(cases)[: self.enough]
         shuffled = random.Random(f"tasks {self.seed}")
-        groups = self._groups(pool, shuffled)
+        groups = self._groups(list(pool), shuffled)
         if len(groups) < self.number:
             raise DataError(
                 f"{self.number} tasks by {self.by} with {self.size or 'any number of'} cases each cannot be made "
@@ -89,9 +89,10 @@ class Tasks:
         return [case for task in self.cases for case in task]
 
     def _groups(self, pool: list[EditCase], shuffled: random.Random) -> dict[str, list[EditCase]]:
-        """Every task that the cases make, by its name; shuffles the pool."""
+        """Every task that the cases make, by its name."""
         least = self.size or 1
         if self.by == "chunk":
+            pool = pool[: self.number * least]
             shuffled.shuffle(pool)
             starts = range(0, len(pool) - least + 1, least)
             return {str(n): pool[start : start + least] for n, start in enumerate(starts, start=1)}
@@ -120,14 +121,19 @@ class Tasks:
                 f"--data.tasks.unrelated {self.unrelated} needs {wanted} cases with a true answer about other "
                 f"subjects than the tasks', and there are {len(others)}: lower it, or give more cases"
             )
-        for number, task in enumerate(self.cases):
-            probes = others[number * self.unrelated :][: self.unrelated]
-            self.cases[number] = [
-                replace(
-                    case, probes={**case.probes, "unrelated": tuple(probes[place :: len(task)])}
-                )
-                for place, case in enumerate(task)
+        # Which probes a case gets depends on the data alone, so that runs under other seeds evaluate the same.
+        place = {case.case_id: n for n, case in enumerate(c for c in pool if c.case_id in ids)}
+        self.cases = [
+            [
+                self._with_unrelated(case, others[place[case.case_id] : wanted : len(ids)])
+                for case in task
             ]
+            for task in self.cases
+        ]
+
+    @staticmethod
+    def _with_unrelated(case: EditCase, probes: Sequence[Probe]) -> EditCase:
+        return replace(case, probes={**case.probes, "unrelated": tuple(probes)})
 
 
 def _grouped(cases: Sequence[EditCase], by: By) -> dict[str, list[EditCase]]:

@@ -27,6 +27,7 @@ from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.logs import read_training
 from corrigenda.pipeline.report.records import parse
 from corrigenda.pipeline.run_folder import last_checkpoint, read_progress, require_same
+from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class RunWriter(Callback):
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
             "protocols": {
-                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{edit.schedule}"
+                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{'tasks' if tasks_of(trainer) else edit.schedule}"
                 for name in module.means
             },
             "means": module.means,

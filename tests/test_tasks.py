@@ -15,6 +15,8 @@ from corrigenda.datamodules.tasks import TaskLoader, Tasks
 from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.metrics import continual
 from corrigenda.pipeline import checkpointing
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import sequences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -67,13 +69,15 @@ def test_the_name_of_a_task_is_no_part_of_what_is_evaluated():
 
 
 def test_unrelated_probes_are_of_subjects_that_no_task_edits():
-    tasks = Tasks(2, 3, unrelated=4)
-    tasks.deal([case(n) for n in range(14)])
-    edited = {c.edits[0].text for task in tasks.cases for c in task}
-    probes = [[p.prompt for c in task for p in c.probes["unrelated"]] for task in tasks.cases]
-    assert [len(part) for part in probes] == [4, 4]
-    assert len({*probes[0], *probes[1]}) == 8 and not edited & {*probes[0], *probes[1]}
-    assert all(p.target == "true" for c in tasks.cases[0] for p in c.probes["unrelated"])
+    tasks, other = Tasks(2, 3, unrelated=4), Tasks(2, 3, unrelated=4, seed=1)
+    dealt = tasks.deal([case(n) for n in range(14)])
+    edited = {c.edits[0].text for c in dealt}
+    probes = [p for c in dealt for p in c.probes["unrelated"]]
+    assert len({p.prompt for p in probes}) == len(probes) == 8
+    assert not edited & {p.prompt for p in probes} and all(p.target == "true" for p in probes)
+    # Under another seed the same cases are evaluated in the same way, in another order.
+    again = other.deal([case(n) for n in range(14)])
+    assert {c.fingerprint for c in again} == {c.fingerprint for c in dealt} and again != dealt
 
 
 @pytest.mark.parametrize(
@@ -341,3 +345,83 @@ def test_a_budget_of_seconds_ends_a_run_early(stream, corrigenda, tmp_path, caps
     words = ["validate", *stream[1 : stream.index("--data.tasks.number")], "--data.limit", "2"]
     assert corrigenda(*words, "--run_dir", tmp_path / "other", "--budget.seconds", "1") == 2
     assert "leave --budget out" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- reporting
+
+
+def task_run(values, sizes=(2, 2), **more):
+    values = {"efficacy/exact": torch.tensor(values, dtype=torch.float64)}
+    return sequences.TaskRun(sizes, range(len(sizes) + 1), values | more)
+
+
+FORGETS = task_run([[0, 0, 0, 0], [1, 1, 0, 1], [0, 1, 1, 1]])
+KEEPS = task_run([[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]])
+
+
+def test_statistics_of_a_hand_worked_run():
+    assert FORGETS.matrix("efficacy/exact")[0].tolist() == [[0, 0], [1, 0.5], [0.5, 1]]
+    found = sequences.statistics([FORGETS])
+    assert {name: interval.value for name, interval in found.items()} == pytest.approx(
+        {
+            "efficacy exact": 0.75,
+            "incremental": (1 + 0.75) / 2,
+            "backward transfer": -0.5,
+            "forgetting": 0.5,
+            "forward transfer": 0.5,
+        }
+    )
+    assert all(interval.low <= interval.value <= interval.high for interval in found.values())
+    # One of two cases was forgotten: a resample may hold neither of it, or it twice.
+    assert found["forgetting"][1:] == (0.0, 1.0)
+
+
+def test_a_mean_over_seeds_has_a_narrower_interval_than_one_of_them():
+    one, two = (
+        sequences.statistics(parts)["forgetting"] for parts in ([FORGETS], [FORGETS, KEEPS])
+    )
+    assert two.value == 0.25 and two.high - two.low < one.high - one.low
+
+
+def test_differences_are_paired_case_by_case():
+    found = sequences.differences([KEEPS], [FORGETS])
+    assert found["forgetting"].value == -0.5 and found["incremental"].value == pytest.approx(0.125)
+    same = sequences.differences([FORGETS], [FORGETS])
+    assert all(interval == (0, 0, 0) for interval in same.values())
+    other = task_run([[0, 0, 0], [1, 1, 1]], sizes=(3,))
+    assert sequences.differences([KEEPS], [other]) == {}
+
+
+def test_cases_without_a_value_do_not_count():
+    some = torch.tensor([[1, torch.nan, 1, 0], [1, torch.nan, 0, 0], [0, torch.nan, 1, 1]])
+    run = task_run([[0] * 4] * 3, **{"locality/agreement": some.double()})
+    assert run.matrix("locality/agreement")[0].tolist() == [[1, 0.5], [1, 0], [0, 1]]
+    assert sequences.statistics([run])["locality agreement"].value == 0.5
+
+
+def test_joint_training_has_a_final_accuracy_and_no_forgetting():
+    values = {"efficacy/exact": torch.tensor([[0, 0, 0], [1, 1, 0]]).double()}
+    found = sequences.statistics([sequences.TaskRun((2, 1), [0, 2], values)])
+    assert found.keys() == {"efficacy exact"} and found["efficacy exact"].value == 0.5
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"tasks": 1}', '{"tasks": [], "learned": [0], "metrics": {"a": 1}}']
+)
+def test_a_damaged_file_of_tasks_is_refused(text, tmp_path):
+    (tmp_path / "tasks.json").write_text(text)
+    with pytest.raises(UserError, match=r"tasks\.json is damaged"):
+        sequences.read_tasks(tmp_path)
+
+
+def test_a_study_compares_editing_with_fine_tuning(stream, tuning, corrigenda, tmp_path):
+    runs = [{"name": "ft", "args": [str(word) for word in tuning]},
+            {"name": "edits", "args": [str(word) for word in stream]}]  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps({"baseline": "ft", "runs": runs}))
+    assert corrigenda("compare", "study.yaml") == 0
+    text = (tmp_path / "runs/study/report.md").read_text()
+    assert (
+        "## Tasks\n" in text and "## Tasks: difference to ft" in text and "| forgetting |" in text
+    )
+    page = (tmp_path / "runs/study/report.html").read_text()
+    assert "Below the diagonal" in page and "src=" not in page

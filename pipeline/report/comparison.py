@@ -10,8 +10,11 @@ from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from corrigenda.modules.metrics import bootstrap_interval, harmonic_score, paired_difference
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report import sequences
 from corrigenda.pipeline.report.logs import Training
 from corrigenda.pipeline.report.runs import Row, Run
 
@@ -57,6 +60,9 @@ class Comparison:
     scores: Mapping[str, float]
     notes: Sequence[str]
     trainings: Sequence[Training]
+    tasks: Mapping[str, Mapping[str, sequences.Interval]]
+    task_differences: Mapping[str, Mapping[str, sequences.Interval]]
+    matrices: Mapping[str, Mapping[str, Tensor]]
 
     def metrics(self, wanted: Iterable[str] = HEADLINE) -> list[str]:
         """Those of the wanted metrics that any run has."""
@@ -101,6 +107,7 @@ def join(
     for single in (single for run in runs for single in run.seeds or [run]):
         _require_same_probes(runs[0], single, case_ids)
     values = {run.name: _values(run, case_ids) for run in runs}
+    learned = {run.name: found for run in runs if (found := sequences.of_run(run))}
     estimates = {run.name: _estimates(run, case_ids) for run in runs}
     return Comparison(
         runs=runs,
@@ -120,6 +127,13 @@ def join(
         },
         notes=notes,
         trainings=trainings,
+        tasks={name: sequences.statistics(found) for name, found in learned.items()},
+        task_differences={
+            name: sequences.differences(parts, learned[baseline])
+            for name, parts in learned.items()
+            if baseline in learned and name != baseline
+        },
+        matrices={name: sequences.mean_matrices(found) for name, found in learned.items()},
     )
 
 

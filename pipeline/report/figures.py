@@ -19,6 +19,7 @@ from corrigenda.pipeline.report.curves import (
     retention_figure,
     size_figure,
 )
+from corrigenda.pipeline.report.heat_maps import task_figure
 from corrigenda.pipeline.report.style import INK, STYLE, Colours, palette, words
 from corrigenda.pipeline.report.tables import ABSENT, BUDGET, budget_text
 
@@ -34,6 +35,8 @@ def pictures(comparison: Comparison) -> list[tuple[str, str]]:
         _budget_figure: "The cost of an edit, as measured in each run.",
         retention_figure: "Solid: all cases edited so far. "
         f"Dotted: the latest edits, trailing mean over {TRAIL}.",
+        task_figure: "Rows: before the first task and after each. Columns: the tasks. Below the diagonal "
+        "are the tasks learned so far, above it those to come.",
         size_figure: "The same cases with an increasing number of active edits. "
         "Bands: 95 % intervals over the cases.",
         learning_figure: "Training. Losses: every logged step (faint) and the trailing mean over "

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from corrigenda.pipeline.report.comparison import HEADLINE, Comparison, Estimate
 from corrigenda.pipeline.report.runs import Run
+from corrigenda.pipeline.report.sequences import Interval
 
 MAX_CURVE_ROWS = 20
 ABSENT = "–"
@@ -29,6 +30,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
     """All tables that have content: the headline first, all metrics last."""
     tables = [headline_table(comparison)]
     tables += [_difference_table(comparison)] if comparison.differences else []
+    tables += _task_tables(comparison)
     tables += [_budget_table(comparison), _run_table(comparison)]
     tables += [_curve_table(comparison)] if comparison.repeated_runs else []
     return [*tables, _metric_table(comparison)]
@@ -61,6 +63,44 @@ def _difference_table(comparison: Comparison) -> Table:
     ]
     note = "×100, run minus baseline, paired by case. A difference is significant if its interval excludes 0."
     return Table(f"Difference to {comparison.baseline}", _header("run", metrics), rows, note)
+
+
+def _task_tables(comparison: Comparison) -> list[Table]:
+    """What runs that learned a sequence of tasks know at its end, and what they forgot on the way."""
+    if not comparison.tasks:
+        return []
+    columns = list(dict.fromkeys(name for found in comparison.tasks.values() for name in found))
+    note = (
+        "×100, with 95 % intervals over resampled cases. Each criterion: the mean over all tasks after the last. "
+        "Of efficacy exact also: its mean over the tasks learned so far, averaged over the sequence "
+        "(incremental); what earlier tasks lost (backward transfer, forgetting); what later ones gained before "
+        "they were learned (forward transfer)."
+    )
+    tables = [_interval_table("Tasks", columns, comparison.tasks, "z.1f", note)]
+    if comparison.task_differences:
+        title = f"Tasks: difference to {comparison.baseline}"
+        note = "×100, run minus baseline on the same resampled cases."
+        tables.append(_interval_table(title, columns, comparison.task_differences, "+z.1f", note))
+    return tables
+
+
+def _interval_table(
+    title: str,
+    columns: Sequence[str],
+    found: Mapping[str, Mapping[str, Interval]],
+    style: str,
+    note: str,
+) -> Table:
+    def cell(interval: Interval | None) -> str:
+        if interval is None:
+            return ABSENT
+        value, low, high = (f"{100 * number:{style}}" for number in interval)
+        return f"{value} [{low}, {high}]"
+
+    rows = [
+        [name, *(cell(of_run.get(column)) for column in columns)] for name, of_run in found.items()
+    ]
+    return Table(title, ["run", *columns], rows, note)
 
 
 def _header(first: str, metrics: Sequence[str]) -> list[str]:
