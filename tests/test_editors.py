@@ -117,8 +117,13 @@ def test_editing_raises_the_target_and_touches_what_it_says(lm, editor):
 
 def test_no_edit_at_all_is_refused(lm, make):
     kept = weights(lm)
-    with pytest.raises(EditError, match="was given no edit: give at least one"):
-        make(lm).edit(lm, [])
+    editor = make(lm)
+    for call in (editor.edit, editor.propose):
+        with pytest.raises(EditError, match="was given no edit: give at least one"):
+            call(lm, [])
+    for groups in ([], [EDITS[:1], []]):
+        with pytest.raises(EditError, match="was given no edit: give at least one"):
+            editor.propose_each(lm, groups)
     assert not changed(lm, kept) and not lm.handles
 
 

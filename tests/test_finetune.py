@@ -203,11 +203,6 @@ def test_a_layer_that_does_not_exist_is_named(lm):
         FT([7]).propose(lm, EDITS)
 
 
-def test_no_edits_are_refused(lm):
-    with pytest.raises(ValueError, match="group of edits is empty"):
-        FT([0]).propose(lm, [])
-
-
 # ---------------------------------------------------------------------------- the losses
 
 

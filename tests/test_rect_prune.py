@@ -176,11 +176,14 @@ def test_only_large_singular_values_are_restrained(lm, base):
     wanted = restrained(u * values @ v, sigma, base)
 
     class Fixed(WeightEditor):
+        def __init__(self, update):
+            self.update = update
+
         def propose(self, lm, edits):
-            return Delta({name: edits})
+            return Delta({name: self.update})
 
     for update in (u * values @ v, LowRank(u * values, v), (u * values @ v).float()):
-        got = PRUNE(Fixed(), base).propose(lm, update)
+        got = PRUNE(Fixed(update), base).propose(lm, EDITS[:1])
         torch.testing.assert_close(got.dense(name), wanted, rtol=0, atol=1e-5)
         inner, small = svd(got.updates[name])[0], values <= sigma
         torch.testing.assert_close((inner.T @ u).abs().amax(0), torch.ones(len(u)).double(),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Editor(ABC):
@@ -37,8 +40,7 @@ class Editor(ABC):
 
     def check_edits(self, edits: Sequence[Edit]) -> None:
         """Raises EditError if there are none; warns once if some contradict each other."""
-        if not edits:
-            raise EditError(f"{type(self).__name__} was given no edit: give at least one")
+        self._require_edits([edits])
         targets: dict[str, str] = {}
         against = [
             (edit.text, other, edit.target_new)
@@ -48,6 +50,10 @@ class Editor(ABC):
         if against:
             log.warning("%r is to be both %r and %r (%d such prompts): edited together, at most one can hold",
                         *against[0], len({text for text, *_ in against}))  # fmt: skip
+
+    def _require_edits(self, groups: Sequence[Sequence[Edit]]) -> None:
+        if min(map(len, groups), default=0) == 0:
+            raise EditError(f"{type(self).__name__} was given no edit: give at least one")
 
     def prepare(self, lm: LanguageModel) -> None:  # noqa: B027  optional
         """Computes what the first edit needs (statistics, prompts), once per model; idempotent."""
@@ -75,8 +81,30 @@ class Editor(ABC):
         }
 
 
+def _with_edits(
+    propose: Callable[[Any, LanguageModel, T], R], groups: Callable[[T], Sequence[Sequence[Edit]]]
+) -> Callable[[Any, LanguageModel, T], R]:
+    """The method ``propose``, which first raises EditError if a group of edits is empty."""
+
+    @wraps(propose)
+    def checked(self: Editor, lm: LanguageModel, edits: T) -> R:
+        self._require_edits(groups(edits))
+        return propose(self, lm, edits)
+
+    return checked
+
+
 class WeightEditor(Editor):
-    """A method that updates weights: ``propose`` computes the update, ``edit`` writes it."""
+    """A method that updates weights: ``propose`` computes the update, ``edit`` writes it.
+
+    Whatever a method's ``propose`` and ``propose_each`` do, they raise EditError where there is no edit.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init_subclass__(**kwargs)
+        for name, groups in (("propose", lambda edits: [edits]), ("propose_each", list)):
+            if name in cls.__dict__:
+                setattr(cls, name, _with_edits(cls.__dict__[name], groups))
 
     @abstractmethod
     def propose(self, lm: LanguageModel, edits: Sequence[Edit]) -> Delta:
@@ -87,6 +115,7 @@ class WeightEditor(Editor):
 
         Methods that can compute them side by side, with equal results, override this.
         """
+        self._require_edits(edits)
         return [self.propose(lm, group) for group in edits]
 
     def edit(self, lm: LanguageModel, edits: Sequence[Edit]) -> WeightPatch:

@@ -206,8 +206,6 @@ class Problems:
     def of(
         cls, editor: GradientEditor, lm: LanguageModel, groups: Sequence[Sequence[Edit]]
     ) -> Problems:
-        if not all(groups):
-            raise ValueError("a group of edits is empty: give at least one edit")
         edits = [edit for group in groups for edit in group]
         rows = lm.tokens.rows([e.text for e in edits], [e.target_new for e in edits])
         size_E = torch.tensor([len(group) for group in groups], device=lm.device)
