@@ -111,13 +111,22 @@ ZERO_MEANS = {
     "margin": "no drift is allowed",
     "least_margin": "the margin may shrink to nothing",
     "num_negatives": "only pairs within scope",
+    "strength": "plain fine-tuning",
+    "gamma": "only the last task counts",
+    "to_base": "any distance from the base",
+    "to_last": "any distance from the last task",
     "generate_tokens": "no free answers",
     "val_fraction": "nothing is held out",
     "tolerance": "all tokens are read",
     "cache_memory_gib": "nothing is kept there",
     "cache_disk_gib": "nothing is kept there",
 }
-BUT_NOT = {("AlphaEdit", "threshold"), ("MEMIT", "ridge"), ("MALMEN", "num_normalising")}
+BUT_NOT = {
+    ("AlphaEdit", "threshold"),
+    ("MEMIT", "ridge"),
+    ("MALMEN", "num_normalising"),
+    ("MALMEN", "strength"),
+}
 NEGATIVE_MEANS = {("MemPrompt", "threshold"): "a cosine"}
 INFINITE_MEANS = {("ROME", "largest_change"): "no limit"}
 

@@ -26,7 +26,8 @@ from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.training.learned import mlp_matrices
-from corrigenda.modules.training.tuning import GradientEditor, Loss
+from corrigenda.modules.training.target_rows import Loss
+from corrigenda.modules.training.tuning import GradientEditor
 
 
 class FT(GradientEditor):
@@ -67,7 +68,7 @@ class FT(GradientEditor):
     def lowest_layer(self, lm: LanguageModel) -> int:
         return self.layers[0]
 
-    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
+    def start(self, lm: LanguageModel, count: int, task: int = 0) -> dict[str, Tensor]:
         leaves = {}
         for name in mlp_matrices(lm, self.layers, self.projections):
             module = lm.net.get_submodule(name)

@@ -23,7 +23,10 @@ from corrigenda.modules import checks
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import is_linear, sizes
-from corrigenda.modules.training.tuning import GradientEditor, Loss
+from corrigenda.modules.training.target_rows import Loss
+from corrigenda.modules.training.tuning import GradientEditor
+
+BETWEEN_TASKS = 1_000_003  # between the seeds of one task and the next
 
 
 class LoRA(GradientEditor):
@@ -70,8 +73,8 @@ class LoRA(GradientEditor):
     def lowest_layer(self, lm: LanguageModel) -> int:
         return self.layers[0] if self.layers else 0
 
-    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
+    def start(self, lm: LanguageModel, count: int, task: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + BETWEEN_TASKS * task)
         leaves = {}
         for layer in self.layers if self.layers is not None else range(lm.structure.num_layers):
             for name in self._names(lm, layer):

@@ -19,6 +19,7 @@ from corrigenda.modules.model.handle import Answering, EditHandle, PromptBatch
 from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.model.placement import device_of
 from corrigenda.modules.model.structure import Structure, find_structure
+from corrigenda.modules.model.substitution import needs_substitution, substituted
 
 
 class ActiveEdits:
@@ -82,6 +83,13 @@ class ActiveEdits:
         """Inside, row b runs through the model edited by ``deltas[owner_B[b]]``."""
         if not deltas:
             return nullcontext()
+        if needs_substitution(self.net, deltas):
+            if len(deltas) > 1:
+                raise ValueError(
+                    f"{len(deltas)} updates of embeddings or norms cannot run side by side: evaluate them one "
+                    "by one (--data.batch_size 1)"
+                )
+            return substituted(self.net, deltas[0])
         if owner_B is None:
             if len(deltas) > 1:
                 raise ValueError("several deltas need owner_B, the delta of each row")

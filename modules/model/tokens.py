@@ -107,17 +107,21 @@ class Tokens:
         """A prompt and its target as one text, see :func:`corrigenda.datamodules.records.joined`."""
         return joined(prompt, target, self.separator)
 
-    def rows(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> Rows:
-        """Encodes prompts, each followed by its target if targets are given.
+    def rows(
+        self, prompts: Sequence[str], targets: Sequence[str] | None = None, end: bool = False
+    ) -> Rows:
+        """Encodes prompts, each followed by its target if targets are given, with ``end`` by end-of-text, too.
 
-        Raises ValueError for an empty target, and for a text that does not fit into the model's context.
+        Raises ValueError for an empty target, for a text that does not fit into the model's context, and for a
+        tokenizer without an end-of-text token where it is wanted.
         """
+        ending = [self.end_token] if end else []
         prompts = [prompt_end(prompt) for prompt in prompts]
         if targets is None:
             ids = self.encode_whole(prompts)
             return self.pad(ids, [len(row) for row in ids])
         joint = [self.join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-        encoded = self.encode_whole(prompts + joint)
+        encoded = self.encode_whole(prompts + joint, len(ending))
         alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
         starts = []
         for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
@@ -127,7 +131,15 @@ class Tokens:
             if start >= len(row) or not target.strip():
                 raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
             starts.append(start)
-        return self.pad(ids, starts)
+        return self.pad([row + ending for row in ids], starts)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text; raises ValueError if the tokenizer has none."""
+        token = self.tokenizer.eos_token_id
+        if token is None:
+            raise ValueError(f"the tokenizer of {self.name!r} has no token that ends a text")
+        return int(token)
 
     def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
         """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""

@@ -26,6 +26,8 @@ PARTS = {
     "matrices": list,
     "scope": dict,
     "counterfactual": dict,
+    "tasks": dict,
+    "replay": dict,
 }
 
 

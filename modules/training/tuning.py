@@ -15,10 +15,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -29,12 +29,12 @@ from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
-from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.training.kept import Kept
 from corrigenda.modules.training.optimize import IndependentAdam
+from corrigenda.modules.training.target_rows import Loss, TargetRows
 
 log = logging.getLogger(__name__)
-
-Loss = Literal["target", "prompt_last"]
 
 MAX_ELEMENTS = 2**26  # learned together; gradient and Adam's moments take three times as much again
 CHUNK_TOKENS = 2048  # padded tokens of one forward and backward pass
@@ -71,8 +71,11 @@ class GradientEditor(WeightEditor):
         self.weight_decay, self.loss, self.parallel = weight_decay, loss, parallel
 
     @abstractmethod
-    def start(self, lm: LanguageModel, count: int) -> dict[str, Tensor]:
-        """The initial parameters by name, E = ``count`` copies of an update of zero; [E, ...], float32."""
+    def start(self, lm: LanguageModel, count: int, task: int = 0) -> dict[str, Tensor]:
+        """The initial parameters by name, E = ``count`` copies of an update of zero; [E, ...], float32.
+
+        Random ones differ from one ``task`` to the next.
+        """
 
     @abstractmethod
     def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
@@ -127,65 +130,7 @@ class GradientEditor(WeightEditor):
         return deltas
 
 
-# ---------------------------------------------------------------------------- the loss
-
-
-@dataclass(frozen=True)
-class TargetRows:
-    """Rows that run together, and the positions of their targets' loss.
-
-    Attributes:
-        tail: the rows, with the blocks below the tuned ones already run.
-        prompt_RT: True on prompt tokens.
-        owner_R: the index of the problem that each row belongs to.
-        row_N: the row of each target token.
-        position_N: the position that predicts it.
-        target_N: its id.
-    """
-
-    tail: Tail
-    prompt_RT: Tensor
-    owner_R: Tensor
-    row_N: Tensor
-    position_N: Tensor
-    target_N: Tensor
-
-    @classmethod
-    def of(
-        cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss
-    ) -> TargetRows:
-        row_N, position_N = rows.answer_positions()
-        target_N = rows.ids_BT[row_N, position_N + 1]
-        if loss == "prompt_last":
-            position_N = rows.start_B[row_N] - 1
-        return cls(lm.reuse.tail(rows, layer), rows.prompt_BT, owner_R, row_N, position_N, target_N)
-
-    def losses(self, lm: LanguageModel, deltas: Sequence[Delta] = ()) -> Tensor:
-        """loss_R: the mean over each row's target tokens, under its problem's update."""
-        with lm.edits.announce(self.prompt_RT), lm.edits.side_by_side(deltas, self.owner_R.cpu()):
-            logits_NV = self.tail.logits(self.row_N, self.position_N)
-        nll_N = nn.functional.cross_entropy(logits_NV.float(), self.target_N, reduction="none")
-        total_R = nll_N.new_zeros(len(self.owner_R)).index_add(0, self.row_N, nll_N)
-        return total_R / torch.bincount(self.row_N, minlength=len(self.owner_R))
-
-    def select(self, active_E: Tensor) -> TargetRows | None:
-        """The rows of active problems; None if there are none."""
-        keep_R = active_E[self.owner_R]
-        if keep_R.all():
-            return self
-        rows = keep_R.nonzero()[:, 0]
-        if not len(rows):
-            return None
-        keep_N = keep_R[self.row_N]
-        renumbered_R = keep_R.cumsum(0) - 1
-        return TargetRows(
-            self.tail.select(rows),
-            self.prompt_RT[rows],
-            self.owner_R[rows],
-            renumbered_R[self.row_N[keep_N]],
-            self.position_N[keep_N],
-            self.target_N[keep_N],
-        )
+# ---------------------------------------------------------------------------- independent problems
 
 
 @dataclass(frozen=True)
@@ -248,10 +193,15 @@ def _chunk_indices(rows: Rows) -> Iterator[Tensor]:
 
 
 class FineTune(EditingModule):
-    """Trains one update of a :class:`GradientEditor` on all edits with ``fit``.
+    """Trains one update of a :class:`GradientEditor` on all edits with ``fit``, or on one task after the other.
 
     The base weights are never written: validation runs the learned update beside them, so locality compares with
     the base model itself, and checkpoints hold the learned tensors only.
+
+    A step minimises the mean loss of the batch's edits plus :meth:`penalty`. Methods against forgetting are
+    subclasses that override the penalty and what happens when a task begins (:meth:`begin_task`) and ends
+    (:meth:`end_task`). Every task starts with a fresh optimizer and schedule. What a method keeps between tasks is
+    in its checkpoints, so that a run can be interrupted at any step.
 
     Args:
         lm: the language model.
@@ -260,9 +210,13 @@ class FineTune(EditingModule):
         optimizer: by default Adam with the method's ``lr`` and ``weight_decay``.
         generate_tokens: length of freely generated answers; 0 leaves them out, as they take several times as long
             as all other measures.
+        scheduler: changes the learning rate after every step; by default it is constant.
+        perplexity: plain text whose perplexity is computed in every evaluation.
     """
 
     trains_on = "edits"
+    ends_targets: ClassVar[bool] = False
+    """Whether a target is followed by the end-of-text token."""
 
     def __init__(
         self,
@@ -270,10 +224,13 @@ class FineTune(EditingModule):
         method: GradientEditor,
         optimizer: OptimizerCallable | None = None,
         generate_tokens: int = 0,
+        scheduler: LRSchedulerCallable | None = None,
+        perplexity: Corpus | None = None,
     ) -> None:
-        super().__init__(lm, generate_tokens)
+        super().__init__(lm, generate_tokens, perplexity)
         self.automatic_optimization = True
-        self.method, self.optimizer = method, optimizer
+        self.method, self.optimizer, self.scheduler = method, optimizer, scheduler
+        self._begun = self._ended = 0  # tasks
         # Parameter names contain dots, which keys of a ParameterDict may not.
         self.learned = nn.ParameterDict(
             {name.replace(".", "/"): leaf.detach() for name, leaf in method.start(lm, 1).items()}
@@ -285,7 +242,8 @@ class FineTune(EditingModule):
 
     @property
     def method_name(self) -> str:
-        return type(self.method).__name__
+        own, method = type(self).__name__, type(self.method).__name__
+        return method if type(self) is FineTune else f"{own} ({method})"
 
     @property
     def trained(self) -> bool:
@@ -294,36 +252,138 @@ class FineTune(EditingModule):
             for u in self.own_delta().updates.values()
         )
 
+    def update(self) -> Delta:
+        """The update as it is now, differentiable in what is learned."""
+        return self.method.deltas(self.lm, self.leaves)[0]
+
     def own_delta(self) -> Delta:
-        return self.method.deltas(self.lm, self.leaves)[0].detach()
+        return self.update().detach()
 
     def delta(self, edits: Sequence[Edit] = ()) -> Delta:
         """The learned update with base model and ``edits`` in its metadata, as it is saved."""
         return copy.deepcopy(self.method.stamp(self.lm, self.own_delta(), edits))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        if self.optimizer is not None:
-            return self.optimizer(self.learned.parameters())
-        return torch.optim.Adam(
-            self.learned.parameters(), lr=self.method.lr, weight_decay=self.method.weight_decay
-        )
+    # ------------------------------------------------------------------ one loss
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor | None:
-        """Mean loss of the batch's edits under the current update."""
-        if not batch:  # the rest of a task
-            return None
+        """The loss of a batch's edits; None, which makes no step, for a batch without any."""
         edits = [edit for case in batch for edit in case.edits]
+        if not edits:
+            return None
         return self.loss([e.text for e in edits], [e.target_new for e in edits])
 
     def loss(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """Mean loss of the targets after their prompts under the current update; logged."""
-        rows = self.lm.tokens.rows(prompts, targets)
+        """Mean loss of the targets after their prompts under the current update, plus the penalty; both logged."""
+        rows = self.target_rows(prompts, targets)
+        row_K, position_K = self.also_read(rows)
+        row_N, position_N = rows.answers_N
+        places = torch.cat([row_N, row_K]), torch.cat([position_N, position_K])
+        logits = rows.logits(self.lm, [self.update()], *places)
+        loss = rows.nll(logits[: len(row_N)]).mean()
+        self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
+        penalty = self.penalty(rows, logits[len(row_N) :])
+        if penalty is None:
+            return loss
+        self.log("train/penalty", penalty, batch_size=len(prompts))
+        return loss + penalty
+
+    def target_rows(self, prompts: Sequence[str], targets: Sequence[str]) -> TargetRows:
+        """Rows of prompts with their targets, and where their loss is read."""
+        rows = self.lm.tokens.rows(prompts, targets, self.ends_targets)
         owner_R = torch.zeros(len(prompts), dtype=torch.long, device=self.lm.device)
         layer = self.method.lowest_layer(self.lm)
-        chunk = TargetRows.of(self.lm, rows, owner_R, layer, self.method.loss)
-        loss = chunk.losses(self.lm, self.method.deltas(self.lm, self.leaves)).mean()
-        self.log("train/loss", loss, batch_size=len(prompts), prog_bar=True)
-        return loss
+        return TargetRows.of(self.lm, rows, owner_R, layer, self.method.loss)
+
+    def also_read(self, rows: TargetRows) -> tuple[Tensor, Tensor]:
+        """(row_K, position_K) whose logits the penalty needs; none by default."""
+        return rows.row_N[:0], rows.position_N[:0]
+
+    def penalty(self, rows: TargetRows, logits_KV: Tensor) -> Tensor | None:
+        """What a step's loss has besides that of the batch; nothing by default.
+
+        Args:
+            rows: the batch's rows.
+            logits_KV: those after the positions of :meth:`also_read`, under the current update.
+        """
+        return None
+
+    # ------------------------------------------------------------------ tasks
+
+    def begin_task(self, cases: Sequence[EditCase]) -> None:
+        """Called before the first step on a task; once, also if the run is interrupted."""
+
+    def end_task(self, cases: Sequence[EditCase]) -> None:
+        """Called after the last step on a task, at the latest before the next task. It may not change what the
+        model answers: the task has been evaluated."""
+
+    @property
+    def tasks(self) -> list[list[EditCase]]:
+        """The cases of each task, which is an epoch of the trainer; empty if there are no tasks."""
+        stream = getattr(self.trainer.datamodule, "tasks", None)  # type: ignore[attr-defined]
+        loader: Any = self.trainer.train_dataloader
+        return loader.tasks if stream else []
+
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches in one pass over a task; without tasks an epoch is a pass."""
+        loader: Any = self.trainer.train_dataloader
+        return loader.batches_per_pass if self.tasks else int(self.trainer.num_training_batches)
+
+    def stop_task(self) -> None:
+        """Leaves out the rest of this task; without tasks, that of the training."""
+        loader: Any = self.trainer.train_dataloader
+        if self.tasks:
+            loader.end_task()
+        else:
+            self.trainer.should_stop = True
+
+    def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
+        """Not when an epoch starts: Lightning leaves that out in a run that goes on after an evaluation."""
+        now, tasks = self.current_epoch, self.tasks
+        if self._begun > now or now >= len(tasks):
+            return
+        self._end_tasks(now)
+        if now > 0:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        self.begin_task(tasks[now])
+        self._begun = now + 1
+
+    def on_train_epoch_end(self) -> None:
+        self._end_tasks(self.current_epoch + 1)
+
+    def _end_tasks(self, count: int) -> None:
+        """Ends the first ``count`` tasks, those that have not ended."""
+        for cases in self.tasks[self._ended : count]:
+            with torch.enable_grad():
+                self.end_task(cases)
+            self._ended += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._begun:
+            checkpoint["tasks"] = {"begun": self._begun, "ended": self._ended}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, part in self.named_children():
+            if isinstance(part, Kept):
+                part.make_room(checkpoint["state_dict"], f"{name}.")
+        super().on_load_checkpoint(checkpoint)
+        progress = checkpoint.get("tasks", {"begun": 0, "ended": 0})
+        self._begun, self._ended = progress["begun"], progress["ended"]
+
+    # ------------------------------------------------------------------ one loop
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        learned = self.learned.parameters()
+        optimizer = (
+            torch.optim.Adam(learned, lr=self.method.lr, weight_decay=self.method.weight_decay)
+            if self.optimizer is None
+            else self.optimizer(learned)
+        )
+        if self.scheduler is None:
+            return optimizer
+        schedule: Any = {"scheduler": self.scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Projects as part of the step, so a checkpoint written right after it satisfies the constraints."""
