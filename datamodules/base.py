@@ -46,6 +46,7 @@ class EditDataModule(LightningDataModule):
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
+        eval_batch_size: cases per batch when they are evaluated; by default batch_size.
     """
 
     source: ClassVar[str] = ""
@@ -64,9 +65,11 @@ class EditDataModule(LightningDataModule):
         known_only: bool = False,
         val_limit: int | None = None,
         tasks: Tasks | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         checks.whole(1, batch_size=batch_size, limit=limit, val_limit=val_limit)
+        checks.whole(1, eval_batch_size=eval_batch_size)
         checks.number("at least 0 and below 1", lambda x: 0 <= x < 1, val_fraction=val_fraction)
         checks.seeds(seed=seed)
         self.path = path
@@ -78,6 +81,7 @@ class EditDataModule(LightningDataModule):
         self.known_only = known_only
         self.val_limit = val_limit
         self.tasks = tasks
+        self.eval_batch_size = eval_batch_size or batch_size
         self._files: dict[str, list[EditCase]] = {}
         self._parts: dict[str, list[EditCase]] = {}
         self._evaluated: list[EditCase] | None = None
@@ -181,9 +185,8 @@ class EditDataModule(LightningDataModule):
         # The Trainer, unlike torch.distributed, knows which processes hold parts of one model.
         world = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         seed = torch.initial_seed()  # the run's, which all processes share
-        return CaseLoader(
-            cases, self.batch_size, shuffle, seed, share, processed=self._processed, **world
-        )
+        size = self.eval_batch_size if share == "each_once" else self.batch_size
+        return CaseLoader(cases, size, shuffle, seed, share, processed=self._processed, **world)
 
     def _processed(self) -> int:
         """Training batches of this epoch whose step has finished."""

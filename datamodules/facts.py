@@ -97,6 +97,7 @@ class Facts(EditDataModule):
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
+        eval_batch_size: cases per batch when they are evaluated; by default batch_size.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Facts(EditDataModule):
         known_only: bool = False,
         val_limit: int | None = None,
         tasks: Tasks | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -115,6 +117,7 @@ class Facts(EditDataModule):
             known_only=known_only,
             val_limit=val_limit,
             tasks=tasks,
+            eval_batch_size=eval_batch_size,
         )
         self._cases: dict[str, list[EditCase]] = {}
 

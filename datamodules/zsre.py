@@ -39,6 +39,7 @@ class ZsRE(EditDataModule):
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
+        eval_batch_size: cases per batch when they are evaluated; by default batch_size.
         variant: whose convention. M (ROME, MEMIT): write the first of 'answers', a true one; the
             locality question ends in a question mark. E (EasyEdit): write 'alt', a wrong answer.
             P (the code of MEND and SERAC): as E, but efficacy is measured on the rephrase, as their
@@ -62,10 +63,20 @@ class ZsRE(EditDataModule):
         known_only: bool = False,
         val_limit: int | None = None,
         tasks: Tasks | None = None,
+        eval_batch_size: int | None = None,
         variant: Literal["M", "E", "P"] = "E",
     ) -> None:
         super().__init__(
-            path, train_path, batch_size, limit, val_fraction, seed, known_only, val_limit, tasks
+            path,
+            train_path,
+            batch_size,
+            limit,
+            val_fraction,
+            seed,
+            known_only,
+            val_limit,
+            tasks,
+            eval_batch_size,
         )
         if variant not in ("M", "E", "P"):
             raise ValueError(f"variant must be M, E or P, got {variant!r}")

@@ -109,6 +109,12 @@ def test_the_order_of_every_dataset_is_its_own_task_order():
     assert len(data.evaluation_cases()) == 20
 
 
+def test_cases_may_be_evaluated_in_larger_batches_than_they_are_learned():
+    data = Facts(limit=7, batch_size=1, eval_batch_size=4)
+    assert [len(batch) for batch in data.val_dataloader()] == [4, 3]
+    assert [len(batch) for batch in Facts(limit=3, batch_size=2).val_dataloader()] == [2, 1]
+
+
 # ---------------------------------------------------------------------------- loading
 
 

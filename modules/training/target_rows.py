@@ -42,7 +42,9 @@ class TargetRows:
     target_N: Tensor
 
     @classmethod
-    def of(cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss) -> TargetRows:
+    def of(
+        cls, lm: LanguageModel, rows: Rows, owner_R: Tensor, layer: int, loss: Loss
+    ) -> TargetRows:
         row_N, position_N = rows.answer_positions()
         target_N = rows.ids_BT[row_N, position_N + 1]
         if loss == "prompt_last":
