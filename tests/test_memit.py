@@ -576,6 +576,19 @@ def test_searches_without_success_are_said_once(gpt2, make, caplog):
     assert record.message.startswith("4 of 4 value searches ended at an NLL above 1")
 
 
+@METHODS
+def test_where_nothing_reads_the_values_it_is_said(method, gpt2, make, caplog):
+    """Also of a range of layers that ends at the last one: values are those of the highest."""
+    last = gpt2.structure.num_layers - 1
+    with caplog.at_level(logging.WARNING):
+        delta = make(method, layers=[last - 1, last]).propose(gpt2, EDITS[:1])
+    assert not any(delta.dense(name).any() for name in delta.updates)
+    (message,) = [m for m in caplog.messages if "the update is zero" in m]
+    assert message.startswith(f"'The capital of Zorbania is': nothing above layer {last}")
+    make(method, layers=[last - 1]).propose(gpt2, EDITS[:1])
+    assert len([m for m in caplog.messages if "the update is zero" in m]) == 1
+
+
 # --- one batch after the other ---
 
 

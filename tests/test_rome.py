@@ -554,6 +554,20 @@ def test_a_search_without_success_is_said(gpt2, make, caplog):
     )
 
 
+@pytest.mark.parametrize("prompt", ["The capital of {} is", "They go to {}"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_in_the_last_block_an_update_that_can_only_be_zero_is_said(
+    prompt, layer, gpt2, make, caplog
+):
+    edit = Edit(prompt, "Zorbania", "Quill Port")
+    with caplog.at_level(logging.WARNING):
+        delta = make(layer=layer).propose(gpt2, [edit])
+    unread = layer == 2 and prompt.endswith("is")
+    assert bool(delta.dense(*delta.updates).any()) != unread
+    said = "'The capital of Zorbania is': nothing above layer 2, the last one, reads the subject"
+    assert (said in caplog.text) == ("the update is zero" in caplog.text) == unread
+
+
 # --- a model that knows something ---
 
 PLACES = ["stone", "story", "river", "lake", "forest", "winter", "piano", "storm", "harbour", "village",

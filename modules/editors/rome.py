@@ -39,6 +39,7 @@ from corrigenda.modules.editors.value_search import (
     ValueEditor,
     optimise_values,
     searched_together,
+    warn_of_unread,
 )
 from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
@@ -105,6 +106,7 @@ class ROME(ValueEditor):
     def _independent(self, lm: LanguageModel, edits: Sequence[Edit]) -> list[Delta]:
         """One delta per edit, as if the others did not exist."""
         self.prepare(lm)
+        warn_of_unread(lm, edits, self.layer)
         name = lm.structure.out_name(self.layer)
         key_rows = KeyRows.of(lm, edits, self._contexts, self.essence)
         tail = key_rows.tail(lm, self.layer)

@@ -40,6 +40,7 @@ from corrigenda.modules.editors.value_search import (
     ValueEditor,
     optimise_values,
     searched_together,
+    warn_of_unread,
 )
 from corrigenda.modules.model.delta import Delta, EditError, LowRank, Update
 from corrigenda.modules.model.lm import LanguageModel
@@ -112,6 +113,7 @@ class SpreadEditor(ValueEditor):
         group_N = torch.tensor([m for m, group in enumerate(edits) for _ in group])
         own = [(group_N == m).nonzero()[:, 0].to(lm.device) for m in range(len(edits))]
         deltas = [Delta({}, {"notes": []}) for _ in edits]
+        warn_of_unread(lm, single, self.layers[-1])
         site, scale = self._site(lm)
         edited = _EditedModel(
             lm,

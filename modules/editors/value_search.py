@@ -59,6 +59,21 @@ def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -
     return parts
 
 
+def warn_of_unread(lm: LanguageModel, edits: Sequence[Edit], layer: int) -> None:
+    """Warns of edits whose value nothing reads, so that no search can move it.
+
+    No attention follows the last block: what it writes at a token predicts the next token alone.
+    """
+    if layer + 1 < lm.structure.num_layers:
+        return
+    unread = [
+        e.text for e in edits if lm.tokens.subject_end(e) + 1 < len(lm.tokens.encode([e.text])[0])
+    ]
+    if unread:
+        log.warning("%r: nothing above layer %d, the last one, reads the subject, so the update is zero (%d such "
+                    "edits); use a lower layer", unread[0], layer, len(unread))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ValueSettings:
     """Settings of the search for a new value; :class:`ValueEditor` has most of them as arguments.
