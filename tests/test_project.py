@@ -1,6 +1,7 @@
 """The files around the code agree with each other."""
 
 import importlib
+import importlib.metadata
 import re
 import tomllib
 from pathlib import Path
@@ -36,15 +37,45 @@ def test_every_folder_of_code_is_a_package_under_the_one_import_name() -> None:
             assert (folder / "__init__.py").is_file(), f"{folder} is left out of the wheel"
 
 
-def test_tested_versions_are_within_the_ranges() -> None:
+def pinned() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    return {canonicalize_name(name): version for name, version in pins.items()}
+
+
+def required() -> list[Requirement]:
     wanted = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-    for requirement in map(Requirement, wanted):
+    return [Requirement(line) for line in wanted]
+
+
+def test_tested_versions_are_within_the_ranges() -> None:
+    pins = pinned()
+    for requirement in required():
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin, f"constraints.txt does not pin {requirement.name}"
         assert pin in requirement.specifier, f"constraints.txt pins {pin}, not {requirement}"
+
+
+def test_all_that_is_installed_is_pinned() -> None:
+    """What our requirements require in turn, as far as this machine has it."""
+    pins, left, seen = pinned(), required(), set()
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        needed = not requirement.marker or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in requirement.extras | {""}
+        )
+        key = name, *sorted(requirement.extras)
+        if not needed or key in seen:
+            continue
+        seen.add(key)
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        assert name in pins, f"constraints.txt does not pin {name}"
+        left += [Requirement(line) for line in lines]
+    assert len(seen) > len(required())
 
 
 def test_every_make_target_has_a_help_text() -> None:
