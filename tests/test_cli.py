@@ -67,7 +67,7 @@ def one_line(capsys):
             ["--edit.schedule", "all"],
             ["edit.schedule", "'each', 'batch', 'epoch', 'stream'", "all"],
         ),
-        (["--edit.schedule", "stream"], ["'stream'", "run it with fit"]),
+        (["--edit.schedule", "stream"], ["'stream'", "run fit"]),
         (["--edit.editor.layers", "[99]"], ["layer 99 does not exist", "0 to 1"]),
         (
             ["--edit.editor", "ROME", "--edit.editor.layer", "9"],
@@ -87,7 +87,7 @@ def one_line(capsys):
         (["-c", "broken.yaml"], ["broken.yaml"]),
         (["--ckpt_path", "nope.ckpt"], ["nope.ckpt"]),
         (["--ckpt_path", "bad.jsonl"], ["bad.jsonl: not a readable checkpoint", "another format"]),
-        (["--ckpt_path", "last"], ["--ckpt_path needs a file"]),
+        (["--ckpt_path", "last"], ["--ckpt_path needs a local file"]),
         (["--run_dir", "finished"], ["finished holds a finished run", "choose another --run_dir"]),
         (
             ["--run_dir", "begun"],
@@ -122,7 +122,10 @@ def test_a_mistake_is_one_line(corrigenda, tiny, tmp_path, capsys, args, words):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["frobnicate"], ["no command 'frobnicate'", "fit, validate, compare, report, moments"]),
+        (
+            ["frobnicate"],
+            ["unknown command 'frobnicate'", "fit, validate, compare, report, moments"],
+        ),
         (["compare"], ["file", "corrigenda compare --help"]),
         (["compare", "nope.yaml"], ["nope.yaml"]),
         (["report", "nope", "--out", "out"], ["nope"]),
@@ -176,7 +179,14 @@ def test_help_names_the_commands(corrigenda, capsys, args):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("fit", ["Train an editor", "--edit.schedule", "where last is that of --run_dir"]),
+        (
+            "fit",
+            [
+                "Train an editor",
+                "--edit.schedule",
+                "where 'last' is the last checkpoint in --run_dir",
+            ],
+        ),
         ("validate", ["Edit the model and measure", "--edit.schedule", "--data.help"]),
         ("compare", ["--only", "--seeds", "--out"]),
         ("report", ["--baseline", "--out"]),
@@ -344,7 +354,7 @@ def test_a_run_outlives_wandb(corrigenda, tiny, tmp_path, caplog, monkeypatch, o
     args = ["--run_dir", "a", "--wandb", "offline", "--data.limit", "2", "--data.batch_size", "1"]
     assert corrigenda("fit", *tiny, *args, "--edit.schedule", "stream") == 0
     assert (tmp_path / "a" / "summary.json").is_file()
-    assert caplog.text.count("the run goes on: the service is gone") == 1
+    assert caplog.text.count("the run continues: the service is gone") == 1
 
 
 def test_surroundings_do_not_matter(corrigenda, tiny, tmp_path, monkeypatch):
@@ -475,7 +485,7 @@ def test_moments(corrigenda, tiny_folder, data_files, capsys):
     first = capsys.readouterr().out
     assert "layer 0: (128, 128)" in first and "layer 1: (128, 128)" in first
     assert first.count("% of it from first tokens") == 2
-    folder = Path(first.splitlines()[-1].removeprefix("in "))
+    folder = Path(first.splitlines()[-1].removeprefix("saved in "))
     assert len(list(folder.glob("layer?.safetensors"))) == len(list(folder.glob("*cholesky*"))) == 2
     assert corrigenda(*args, "--layers", "1") == 0
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
@@ -493,7 +503,7 @@ def test_moments_of_others(corrigenda, tiny_folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     trace = float(keys.square().sum() / 400)
     assert lines[0] == f"layer 1: (128, 128), trace {trace:.4g}"
-    assert Path(lines[-1].removeprefix("in ")).name.startswith("imported")
+    assert Path(lines[-1].removeprefix("saved in ")).name.startswith("imported")
     args[-1] = "b.npz"
     assert corrigenda(*args, "--layers", "1") == 2
     assert "b.npz: no such statistics file" in one_line(capsys)

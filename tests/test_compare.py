@@ -341,7 +341,7 @@ def test_out_defaults_to_the_file_name(tmp_path):
         ("runs: [{name: a, args: fit, arg: y}]", ["run 1 (a)", "unknown key arg"]),
         ("runs: [{name: a, args: fit}, {name: a, args: fit}]", ["'a'", "rename"]),
         ("runs: [{name: a/b, args: fit}]", ["run 1 (a/b)", "slashes"]),
-        ("runs: [{name: .., args: fit}]", ["dots"]),
+        ("runs: [{name: .., args: fit}]", ["starting with a dot"]),
         ("runs: [{args: fit}]", ["run 1", "needs a name"]),
         ("runs: [{name: 7, args: fit}]", ["run 1", "got 7"]),
         ("runs: [{name: a}]", ["run 1 (a)", "no args"]),

@@ -204,7 +204,7 @@ def test_what_is_not_restored_fails(taught, monkeypatch):
         next(self.lm.net.parameters()).data[0, 0] += 1e-6
 
     monkeypatch.setattr(WeightPatch, "remove", nearly)
-    with pytest.raises(UserError, match="weights are not what they were"):
+    with pytest.raises(UserError, match="has not restored the weights"):
         self_test(lm, fact, 0, corpus)
 
 

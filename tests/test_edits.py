@@ -168,7 +168,7 @@ def test_verify_notices_a_base_that_is_not_restored(edits, saved, monkeypatch):
         patch.lm.net.get_parameter("model.norm.weight").data[0] += 1e-3
 
     monkeypatch.setattr(WeightPatch, "remove", careless)
-    assert "the base model is not restored" in edits("verify", saved(), status=2)
+    assert "does not restore the base model" in edits("verify", saved(), status=2)
 
 
 @pytest.mark.parametrize("verb", ["verify", "apply", "export"])
@@ -548,8 +548,8 @@ def test_parameters_that_do_not_fit_the_model(edits, saved, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--prompt", ""], "an empty --prompt"),
-        (["--prompt", "He", " \n"], "an empty --prompt"),
+        (["--prompt", ""], "a --prompt is empty"),
+        (["--prompt", "He", " \n"], "a --prompt is empty"),
         (["--tokens", "0"], "tokens must be at least 1, got 0"),
         (["--tokens", "-1"], "tokens must be at least 1, got -1"),
     ],

@@ -520,7 +520,7 @@ def test_statistics_of_the_authors_are_taken_over(gather, tmp_path):
     ("changes", "words"),
     [
         ({"mom2.mom2": None}, "it has mom2.constructor, mom2.count, sample_size"),
-        ({"mom2.mom2": np.eye(3)}, r"\(3, 3\), the keys of .* have width 80"),
+        ({"mom2.mom2": np.eye(3)}, r"\(3, 3\), but the keys of .* have width 80"),
         ({"mom2.mom2": np.ones((80, 2))}, "must be square"),
         ({"mom2.count": 9}, "from 9 tokens"),
         ({"mom2.mom2": np.full((80, 80), np.nan)}, "not finite, or not symmetric"),

@@ -270,7 +270,7 @@ def test_different_sets_of_cases_join_on_what_is_shared(tmp_path):
     assert comparison.case_ids == ["2", "3"]
     assert comparison.estimates["b"]["efficacy/exact"].mean == pytest.approx(0.5)
     assert comparison.notes == [
-        "The runs' cases differ (3 in a, 4 in b): compared on the 2 they share."
+        "The runs' cases differ (3 in a, 4 in b); compared on the 2 in common."
     ]
     c = write_run(tmp_path / "c", [row(7, efficacy_exact=1.0)])
     refuses([a, c], "have no case in common", "3 in a", "1 in c")
@@ -588,7 +588,7 @@ def test_the_terminal_decides_how_much_is_printed(two_runs):
 def test_no_baseline_is_said(two_runs, tmp_path):
     report(two_runs, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "No baseline was named" in text
+    assert "no baseline was given" in text
     assert "Difference" not in text
 
 
