@@ -41,7 +41,7 @@ class EditDataModule(LightningDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share. The order of training cases depends on the run's seed.
+        seed: random seed of the held-out share. The order of training cases depends on the run's seed.
         known_only: evaluate only cases that the unedited model answers correctly.
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are

@@ -92,7 +92,7 @@ class Facts(EditDataModule):
     Args:
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
-        seed: of the false targets and the choice of neighbours; splits do not depend on it.
+        seed: random seed of the false targets and the choice of neighbours; splits do not depend on it.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
@@ -193,7 +193,7 @@ def _case(
         objects: all objects of its relation.
         others: facts of its relation and split.
         elsewhere: facts of other relations of its split.
-        seed: of the false target and the choice of probes.
+        seed: random seed of the false target and the choice of probes.
     """
     rng = random.Random(f"{seed} {fact.case_id}")
     relation, true = fact.relation, fact.object

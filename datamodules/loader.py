@@ -30,7 +30,7 @@ class CaseLoader:
         cases: the cases.
         batch_size: cases per batch and process; the last batch may be shorter.
         shuffle: a new order in every epoch.
-        seed: seed of the shuffling.
+        seed: random seed of the shuffling.
         share: how cases are split between processes. "even": single cases in turn, the same number for
             each, for training, where processes step together (an epoch may leave out up to one case per
             process); "each_once": whole batches in turn, none left out or repeated, for evaluation;

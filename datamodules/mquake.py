@@ -26,7 +26,7 @@ class MQuAKE(EditDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share.
+        seed: random seed of the held-out share.
         known_only: evaluate only cases of which the model knows every fact to be edited.
         val_limit: validate during fit on only the first so many held-out cases.
     """

@@ -35,7 +35,7 @@ class Tasks:
             added to the task's cases as ``unrelated`` probes. 0 leaves the dataset's own.
         joint: learn all tasks at once in a single epoch, which is what learning them one by one is measured
             against.
-        seed: of the order of tasks, of the cases dealt to them and of the passes; at 0 the run's seed.
+        seed: random seed of the order of tasks, of the cases dealt to them and of the passes; at 0 the run's seed.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Tasks:
             self.number * (self.size + self.unrelated) if self.size and self.by == "chunk" else None
         )
 
-    def learned(self, begun: int) -> int:
-        """Number of cases in the tasks that ``begun`` epochs have learned."""
-        tasks = self.cases if self.joint and begun else self.cases[:begun]
+    def learned(self, started: int) -> int:
+        """Number of cases in the tasks that ``started`` epochs have learned."""
+        tasks = self.cases if self.joint and started else self.cases[:started]
         return sum(map(len, tasks))
 
     def deal(self, cases: Sequence[EditCase]) -> list[EditCase]:
@@ -160,7 +160,7 @@ class TaskLoader(CaseLoader):
     Args:
         tasks: the tasks.
         batch_size: cases per batch; a batch never reaches into the next pass.
-        seed: of the passes' orders.
+        seed: random seed of the passes' orders.
         processed: see :class:`CaseLoader`.
     """
 

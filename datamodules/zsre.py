@@ -34,7 +34,7 @@ class ZsRE(EditDataModule):
         batch_size: cases per batch.
         limit: evaluate only the first so many cases (counted after known_only).
         val_fraction: share of the training subjects held out to validate during fit.
-        seed: of the held-out share.
+        seed: random seed of the held-out share.
         known_only: evaluate only cases the model answers correctly before it is edited.
         val_limit: validate during fit on only the first so many held-out cases.
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are

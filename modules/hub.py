@@ -1,4 +1,4 @@
-"""Whether the model hub responds: one short request tells, where its libraries would retry for half a minute."""
+"""Whether the Hugging Face Hub responds, by one short request; its libraries would retry for half a minute."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def validation_is_due(trainer: Trainer) -> bool:
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]
 
 
-def epochs_begun(trainer: Trainer) -> int:
+def epochs_started(trainer: Trainer) -> int:
     """Training epochs that have started, including the present one; 0 before the first.
 
     ``current_epoch`` is 0 both before and during the first epoch.

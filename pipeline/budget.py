@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from corrigenda.datamodules.tasks import TaskLoader
 from corrigenda.modules import checks
 from corrigenda.modules.evaluation.module import EditingModule
-from corrigenda.modules.lightning_internals import epochs_begun
+from corrigenda.modules.lightning_internals import epochs_started
 from corrigenda.pipeline.callbacks import EditCallback, edit_callback
 from corrigenda.pipeline.cost import Stopwatch
 from corrigenda.pipeline.tasks import tasks_of
@@ -46,7 +46,7 @@ class Budget(Callback):
         self._add(edit)
         self._start(trainer, pl_module)
         tasks = tasks_of(trainer)
-        share = 1.0 if tasks is None or tasks.joint else epochs_begun(trainer) / tasks.number
+        share = 1.0 if tasks is None or tasks.joint else epochs_started(trainer) / tasks.number
         spent = any(
             limit is not None and used >= share * limit
             for limit, used in (

@@ -24,7 +24,7 @@ from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.evaluation.measures import CaseResult
 from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.files import file_name
-from corrigenda.modules.lightning_internals import epochs_begun
+from corrigenda.modules.lightning_internals import epochs_started
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
@@ -178,7 +178,7 @@ class EditCallback(Callback):
         cases = trainer.datamodule.val_dataloader().cases  # type: ignore[attr-defined]
         pl_module.conditions = Conditions(edited=_prompts(cases))
         if tasks is not None and self.schedule != "stream":
-            self.num_edits = tasks.learned(epochs_begun(trainer))
+            self.num_edits = tasks.learned(epochs_started(trainer))
         elif self.schedule == "epoch" if self.editor else is_tuned:
             self.num_edits = len(cases)  # a fine-tuned model has every edit that it was trained on
             if self.editor:

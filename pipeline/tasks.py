@@ -17,7 +17,7 @@ from corrigenda.datamodules.tasks import Tasks
 from corrigenda.modules import processes
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import write_text
-from corrigenda.modules.lightning_internals import epochs_begun, validate_before_training
+from corrigenda.modules.lightning_internals import epochs_started, validate_before_training
 from corrigenda.modules.metrics import continual
 
 FORMAT = 1  # of tasks.json
@@ -76,8 +76,8 @@ class TaskMatrices(Callback):
         found: dict[str, dict[str, float]] = {}
         for part in processes.gather(self._current):
             found |= part
-        begun = epochs_begun(trainer)
-        self._learned.append(tasks.number if tasks.joint and begun else begun)
+        started = epochs_started(trainer)
+        self._learned.append(tasks.number if tasks.joint and started else started)
         self._values.append(found)
         if trainer.is_global_zero:
             self._write(tasks, Path(trainer.default_root_dir))

@@ -1,7 +1,7 @@
-"""Memories beside the network: :class:`Adapter`, :class:`ModulePatch`, :class:`ModuleEditor`.
+"""Adapters: :class:`Adapter`, :class:`ModulePatch`, :class:`ModuleEditor`.
 
-An adapter sees the outputs of some modules and may replace them; no weight changes. Those that decide by prompt
-are told by the language model where each row's prompt ends (:class:`PromptBatch`).
+An adapter receives the outputs of some modules and may replace them; no weight changes. To adapters that depend on
+the prompt, the language model announces where each row's prompt ends (:class:`PromptBatch`).
 
 Shapes: B rows, T tokens, I inputs and O outputs of a module.
 """
@@ -35,7 +35,7 @@ MEMORY_FORMAT = "corrigenda-memory-1"
 
 
 class Adapter(nn.Module, ABC):
-    """A memory beside the network that can replace the outputs of some modules.
+    """A memory that can replace the outputs of some modules.
 
     What it has learned is in its buffers, which may grow; how it works is in its settings. Files hold both, and
     :meth:`rebuild` makes the adapter from them.
@@ -193,12 +193,12 @@ class ModulePatch(EditHandle):
 
     @property
     def num_parameters(self) -> int:
-        """By how many numbers this patch extends the older one."""
+        """Number of values by which this patch extends the older one."""
         return self.adapter.size - (self.older.adapter.size if self.older else 0)
 
     @property
     def num_bytes(self) -> int:
-        """By how many bytes this patch extends the older one."""
+        """Number of bytes by which this patch extends the older one."""
         return self.adapter.num_bytes - (self.older.adapter.num_bytes if self.older else 0)
 
     def can_absorb(self, newer: EditHandle) -> bool:
@@ -253,7 +253,7 @@ class ModulePatch(EditHandle):
 
 
 class ModuleEditor(Editor):
-    """A method that keeps a memory beside the network; every further edit extends it."""
+    """A method that stores edits in an adapter; every further edit extends it."""
 
     @abstractmethod
     def empty(self, lm: LanguageModel) -> Adapter:

@@ -1,4 +1,4 @@
-"""Editing in context: edits are kept as text in a memory and shown to the model; no weight changes.
+"""Editing in context: edits are stored as text and put into the prompt; no weight changes.
 
 An editor's edits on one model form one memory. Every ``edit`` adds to it and returns a handle. The newest active
 handle answers with all edits up to its own, and removing a handle removes its edits from the memory.
@@ -69,8 +69,8 @@ def fit(
     dropped = 0 if fits(0) else bisect_left(range(len(demonstrations) + 1), True, key=fits)
     if dropped > len(demonstrations):
         raise EditError(
-            f"the prompt {question[-60:]!r} and its answer are longer than the {limit} tokens that "
-            f"{lm.name!r} reads at once: shorten the prompt or choose a model with a longer context"
+            f"the prompt {question[-60:]!r} and its answer are longer than the context of {lm.name!r}, "
+            f"{limit} tokens: shorten the prompt or choose a model with a longer context"
         )
     return text(dropped), dropped
 
@@ -160,7 +160,7 @@ class MemoryPatch(TextPatch):
 
     Attributes:
         edits: those of this handle.
-        end: how many edits of the memory this handle uses: the older ones and its own.
+        end: number of edits of the memory that this handle uses: the older ones and its own.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class MemoryEditor(Editor):
         return self.patch(self, lm, edits)
 
     def restore(self, lm: LanguageModel, path: str | Path) -> MemoryPatch:
-        """Activates edits that :meth:`MemoryPatch.save` wrote; another encoder's vectors are computed anew."""
+        """Activates edits that :meth:`MemoryPatch.save` wrote; another encoder's vectors are computed again."""
         self.prepare(lm)
         saved = SavedMemory.load(path)
         fits = saved.metadata.get("encoder") == self.encoder(lm).hash

@@ -37,12 +37,12 @@ class CaliNET(ModuleEditor):
     Args:
         layers: blocks that get slots, from 0.
         slots: number of slots in each of them.
-        steps: updates at most.
-        lr: Adam's step size.
+        steps: maximum number of optimisation steps.
+        lr: Adam's learning rate.
         batch_size: rows of a step; a row is an edit's prompt after one context.
         stop_loss: training ends after a pass over all rows in which every step's loss was below this.
         contexts: pairs of (tokens, number of texts) of the sampled texts before a prompt.
-        seed: of the sampled texts, the slots' initialisation and the order of rows.
+        seed: random seed of the sampled texts, the slots' initialisation and the order of rows.
     """
 
     def __init__(

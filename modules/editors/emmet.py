@@ -65,7 +65,7 @@ def _require_independent(
     layer: int, edits: Sequence[Edit], keys_FN: Tensor, factor_FF: Tensor
 ) -> None:
     """Raises EditError if no update can satisfy all constraints; names the edits with the most similar keys."""
-    cure = "give a ridge (0.01, say), or fewer edits at once"
+    cure = "give a ridge such as 0.01, or fewer edits per batch"
     if len(edits) > len(factor_FF):
         raise EditError(
             f"{len(edits)} edits cannot hold exactly, keys are {len(factor_FF)} wide: {cure}"
@@ -77,6 +77,6 @@ def _require_independent(
         alike_NN.fill_diagonal_(0)
         one, other = divmod(int(alike_NN.abs().argmax()), len(edits))
         raise EditError(
-            f"the keys of {len(edits)} edits are not independent at layer {layer}, the most alike are those of "
+            f"the keys of {len(edits)} edits are not independent at layer {layer}, the most similar are those of "
             f"{edits[one].text!r} and {edits[other].text!r}: {cure}"
         )

@@ -37,9 +37,9 @@ class FT(GradientEditor):
         layers: blocks whose projections are tuned, from 0.
         projections: ``out`` is the MLP's output projection, ``mlp`` all of its projections.
         norm_constraint: largest absolute value of the update's entries (FT-L); unlimited if not given.
-        steps: updates at most.
-        lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and is updated no more.
+        steps: maximum number of optimisation steps.
+        lr: Adam's learning rate.
+        stop_loss: the optimisation of an edit ends when its loss falls below this.
         weight_decay: L2 decay of the weights towards the base's.
         loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
             ones before it (FT-M); ``prompt_last`` predicts all of them at the one position after the

@@ -23,9 +23,9 @@ class FullFT(GradientEditor):
     """Dense updates of all parameters.
 
     Args:
-        steps: updates at most.
-        lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and is updated no more.
+        steps: maximum number of optimisation steps.
+        lr: Adam's learning rate.
+        stop_loss: the optimisation of an edit ends when its loss falls below this.
         weight_decay: L2 decay of the weights towards the base's.
         loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
             ones before it; ``prompt_last`` predicts all of them at the one position after the prompt.

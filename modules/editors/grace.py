@@ -170,9 +170,9 @@ class GRACE(ModuleEditor):
             its nearest neighbour.
         replace: where a value replaces the output: at the ``last`` token of the prompt, at each token of the
             ``prompt``, or at ``all`` tokens, including the answer's.
-        steps: updates of a value at most.
-        lr: Adam's step size.
-        stop_loss: an edit whose mean negative log-likelihood is below this has finished.
+        steps: maximum number of optimisation steps of a value.
+        lr: Adam's learning rate.
+        stop_loss: the optimisation ends when the mean negative log-likelihood falls below this.
         parallel: values optimised together.
         corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
         num_prompts: number of unrelated prompts.

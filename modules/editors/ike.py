@@ -86,7 +86,7 @@ class IKE(MemoryEditor):
             update, the rest retain. With 0 there is only that copy.
         encoder: finds the most similar records: ``minilm``, another sentence encoder's hub id or folder, or
             ``lm`` for the language model's own hidden states.
-        seed: of the choice among a record's paraphrases, and of the order of the roles.
+        seed: random seed of the choice among a record's paraphrases, and of the order of the roles.
     """
 
     patch = Demonstrated

@@ -81,13 +81,13 @@ class KE(LearnedEditor):
         hidden: width of the LSTM in each direction, and of the heads' hidden layer.
         condition: width of the condition vector.
         max_scale: s_max, the largest factor of an update.
-        lr: RMSprop's step size for the hypernetwork.
-        lr_alpha: step size of alpha's ascent.
+        lr: RMSprop's learning rate for the hypernetwork.
+        lr_alpha: learning rate of the ascent in alpha.
         warm_up: steps until ``lr`` is reached; then a cosine to 5 % over the run's ``max_steps``.
         margin: drift allowed at first, in nats per token.
         least_margin: lower bound of the margin.
         scale: factor by which updates are multiplied when edits are made, not in training.
-        together: training cases whose edits are joined in one update.
+        together: training cases whose edits are summed into one update.
         generate_tokens: length of free-running answers; 0 leaves them out.
     """
 

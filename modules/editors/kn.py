@@ -70,7 +70,7 @@ class KN(WeightEditor):
         erase_scale: multiple of its norm by which a value moves away from the old answer (``update``).
         write_scale: multiple of its norm by which a value moves towards the new answer (``update``).
         contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
-        seed: of the sampled contexts.
+        seed: random seed of the sampled contexts.
         batch_rows: rows of one forward pass, one per prompt and point.
     """
 
@@ -159,7 +159,7 @@ class KN(WeightEditor):
         return [(layer, j) for layer, j in found]
 
     def _rows(self, lm: LanguageModel, edit: Edit) -> Rows:
-        """The prompt in every context, followed by the old answer: the true one, or the likeliest token."""
+        """The prompt in every context, followed by the old answer: the true one, or the most likely token."""
         prompts = [context + edit.text for context in self._contexts]
         if edit.target_true is not None:
             return lm.tokens.rows(prompts, [edit.target_true] * len(prompts))

@@ -38,13 +38,13 @@ class LoRA(GradientEditor):
             ``mlp``: all MLP projections; ``all``: every linear layer of both.
         rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
-        steps: updates at most.
-        lr: Adam's step size.
-        stop_loss: an edit whose loss is below this has finished and is updated no more.
+        steps: maximum number of optimisation steps.
+        lr: Adam's learning rate.
+        stop_loss: the optimisation of an edit ends when its loss falls below this.
         weight_decay: L2 decay of the factors.
         loss: ``target`` is the mean negative log-likelihood of the target's tokens, each given the
             ones before it; ``prompt_last`` predicts all of them at the one position after the prompt.
-        seed: of A's initialisation.
+        seed: random seed of A's initialisation.
         parallel: independent edits learned together.
     """
 

@@ -90,8 +90,8 @@ class MALMEN(LearnedEditor):
         rank: rank of the network's blocks.
         eta: initial step size of a value's change.
         strength: initial lambda.
-        lr: Adam's step size for the network.
-        lr_scales: Adam's step size for the logarithms of eta and lambda.
+        lr: Adam's learning rate for the network.
+        lr_scales: Adam's learning rate for the logarithms of eta and lambda.
         warm_up: steps until ``lr`` is reached; then a cosine to 5 % over the run's ``max_steps``.
         num_normalising: training cases whose edits give the statistics of the inputs, taken before the first step.
         micro_batch: rows of one forward and backward pass through the language model; results do not depend on it.

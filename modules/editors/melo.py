@@ -210,11 +210,11 @@ class MELO(ModuleEditor):
         rank: rank of a block.
         scale: factor of a block's output.
         edits_per_block: edits of one call that share a block.
-        steps: updates of a block at most.
-        lr: Adam's step size.
+        steps: maximum number of optimisation steps of a block.
+        lr: Adam's learning rate.
         halve_every: number of steps after which the step size is halved.
-        stop_loss: a block whose mean loss is below this has finished.
-        seed: of the factors' initialisation.
+        stop_loss: the optimisation of a block ends when its mean loss falls below this.
+        seed: random seed of the factors' initialisation.
         corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
         num_prompts: number of unrelated prompts.
     """

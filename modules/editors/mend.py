@@ -57,14 +57,14 @@ class MEND(LearnedEditor):
         projections: ``mlp``: every MLP matrix of these blocks; ``out``: the output projections.
         rank: rank of the editor's layers.
         alpha: initial step size of an update, on normalised gradients.
-        lr: Adam's step size for the editor.
-        lr_alpha: Adam's step size for the logarithms of the step sizes.
+        lr: Adam's learning rate for the editor.
+        lr_alpha: Adam's learning rate for the logarithms of the step sizes.
         warm_up: steps until ``lr`` is reached; then a cosine to 5 % over the run's ``max_steps``.
         num_normalising: training cases whose edits give the statistics of the inputs, taken before the first step.
         c_edit: weight of the edit loss.
         c_loc: weight of the locality loss.
         scale: factor by which updates are multiplied when edits are made, not in training.
-        together: training cases whose edits are joined in one update.
+        together: training cases whose edits are summed into one update.
         generate_tokens: length of free-running answers; 0 leaves them out.
     """
 

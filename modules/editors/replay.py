@@ -33,7 +33,7 @@ class Replay(FineTune):
         size: M, the most edits in the buffer.
         rows: edits drawn in each step; all that there are if there are fewer.
         strength: mu.
-        seed: of what the buffer keeps and what is drawn.
+        seed: random seed of what the buffer keeps and what is drawn.
         **rest: further settings, of FineTune.
     """
 

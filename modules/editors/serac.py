@@ -58,7 +58,7 @@ class ScopePatch(MemoryPatch):
         same = torch.equal(base.target_BM[rows, :width], other.target_BM)
         if not same or not torch.equal(base.mask_BM[rows, :width], other.mask_BM):
             raise EditError(
-                "a target has other tokens where an edit stands in front of its prompt: "
+                "a target has different tokens when an edit precedes its prompt: "
                 f"{[(request.prompts[b], request.targets[b]) for b in inside][:3]}"
             )
         new = {"logprob_BM": other.logprob_BM, "greedy_BM": other.greedy_BM}

@@ -68,8 +68,8 @@ class TPatcher(ModuleEditor):
     Args:
         layer: block of the MLP, from 0; the last if not given.
         max_neurons: neurons per edit at most; further mistakes are ignored.
-        steps: updates per edit at most.
-        lr: Adam's step size.
+        steps: maximum number of optimisation steps per edit.
+        lr: Adam's learning rate.
         stop_loss: the mean negative log-likelihood below which an edit has finished, if no other input
             fires its neurons.
         memory_weight: weight m of the losses on the memory.

@@ -80,13 +80,13 @@ class ValueSettings:
 
     Attributes:
         steps: evaluations of the loss; at most ``steps - 1`` updates.
-        lr: Adam's step size.
+        lr: Adam's learning rate.
         weight_decay: weight of ``|delta| / |v0|**2``.
         kl_weight: weight of KL(edited || original) after the essence.
         clamp_norm: delta is clamped to this multiple of ``|v0|``.
         precision: ``bfloat16`` runs the network faster and moves values by a few per cent; losses, moments
             and the value itself stay in float32.
-        stop_loss: an edit whose loss is below this has finished.
+        stop_loss: the optimisation of an edit ends when its loss falls below this.
     """
 
     steps: int
@@ -109,7 +109,7 @@ class ValueEditor(WeightEditor):
 
     Args:
         steps: evaluations of the value's loss; at most one update fewer.
-        lr: Adam's step size in the search for a value.
+        lr: Adam's learning rate in the search for a value.
         clamp_norm: the value may move by at most this multiple of its norm.
         weight_decay: weight of the size of the value's change in its loss.
         kl_weight: weight of the KL divergence of the next word after the essence.
@@ -117,7 +117,7 @@ class ValueEditor(WeightEditor):
         essence: text after which the next word should not change, with ``{}`` for the subject; the authors' code
             uses ``{}``.
         corpus: text whose keys give the second moment.
-        seed: of the sampled contexts.
+        seed: random seed of the sampled contexts.
         parallel: edits whose values are optimised together.
         precision: ``bfloat16`` makes the search several times faster on hardware that supports it.
     """

@@ -154,15 +154,15 @@ class WISE(ModuleEditor):
         act_ratio: the routing threshold, as a fraction of the smallest activation by an edit's prompt.
         mask_ratio: fraction of the matrix that a memory may change.
         norm_constraint: largest absolute value of an update's entries.
-        steps: updates per edit at most.
-        lr: step size of plain gradient descent.
-        stop_loss: an edit whose total loss is below this has finished.
-        together: edits learned at once.
+        steps: maximum number of optimisation steps per edit.
+        lr: learning rate of gradient descent.
+        stop_loss: the optimisation of an edit ends when its total loss falls below this.
+        together: edits that are learned together.
         save_freq: edits in one memory.
         merge_freq: edits after which all memories are merged into one.
         density: fraction of each memory's entries that a merge keeps.
         contexts: pairs of (tokens, number of texts) of the sampled texts before the prompt.
-        seed: of the masks and the sampled texts.
+        seed: random seed of the masks and the sampled texts.
         corpus: text whose beginnings are the unrelated prompts; its ``tokens`` have no effect here.
         num_prompts: number of unrelated prompts.
     """

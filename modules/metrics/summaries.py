@@ -61,7 +61,7 @@ def bootstrap_interval(
 
     Args:
         values: one value per case.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: random seed of the resampling; the same seed gives the same interval.
         level: share of resampled means inside the interval.
         num_resamples: number of samples drawn with replacement, each as large as the data.
     """

@@ -73,7 +73,7 @@ class GenerationRequest(Request):
 
     Attributes:
         max_new_tokens: most tokens of a continuation.
-        top_k: sample from this many of the likeliest tokens; None decodes greedily.
+        top_k: sample from this many of the most likely tokens; None decodes greedily.
         batch_size: prompts that run together.
         stop: a continuation ends before the first of these texts.
         num_beams: width of a beam search; 1 is greedy.
@@ -148,7 +148,7 @@ class EditHandle(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the edit changes in the network or adds beside it."""
+        """Number of parameters that the edit changes in the network or adds to it."""
         return 0
 
     @property

@@ -242,9 +242,9 @@ class LanguageModel(nn.Module):
         stop: Sequence[str] = (),
         num_beams: int = 1,
     ) -> list[str]:
-        """The continuation of each prompt, greedy or sampled from the ``top_k`` likeliest tokens.
+        """The continuation of each prompt, greedy or sampled from the ``top_k`` most likely tokens.
 
-        A continuation ends before the first of the texts in ``stop``. With ``num_beams`` it is the likeliest
+        A continuation ends before the first of the texts in ``stop``. With ``num_beams`` it is the most likely
         that a beam search of that width finds.
         """
         return self.generate_request(

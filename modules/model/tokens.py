@@ -31,7 +31,7 @@ class Tokens:
         tokenizer: a ``transformers`` tokenizer.
         net: the network that reads the tokens.
         name: the model's name, for messages.
-        separator: what stands between a prompt and its target, see :class:`LanguageModel`.
+        separator: text between a prompt and its target, see :class:`LanguageModel`.
     """
 
     def __init__(self, tokenizer: Any, net: Any, name: str, separator: Separator) -> None:  # noqa: ANN401
@@ -76,8 +76,8 @@ class Tokens:
             if limit is not None and len(row) + reserve > limit:
                 more = f", and {reserve} are to follow" if reserve else ""
                 raise ValueError(
-                    f"{_beginning(text)} has {len(row)} tokens{more}: more than the {limit} that {self.name!r} "
-                    "reads at once; shorten it or choose a model with a longer context"
+                    f"{_beginning(text)} has {len(row)} tokens{more}: more than the context of {self.name!r}, "
+                    f"{limit} tokens; shorten it or choose a model with a longer context"
                 )
         return rows
 
@@ -87,10 +87,10 @@ class Tokens:
         most = MOST_CHARACTERS if limit is None else limit * self._longest_token
         for text in texts:
             if len(text) > most:
-                reads = f"{most:,} characters" if limit is None else f"{limit} tokens"
+                context = f"{most:,} characters" if limit is None else f"{limit} tokens"
                 raise ValueError(
-                    f"{_beginning(text)} has {len(text):,} characters: more than the {reads} that {self.name!r} "
-                    "reads at once; shorten it"
+                    f"{_beginning(text)} has {len(text):,} characters: more than the context of {self.name!r}, "
+                    f"{context}; shorten it"
                 )
 
     @cached_property

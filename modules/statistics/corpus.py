@@ -26,7 +26,7 @@ class Corpus:
             a text or JSONL file, a ``datasets`` Hub id, or ``imported`` (statistics that ``corrigenda moments
             --import`` has read).
         tokens: number of tokens; at least ten times the key width is recommended.
-        seed: seed of the sampling.
+        seed: random seed of the sampling.
         tolerance: stop early when doubling the text changes no layer's C by more than this share of its norm; 0
             reads all tokens.
     """

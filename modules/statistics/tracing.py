@@ -81,7 +81,7 @@ def causal_trace(
         samples: number of noise samples, which run side by side.
         noise: standard deviation of the noise, relative to that of the subjects' embeddings.
         window: number of neighbouring MLPs that are restored together; by default a fifth of the blocks.
-        seed: seed of the noise.
+        seed: random seed of the noise.
         progress: show a progress bar.
     """
     if not edits:

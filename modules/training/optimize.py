@@ -1,4 +1,4 @@
-"""Gradient descent on many independent problems at once.
+"""Gradient descent on many independent problems together.
 
 Shapes: E independent problems, stacked in the first dimension of every tensor.
 """
@@ -19,7 +19,7 @@ class IndependentAdam:
 
     Args:
         tensors: leaves of shape [E, ...], updated in place.
-        lr: step size.
+        lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the denominator.
         weight_decay: L2 decay added to the gradient.

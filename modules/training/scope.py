@@ -170,8 +170,8 @@ class ScopeClassifier(LightningModule):
         encoder: a BERT-like model: a hub id, a local folder, or ``minilm``.
         form: ``distance`` compares vectors, in one look-up however many edits there are; ``cross`` reads edit and
             prompt together, for the nearest few edits.
-        lr: Adam's step size for the encoder.
-        lr_head: Adam's step size for the scale or the classifying layer.
+        lr: Adam's learning rate for the encoder.
+        lr_head: Adam's learning rate for the scale or the classifying layer.
         num_negatives: at most so many hard negatives per case and step, and as many easy ones.
     """
 
@@ -215,7 +215,7 @@ class ScopeClassifier(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Relates all training cases at once: few batches hold two cases about one subject."""
+        """Relates all training cases in advance, because few batches have two cases about one subject."""
         self.trained = True
         self._related = related_cases(self.trainer.datamodule.cases("train"))  # type: ignore[attr-defined]
 

@@ -230,7 +230,7 @@ class FineTune(EditingModule):
         super().__init__(lm, generate_tokens, perplexity)
         self.automatic_optimization = True
         self.method, self.optimizer, self.scheduler = method, optimizer, scheduler
-        self._begun = self._ended = 0  # tasks
+        self._started = self._ended = 0  # tasks
         # Parameter names contain dots, which keys of a ParameterDict may not.
         self.learned = nn.ParameterDict(
             {name.replace(".", "/"): leaf.detach() for name, leaf in method.start(lm, 1).items()}
@@ -340,13 +340,13 @@ class FineTune(EditingModule):
     def on_train_batch_start(self, batch: list[EditCase], batch_idx: int) -> None:
         """Not when an epoch starts: Lightning leaves that out in a run that goes on after an evaluation."""
         now, tasks = self.current_epoch, self.tasks
-        if self._begun > now or now >= len(tasks):
+        if self._started > now or now >= len(tasks):
             return
         self._end_tasks(now)
         if now > 0:
             self.trainer.strategy.setup_optimizers(self.trainer)
         self.begin_task(tasks[now])
-        self._begun = now + 1
+        self._started = now + 1
 
     def on_train_epoch_end(self) -> None:
         self._end_tasks(self.current_epoch + 1)
@@ -360,16 +360,16 @@ class FineTune(EditingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self._begun:
-            checkpoint["tasks"] = {"begun": self._begun, "ended": self._ended}
+        if self._started:
+            checkpoint["tasks"] = {"started": self._started, "ended": self._ended}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, part in self.named_children():
             if isinstance(part, Kept):
                 part.make_room(checkpoint["state_dict"], f"{name}.")
         super().on_load_checkpoint(checkpoint)
-        progress = checkpoint.get("tasks", {"begun": 0, "ended": 0})
-        self._begun, self._ended = progress["begun"], progress["ended"]
+        progress = checkpoint.get("tasks", {"started": 0, "ended": 0})
+        self._started, self._ended = progress["started"], progress["ended"]
 
     # ------------------------------------------------------------------ one loop
 
