@@ -181,7 +181,7 @@ def test_a_block_beyond_the_model_is_refused_before_any_case_is_read(run, data, 
         *("memory-each", "memory-batch", "memory-epoch", "unedited"),
     ],
 )
-def test_what_is_in_force_when(run, lm, tmp_path, editor, schedule, seen, num_edits):
+def test_when_edits_are_active(run, lm, tmp_path, editor, schedule, seen, num_edits):
     kept = weights(lm)
     spy, trainer = run(editor, schedule)
     assert spy.seen == seen
@@ -212,7 +212,7 @@ def test_each_is_one_at_a_time(run, lm, data, data_files, tmp_path, make):
         assert summary(tmp_path / "run")["means"][name] == pytest.approx(value, abs=1e-4)
 
 
-def test_what_is_packed_again_is_measured_as_it_was_written(run, lm):
+def test_a_requantised_edit_is_evaluated_as_written(run, lm):
     lm.requantize = True
     spy, _ = run(ft(), "each")
     assert spy.seen == [(2, None, []), (2, None, []), (1, None, [])]
@@ -330,7 +330,7 @@ def test_max_steps_counts_edits_of_a_stream(run, lm, tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda _: ft(), rome, alphaedit, grace], ids=["FT", "ROME", "AlphaEdit", "GRACE"]
 )
-def test_a_stopped_stream_goes_on_to_the_bit(
+def test_a_resumed_stream_is_bit_exact(
     run, lm, tiny_lm, data, data_files, tmp_path, make, batch_size, fail_at, left
 ):
     """Steps that are left are made, a step whose evaluation was stopped again; the model is a new one."""
@@ -387,7 +387,7 @@ def test_a_run_stopped_at_its_very_end_has_its_results(
     assert means[0] == means[1] and means[0]["efficacy/exact"] >= 0
 
 
-def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):
+def test_a_partial_line_is_removed_before_a_run_resumes(run, tmp_path):
     run(ft(), "stream", "fit")
     file = tmp_path / "run" / "cases.jsonl"
     whole = file.read_text()
@@ -410,7 +410,7 @@ def test_half_a_line_is_taken_off_before_a_run_goes_on(run, tmp_path):
         ("stream", "fit", ["step-000000", "step-000001", "step-000002"]),
     ],
 )
-def test_edits_are_kept_and_can_be_made_again(
+def test_edits_are_saved_and_can_be_applied_again(
     run, lm, tiny_lm, data, tmp_path, schedule, verb, names
 ):
     run(ft(), schedule, verb)
@@ -439,7 +439,7 @@ def test_edits_are_kept_and_can_be_made_again(
         ("stream", "fit", [2, 4, 5]),
     ],
 )
-def test_memories_are_kept_and_can_be_put_in_force_again(
+def test_memories_are_saved_and_can_be_activated_again(
     run, lm, tiny_lm, data, tmp_path, schedule, verb, sizes
 ):
     run(grace(), schedule, verb)
@@ -465,7 +465,7 @@ def test_memories_are_kept_and_can_be_put_in_force_again(
         assert not lm.handles
 
 
-def test_edits_are_not_kept_where_nobody_wants_them(lm, data, tmp_path):
+def test_edits_are_not_saved_without_save_edits(lm, data, tmp_path):
     trainer = Trainer(
         accelerator="cpu", logger=False, callbacks=[EditCallback(ft(), save_edits=False)],
         default_root_dir=tmp_path, enable_progress_bar=False, inference_mode=False,
@@ -506,7 +506,7 @@ def test_a_report_reads_what_a_run_wrote(run, tmp_path):
     assert list(streamed.curve(stream, "efficacy/exact", "current")) == [2, 4, 5]
 
 
-def test_more_edits_may_be_in_force_than_are_asked(run, tmp_path):
+def test_more_edits_may_be_active_than_are_evaluated(run, tmp_path):
     """All cases are edited, the first batches evaluated."""
     run(ft(), "epoch", limit_val_batches=1)
     assert [(row["case_id"], row["num_edits"]) for row in rows(tmp_path / "run")] == [

@@ -420,7 +420,7 @@ def test_a_mistake_found_before_the_run_leaves_its_folder_free(corrigenda, tiny)
     assert corrigenda("validate", *tiny, "--run_dir", "a") == 0
 
 
-def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, monkeypatch):
+def test_a_stream_is_stopped_and_resumed(corrigenda, tiny, tmp_path, capsys, monkeypatch):
     """The checkpoints of the default settings serve a stream of edits, too."""
     args = ["fit", *tiny, "--run_dir", "a", "--edit.schedule", "stream", "--data.batch_size", "1"]
     monkeypatch.setattr("corrigenda.pipeline.checkpointing.SAVE_EVERY", 0)
@@ -446,7 +446,7 @@ def test_a_stream_is_stopped_and_goes_on(corrigenda, tiny, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("schedule", ["each", "batch", "epoch"])
-def test_an_interrupted_validation_goes_on(
+def test_an_interrupted_validation_resumes(
     corrigenda, tiny, tmp_path, capsys, caplog, monkeypatch, schedule
 ):
     """By the same command: cases that were measured are not edited and not asked again."""

@@ -145,7 +145,7 @@ def test_an_interrupted_fit_is_resumed(study, tmp_path):
     assert checkpoint.exists()
 
 
-def test_an_interrupted_validation_goes_on_in_its_folder(study, tmp_path):
+def test_an_interrupted_validation_resumes_in_its_folder(study, tmp_path):
     with pytest.raises(SystemExit):
         compare(study(("a", "validate silent")))
     assert (tmp_path / "out" / "a" / "cases.jsonl").exists()

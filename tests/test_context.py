@@ -224,7 +224,7 @@ def test_a_handle_saves_its_own_edits(lm, tmp_path, name):
         editor.edit(lm, [])
 
 
-def test_a_resumed_stream_remembers(lm, tmp_path):
+def test_a_resumed_stream_has_its_memory(lm, tmp_path):
     callback = EditCallback(memprompt(), "stream")
     callback._handles = [callback.editor.edit(lm, [edit]) for edit in (PARIS, OWL)]
     before = lm.handles[-1].rewrite([PARIS.text, OWL.text, "The sea is"])

@@ -317,7 +317,7 @@ def test_zsre_variant_e(tmp_path):
     )
 
 
-def test_zsre_variant_p_asks_for_efficacy_with_the_rephrase(tmp_path):
+def test_zsre_variant_p_measures_efficacy_on_the_rephrase(tmp_path):
     case, easyedit = zsre_case(tmp_path, "P"), zsre_case(tmp_path, "E")
     assert case.edits == easyedit.edits
     assert case.probes == {**easyedit.probes, "efficacy": easyedit.probes["generality"]}
@@ -623,7 +623,7 @@ def test_known_only_stops_at_the_limit(split, monkeypatch):
     assert chunks == [4, 4]
 
 
-def test_known_only_is_kept_with_a_checkpoint(split):
+def test_known_cases_are_saved_in_checkpoints(split):
     data, chunks = known(split)
     state = data.state_dict()
     assert state == {}
@@ -714,7 +714,7 @@ def test_edits_are_the_same_on_every_process():
     assert [served(loader) for loader in loaders] == [ids(numbered(5))] * 3
 
 
-def test_torch_distributed_is_asked_when_nobody_says(monkeypatch):
+def test_the_number_of_processes_comes_from_torch_distributed(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -726,7 +726,7 @@ def test_trainer_says_which_processes_share(split):
     assert served(data.val_dataloader()) == ids(split.cases("test"))[8:]
 
 
-def test_loader_goes_on_where_the_state_was_taken():
+def test_the_loader_resumes_from_its_state():
     loader = CaseLoader(numbered(10), 2, shuffle=True)
     loader.set_epoch(4)
     batches = iter(loader)

@@ -179,7 +179,7 @@ def test_validation_during_fit_agrees(one, two):
 
 
 @pytest.mark.parametrize(("run", "cases"), [("evaluated", 5), ("sparse", 5)])
-def test_an_evaluation_is_that_of_one_process_to_the_bit(one, two, run, cases):
+def test_an_evaluation_is_bit_exact_with_one_and_two_processes(one, two, run, cases):
     """An odd number of cases: none is lost or counted twice, also where a criterion is met by one process only."""
     found, wanted = summary(two[0] / run), summary(one / run)
     assert found["means"] == wanted["means"] and wanted["means"]["efficacy/accuracy"] is not None

@@ -204,8 +204,8 @@ def test_the_weights_become_weight_plus_update(lm):
         patch.remove()
 
 
-def test_what_is_put_in_comes_out_to_the_bit(lm):
-    """T36, INV-S8, INV-S9: remove, swap and pristine restore every parameter to the bit."""
+def test_removing_an_edit_is_bit_exact(lm):
+    """After remove, swap and pristine every parameter is bit-exact."""
     states = [snapshot(lm)]
     patches = []
     for _ in range(3):
@@ -268,7 +268,7 @@ def test_absorbed_edits_are_one(lm):
     assert same(lm, before)
 
 
-def test_edits_in_force_can_be_put_back_after_a_crash(lm):
+def test_active_edits_can_be_restored_after_a_crash(lm):
     """Each as it was, to the bit, also the ones below others."""
     states, patches = [snapshot(lm)], []
     for _ in range(2):
@@ -334,7 +334,7 @@ def test_updates_that_do_not_fit_are_refused(loaded):
         LowRank(torch.ones(3, 2), torch.ones(1, 4))
 
 
-def test_weights_packed_in_an_unknown_way_are_refused(tiny_lm):
+def test_weights_quantised_in_an_unknown_way_are_refused(tiny_lm):
     lm = tiny_lm("llama")
     module = lm.net.get_submodule(lm.structure.out_name(0))
     module.weight = nn.Parameter(torch.zeros(1280, 1, dtype=torch.uint8), requires_grad=False)
@@ -390,7 +390,7 @@ def test_tied_weights_are_written_once(tiny_lm):
 
 
 def test_a_saved_delta_gives_identical_logits(lm, tiny_lm, tmp_path):
-    """INV-S9: save, load, and apply to a fresh copy of the base."""
+    """A delta that is saved, loaded and applied to a fresh copy of the base model gives the same logits."""
     rows = lm.tokens.rows(PROMPTS, TARGETS)
     name = f"{lm.structure.mlp_names(0)[0]}.weight"
     dense = {name: full(lm.net.get_submodule(lm.structure.mlp_names(0)[0]))}
@@ -528,8 +528,8 @@ class OneStep(WeightEditor):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_editing_is_the_same_in_every_loop(mode, lm):
-    """INV-S13: Lightning validates under no_grad or inference mode; autocast would round keys."""
+def test_an_edit_does_not_depend_on_the_grad_mode_or_autocast(mode, lm):
+    """Lightning validates under no_grad or inference mode; autocast would round keys."""
     edits = [Edit("The capital of {} is", "Zorbania", "Quill"), Edit("{} said", "He", "so")]
     editor = OneStep()
     expected = editor.propose(lm, edits).updates

@@ -117,7 +117,7 @@ def test_show_needs_no_model(edits, saved, tmp_path):
     assert "quantised  model.x: 0.25 of the update lost" in said
 
 
-def test_a_memory_of_edits_is_shown_and_told_apart(edits, saved, tiny_lm, tmp_path):
+def test_a_text_memory_is_shown_and_recognised(edits, saved, tiny_lm, tmp_path):
     lm, file = tiny_lm("gpt2"), tmp_path / "memory.safetensors"
     MemPrompt(lookup="distance").edit(lm, [ONE, OTHER]).save(file)
     said = edits("show", file, saved("llama"))

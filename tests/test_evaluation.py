@@ -149,8 +149,8 @@ def test_without_an_edit_nothing_has_moved(lm, cases):
         assert result.metrics["efficacy/known_before"] == result.metrics["efficacy/exact"]
 
 
-def test_a_batch_is_its_cases_one_at_a_time(lm, cases):
-    """T31: neither the neighbours in a batch nor the padding they bring change a value."""
+def test_results_do_not_depend_on_the_batch(lm, cases):
+    """Neither the other cases in a batch nor the padding that they cause change a value."""
     WeightPatch(lm, update(lm))
     together = EditingModule(lm).evaluate(cases)
     alone = [EditingModule(lm).evaluate([case])[0] for case in reversed(cases)][::-1]
@@ -160,7 +160,7 @@ def test_a_batch_is_its_cases_one_at_a_time(lm, cases):
 
 
 def test_a_collapsed_model_fails_without_an_error(lm, cases):
-    """T39."""
+    """NaN logits of an edited model count as failures."""
     name = lm.structure.out_name(1)
     inner, outer = sizes(lm.net.get_submodule(name))
     WeightPatch(lm, Delta({f"{name}.weight": torch.full((outer, inner), torch.nan)}))
@@ -175,8 +175,8 @@ def test_a_collapsed_model_fails_without_an_error(lm, cases):
     assert means["all/score"] == 0 and means["locality/kl"] == math.inf
 
 
-def test_measuring_twice_measures_the_same(lm, cases):
-    """T37."""
+def test_evaluating_twice_gives_equal_results(lm, cases):
+    """Evaluation has no state that affects the next one."""
     handle = WeightPatch(lm, update(lm))
     module = EditingModule(lm, generate_tokens=3)
     kept = {name: p.detach().clone() for name, p in lm.net.named_parameters()}
@@ -244,7 +244,7 @@ def test_free_answers_see_their_own_case(lm, cases):
     assert len(rest) == sum(len(case.probes["generality"]) for case in cases)
 
 
-def test_only_some_cases_are_asked(lm, cases):
+def test_only_the_given_cases_are_evaluated(lm, cases):
     module = EditingModule(lm)
     assert len(module.validation_step(cases, 0)["results"]) == len(cases)
     module.conditions = Conditions(only_cases={cases[1].case_id})
@@ -254,7 +254,7 @@ def test_only_some_cases_are_asked(lm, cases):
     assert module.validation_step(cases, 0) == {"results": []}
 
 
-def test_what_must_stay_is_not_asked_where_it_is_edited(lm, cases):
+def test_locality_probes_that_are_edited_are_left_out(lm, cases):
     module = EditingModule(lm)
     case = cases[0]
     kept = [probe.prompt for probe in case.probes["locality"]]

@@ -48,7 +48,7 @@ def bench():
 
 
 @pytest.mark.parametrize(("kind", "fault"), POINTS, ids=lambda word: word.replace(" ", "-"))
-def test_what_is_kept_goes_on_as_if_nothing_had_happened(bench, kind, fault):
+def test_a_run_resumed_after_a_fault_equals_an_uninterrupted_one(bench, kind, fault):
     _, operations = bench.whole(kind)
     assert operations > 3  # else nothing strikes
     for share in POINTS[kind, fault]:

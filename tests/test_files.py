@@ -119,7 +119,7 @@ FULL = Path("/dev/full")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
-def test_what_torch_says_of_a_full_disk_is_told_apart(tmp_path: Path) -> None:
+def test_torchs_errors_about_a_full_disk_are_recognised(tmp_path: Path) -> None:
     """The message by which its error is known, from torch itself."""
     with pytest.raises(OSError, match="the disk may be full"), replacing(tmp_path / "a") as part:
         part.symlink_to(FULL)

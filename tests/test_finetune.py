@@ -302,7 +302,7 @@ def test_weight_decay_pulls_the_update_to_zero(lm):
     assert sizes[1] < 0.8 * sizes[0]
 
 
-def test_ft_touches_the_projections_it_is_told(tiny_lm):
+def test_ft_trains_the_given_projections(tiny_lm):
     lm = tiny_lm("llama")
     assert set(FT([1]).start(lm, 1)) == {"model.layers.1.mlp.down_proj.weight"}
     shapes = {name: tuple(leaf.shape) for name, leaf in FT([1, 0], "mlp").start(lm, 2).items()}
@@ -395,7 +395,7 @@ def test_lora_finds_query_and_value(tiny_lm):
         assert {lm.structure.layer_of(name) for name in delta.updates} == {0, 1}
 
 
-def test_lora_without_query_and_value_asks_for_all_maps(tiny_lm):
+def test_lora_without_query_and_value_asks_for_all_layers(tiny_lm):
     lm = tiny_lm("gpt2")
     lm.net.transformer.h[1].attn = nn.ModuleDict({"one": nn.Linear(32, 32)})
     with pytest.raises(ValueError, match="no query or value projection among"):

@@ -123,7 +123,7 @@ def test_where_a_value_stands_in(replace, whole, alone):
 # ---------------------------------------------------------------------------- in a model
 
 
-def test_edits_are_answered_and_everything_else_is_the_base_to_the_bit(lm, make):
+def test_outside_all_balls_the_base_is_bit_exact(lm, make):
     base, others = answers(lm), answers(lm, OTHERS, TARGETS)
     patch = make().edit(lm, EDITS)
     assert lm.score(PROMPTS, TARGETS).exact_B.all()
@@ -163,7 +163,7 @@ def test_the_target_does_not_route(llama, make):
 
 @pytest.mark.parametrize("replace", ["last", "prompt", "all"])
 def test_generation_routes_by_the_prompt(lm, make, replace, uncached):
-    """INV-G3: with a cache, batched and padded on the left, as without, one by one."""
+    """Generated tokens are the same with a cache, batched and padded on the left, as without, one by one."""
     make(replace=replace, steps=40).edit(lm, EDITS)
     prompts = PROMPTS + OTHERS
     for prompt, text in zip(prompts, lm.generate(prompts, 6), strict=True):

@@ -245,7 +245,7 @@ def test_scoring_and_generating(lm):
 
 
 @pytest.mark.parametrize("requantize", [False, True])
-def test_packed_maps(tiny_folder, requantize):
+def test_quantised_layers(tiny_folder, requantize):
     pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 128}
     folder = str(tiny_folder("llama", **wide))

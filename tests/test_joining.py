@@ -142,7 +142,7 @@ def test_subjects_are_found_as_whole_words_first(text, subject, starts):
         assert edit.text == text and edit.subject_start == occurrences(text, subject)[0]
 
 
-def test_several_places_are_told_once_or_chosen_with_braces(caplog):
+def test_ambiguous_subjects_are_reported_once_or_marked_with_braces(caplog):
     text = "Rome, the capital of Italy, is named after Rome"
     for _ in range(2):
         edit = Edit.from_text(text, "Rome", "x")

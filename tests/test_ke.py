@@ -87,7 +87,7 @@ def fixed(head, eta, a_col, b_col):
 
 
 def test_a_closed_gate_changes_nothing_and_a_constant_mask_is_a_gradient_step(tiny_lm):
-    """INV-KE1."""
+    """A closed gate gives no update; a constant mask without the term B gives a scaled gradient."""
     lm = tiny_lm("gpt2")
     editor = ke(lm)
     for head in editor.heads:
@@ -155,7 +155,7 @@ def test_side_by_side_is_one_at_a_time_and_together_is_the_sum(tiny_lm, kind):
 
 
 def test_alpha_rises_while_the_drift_is_above_the_margin(tiny_lm, monkeypatch):
-    """INV-KE2."""
+    """The multiplier alpha stays at least 0 and rises while the drift exceeds the margin."""
     editor = ke(tiny_lm("gpt2"), margin=0.5, lr_alpha=0.2)
     editor.trainer = Trainer(accelerator="cpu", logger=False)
     monkeypatch.setattr(editor, "log", lambda *_: None)

@@ -149,7 +149,7 @@ def results(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(kind, start, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, start, tmp_path):
     draw = random.Random(f"{SEED} {kind}")
     process = start(kind, "whole")
     changes = watch(process, tmp_path / "whole")

@@ -74,9 +74,9 @@ def likeliest(lm, prompt, tokens=2):
     return "e"
 
 
-def test_they_add_up(lm):
-    """INV-K1: per layer to P(1) - P(0). The midpoints' error falls as the square of their number where the
-    way is smooth: everywhere but below OPT's ReLU, which has kinks."""
+def test_attributions_of_a_layer_sum_to_the_gain_in_probability(lm):
+    """Per layer they sum to P(1) - P(0). The midpoint rule's error falls as the square of the number of points if
+    the path is smooth, which it is except below OPT's ReLU."""
     prompts = ["The capital of Zorbania is", "It was said. São Paulo"]
     targets = [likeliest(lm, prompt) for prompt in prompts]
     rows = lm.tokens.rows(prompts, targets)
@@ -126,8 +126,8 @@ def test_they_are_gradients_along_the_way(gpt2):
 
 
 @pytest.mark.parametrize("batch_rows", [1, 7])
-def test_batches_and_padding_do_not_matter(lm, batch_rows):
-    """INV-K3."""
+def test_the_neurons_do_not_depend_on_the_batch_size(lm, batch_rows):
+    """Attributions are the same however the points of the integral are batched and padded."""
     prompts, targets = ["The capital of Zorbania is", "It"], ["the table", "e"]
     together = attributions(lm, lm.tokens.rows(prompts, targets), 4)
     again = attributions(lm, lm.tokens.rows(prompts, targets), 4, batch_rows)
@@ -150,8 +150,8 @@ def test_the_frozen_prefix_changes_nothing(gpt2, monkeypatch):
 # --- selection ---
 
 
-def test_thresholds():
-    """INV-K3: 0 takes all that are not negative, 1 the largest alone; a share asks several prompts."""
+def test_thresholds_select_neurons():
+    """0 selects all with a non-negative attribution, 1 only the largest; a share compares several prompts."""
     attr = torch.randn(1, 2, 10)
     everything = KN(threshold=0.0, fewest=1, most=20).select(attr)
     assert everything == [tuple(pair) for pair in (attr[0] >= 0).nonzero().tolist()]
@@ -249,8 +249,8 @@ def key_signs(lm, edit, layer):
 
 @pytest.mark.parametrize("action", ["update", "suppress", "enhance", "erase"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_values_become_what_they_should(loaded, kind, action):
-    """INV-K2: the found columns by the formula, all else byte-identical; undone to the bit."""
+def test_only_the_selected_columns_change(loaded, kind, action):
+    """The selected columns follow the formula, all others are byte-identical; removal is bit-exact."""
     lm = loaded(kind)
     kept = {name: p.clone() for name, p in lm.net.named_parameters()}
     handle = short(action=action, erase_scale=0.5, write_scale=3.0).edit(lm, EDITS[:1])
@@ -283,7 +283,7 @@ def test_the_values_become_what_they_should(loaded, kind, action):
 
 
 def test_a_silenced_neuron_is_missing_from_the_output(lm):
-    """INV-K2: the projection answers every token with a_j W_j less."""
+    """At every token the projection's output is lower by a_j W_j."""
     ids = torch.tensor(lm.tokens.encode(["The capital of Zorbania is the town."]))
     handle = short(action="suppress").edit(lm, EDITS[:1])
     (notes,) = handle.delta.metadata["notes"]
@@ -391,8 +391,8 @@ def test_without_a_true_answer_the_likeliest_token_is_the_old_one(lm):
     assert editor.propose(lm, [edit]).updates
 
 
-def test_proposing_leaves_no_trace(lm):
-    """INV-S8."""
+def test_propose_leaves_the_model_unchanged(lm):
+    """Parameters, gradients, flags, hooks and the random stream are as before."""
     kept = {name: p.clone() for name, p in lm.net.named_parameters()}
     editor = short()
     editor.prepare(lm)

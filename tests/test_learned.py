@@ -95,7 +95,7 @@ def test_a_scaled_update_is_made_but_not_trained_with(name, tiny_lm):
         torch.testing.assert_close(part, 0.25 * whole)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(name, run, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, run, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, after a checkpoint in it."""
     assert run(tmp_path / "whole") == 0
     editor = EDITORS[name][0]
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(name, run, tmp_path, 
     assert means[0] == means[1] and means[0]["efficacy/accuracy"] is not None
 
 
-def test_training_time_counts_every_step_that_is_kept(name, run, tmp_path, monkeypatch):
+def test_training_time_counts_every_saved_step(name, run, tmp_path, monkeypatch):
     """Interrupted right after a step that is kept before anything else happens."""
     editor, clock = EDITORS[name][0], [0.0]
     training_step = editor.training_step
@@ -172,7 +172,7 @@ def test_a_checkpoint_holds_the_editor_alone_and_edits_as_it_did(
     assert message.count("\n") == 1 and "set --model.layers" in message
 
 
-def test_what_is_kept_of_texts_changes_no_number(name, run, tmp_path, monkeypatch):
+def test_caching_of_texts_changes_no_number(name, run, tmp_path, monkeypatch):
     """A run that keeps nothing, one that keeps all, one that finds all on disk: the same bits."""
     counts = []
 

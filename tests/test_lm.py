@@ -184,7 +184,7 @@ def test_subject_spans_of_smollm2(text, subject, span, token, smollm2):
 )
 @pytest.mark.parametrize("text", ["{} is", "(see {}, and", "In {}?", "{}", "A {}: b"])
 def test_the_last_token_holds_the_subjects_last_character(lm, text, subject):
-    """INV-S2, with and without a token in front, on characters and not bytes."""
+    """With and without a begin-of-text token, and by characters, not bytes."""
     start, text = text.index("{"), text.replace("{}", subject)
     first, last = lm.tokens.subject_span(text, start, subject)
     spans = lm.tokenizer(text, return_offsets_mapping=True).offset_mapping
@@ -212,8 +212,8 @@ def test_the_slot_counts_and_not_the_first_occurrence(gpt2, llama):
 # --- scores ---
 
 
-def test_scores_are_those_of_single_plain_rows(lm, monkeypatch):
-    """T31: alone, in a padded batch, and in several batches of similar length."""
+def test_scores_do_not_depend_on_the_batch(lm, monkeypatch):
+    """Scores are the same alone, in a padded batch, and in several batches of similar length."""
     expected = [by_hand(lm, p, t) for p, t in zip(PROMPTS, TARGETS, strict=True)]
     for chunk in (4096, 20):
         monkeypatch.setattr("corrigenda.modules.model.rows.BATCH_TOKENS", chunk)
@@ -574,7 +574,7 @@ def test_a_common_start_changes_no_generated_token(tiny_lm, family):
         assert lm.generate(prompts[::-1], 6, batch_size=3) == plain[::-1]
 
 
-def test_a_common_start_is_kept_while_the_network_is_as_it_was(tiny_lm):
+def test_a_common_prefix_is_cached_while_the_network_is_unchanged(tiny_lm):
     lm = tiny_lm("llama")
     text = "Ada Quill was the first to see Lake Onna. "
     prompts, targets = [text + "She was born in", text + "It is"], ["Paris", "seven"]

@@ -78,8 +78,8 @@ def test_the_dual_is_the_ridge_solution(problem):
         assert cost(delta + change) > cost(delta) < cost(delta - change)
 
 
-def test_one_key_and_a_strength_without_end(problem):
-    """INV-MM1."""
+def test_one_key_has_a_closed_form(problem):
+    """One key gives Delta k = d k'k / (k'k + lambda), which tends to zero as lambda grows."""
     keys, values, log_lambda = problem
     key, value = keys[:1], values[:1]
     norm = (key @ key.T).item()
@@ -91,8 +91,8 @@ def test_one_key_and_a_strength_without_end(problem):
 
 
 @pytest.mark.parametrize("count", [1, 7, 30])
-def test_the_pull_back_is_autograd(count):
-    """INV-MM1 in float64, with fewer and with more tokens than the key is wide."""
+def test_the_gradient_through_the_solution_is_that_of_autograd(count):
+    """In float64, with fewer and with more tokens than the width of the keys."""
     keys, values = torch.randn(count, 12).double(), torch.randn(count, 5).double()
     log_lambda = torch.tensor(-0.3).double().requires_grad_()
     values.requires_grad_()
@@ -154,8 +154,8 @@ def test_pulled_back_losses_are_those_of_plain_autograd(tiny_lm, kind):
     assert min(loss.item() for loss in losses) > 1e-4
 
 
-def test_micro_batches_change_nothing(tiny_lm):
-    """INV-MM2, also where their size does not divide the number of edits."""
+def test_results_do_not_depend_on_the_micro_batch_size(tiny_lm):
+    """Neither the update nor the gradients depend on it, also if it does not divide the number of edits."""
     lm = tiny_lm("llama")
     editor, found = malmen(lm), []
     for size in (1, 3, 99):

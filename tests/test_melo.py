@@ -107,8 +107,8 @@ def test_the_block_of_the_prompt_holds_at_every_token(blocks):
 # ---------------------------------------------------------------------------- in a model
 
 
-def test_no_hit_is_the_base_to_the_bit(lm, make):
-    """INV-L1, in one batch with prompts that hit."""
+def test_without_a_hit_the_base_is_bit_exact(lm, make):
+    """Prompts outside all clusters get the base model's output, also in a batch with prompts inside one."""
     prompts, targets = PROMPTS + OTHERS, TARGETS * 2
     base = answers(lm, prompts, targets)
     patch = make().edit(lm, EDITS)

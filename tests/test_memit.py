@@ -83,7 +83,7 @@ def product(factors):
 @pytest.mark.parametrize("count", [3, 12, 40], ids=["dual", "square", "primal"])
 @pytest.mark.parametrize("earlier", [0, 7])
 def test_memit_solves_its_normal_equations(moment, count, earlier):
-    """INV-M3 for both forms: Delta (lambda C + P P' + K K') = R K'."""
+    """Both forms of the solver satisfy Delta (lambda C + P P' + K K') = R K'."""
     factor = torch.linalg.cholesky(moment)
     keys, past = torch.randn(WIDTH, count).double(), torch.randn(WIDTH, earlier).double()
     residual = torch.randn(VALUE, count).double()
@@ -126,8 +126,8 @@ def test_the_smaller_of_the_two_systems_is_solved(moment, count, ridge, wanted, 
     assert seen == [wanted]
 
 
-def test_one_edit_gets_its_share(problem, moment):
-    """INV-M1: s / (1 + s) of what it lacks, s = k' C^-1 k / lambda."""
+def test_a_single_edit_has_a_closed_form(problem, moment):
+    """The output changes by s / (1 + s) of the residual, with s = k' C^-1 k / lambda."""
     factor, keys, residual = problem[0], problem[1][:, :1], problem[2][:, :1]
     change = of_kind(MEMIT([0], ridge=0.5), factor)(keys, residual)
     s = (keys.T @ torch.linalg.solve(moment, keys)).item() / (0.5 * WIDTH)
@@ -135,7 +135,7 @@ def test_one_edit_gets_its_share(problem, moment):
 
 
 def test_memit_without_ridge_is_emmet(problem):
-    """INV-M2, INV-M3; and with a large one nothing changes, like 1 / lambda."""
+    """As the ridge goes to 0 MEMIT becomes EMMET; as it grows the update falls like 1 / lambda."""
     factor, keys, residual = problem
     exact = of_kind(EMMET([0]), factor)(keys, residual)
     near(exact @ keys, residual)
@@ -147,7 +147,7 @@ def test_memit_without_ridge_is_emmet(problem):
 
 
 def test_emmet_with_one_edit_is_rome(problem):
-    """INV-M3, INV-R6: with ROME's two keys the same; and C's scale does not matter."""
+    """With ROME's two keys the update is the same, and the scale of C cancels."""
     factor, key, residual = problem[0], problem[1][:, 0], problem[2][:, 0]
     change = of_kind(EMMET([0]), factor)(key[:, None], residual[:, None])
     near(change, _rank_one(factor, key, key, residual).dense())
@@ -185,8 +185,8 @@ def EMMET_solve(factor, count):  # noqa: N802
     editor.solve(0, EDITS[:1] * count, keys, residual, keys[:, :0])
 
 
-def test_duplicates_share_and_stay_finite(problem):
-    """INV-M5: the same request twice has equal parts in the update."""
+def test_duplicate_edits_contribute_equally(problem):
+    """The same edit twice has equal parts in the update, which is finite."""
     factor, keys, residual = problem[0], problem[1][:, [0, 0]], problem[2][:, [0, 0]]
     left, right = solve_update(factor, keys, residual, 1.0)
     assert left.isfinite().all() and right.isfinite().all()
@@ -209,8 +209,8 @@ def alpha(tmp_path, tiny_lm):
     return make
 
 
-def test_alphaedit_leaves_preserved_keys_alone(alpha):
-    """INV-A1: an ordinary text of few directions is answered as before."""
+def test_alphaedit_does_not_change_outputs_outside_its_null_space(alpha):
+    """Text whose keys span few directions is answered as before."""
     ordinary = torch.randn(WIDTH, 4).double()
     keys, residual = torch.randn(WIDTH, COUNT).double(), torch.randn(VALUE, COUNT).double()
     solve, basis = alpha(ordinary @ ordinary.T / 4, threshold=1e-9, l2=0.1)
@@ -225,7 +225,7 @@ def test_alphaedit_leaves_preserved_keys_alone(alpha):
 
 
 def test_alphaedit_is_the_published_formula(alpha, moment):
-    """INV-A2: (P (K K' + K_p K_p') + l2 I) X = P K R', Delta = X'."""
+    """The reduced solve equals the published one: (P (K K' + K_p K_p') + l2 I) X = P K R', Delta = X'."""
     solve, basis = alpha(moment, null_share=0.4, l2=0.7)
     assert 0 < basis.shape[1] < WIDTH
     keys, past = torch.randn(WIDTH, COUNT).double(), torch.randn(WIDTH, 6).double()
@@ -235,8 +235,8 @@ def test_alphaedit_is_the_published_formula(alpha, moment):
     near(solve(keys, residual, past), published)
 
 
-def test_the_null_space_is_counted_as_asked(alpha, caplog):
-    """INV-A1 at the bounds: by eigenvalue, by share of the trace, nothing free, everything free."""
+def test_the_null_space_has_the_requested_size(alpha, caplog):
+    """By eigenvalue and by share of the trace, including the bounds: no direction free, all directions free."""
     values = torch.tensor([0.0, 0.01, 0.02, 0.07, 0.4, 0.5] + [9.0] * 6).double()
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH).double())[0]
     moment = rotation @ values.diag() @ rotation.T
@@ -254,7 +254,7 @@ def test_the_null_space_is_counted_as_asked(alpha, caplog):
 
 @pytest.mark.parametrize("kind", ["MEMIT", "AlphaEdit"])
 def test_earlier_keys_keep_their_answers_better(kind, alpha, moment):
-    """INV-A3."""
+    """With the keys of the first batch, a second one changes the outputs at those keys less than without."""
     keys, past = torch.randn(WIDTH, COUNT).double(), torch.randn(WIDTH, 4).double()
     residual = torch.randn(VALUE, COUNT).double()
     if kind == "MEMIT":
@@ -360,7 +360,7 @@ def searched(monkeypatch):
 
 
 def test_keys_are_means_over_kinds_of_contexts(lm, make):
-    """INV-M6: the bare prompt counts half, each of five others a tenth; read in bounded batches."""
+    """The bare prompt has weight 1/2, each of five others 1/10; they run in bounded batches."""
     editor = make(contexts=[(3, 5)])
     editor.prepare(lm)
     weights = editor._context_weights()
@@ -431,8 +431,8 @@ def test_the_blocks_output_comes_to_the_value(lm, make, searched):
     assert [note["iterations"] for note in notes] == [5] * 4
 
 
-def test_what_is_lacking_is_read_again_at_every_layer(gpt2, make, monkeypatch):
-    """INV-M4: residuals are (z - h) / (layers left), h and the keys with the layers below written."""
+def test_residuals_are_computed_again_at_every_layer(gpt2, make, monkeypatch):
+    """Residuals are (z - h) / (layers left), with h and the keys read after the lower layers were written."""
     seen = []
     works = MEMIT.solve
 
@@ -501,8 +501,8 @@ def test_a_normalised_mlp_takes_one_layer(loaded, make, searched):
 
 
 @METHODS
-def test_side_by_side_is_one_at_a_time(method, lm, make):
-    """INV-Z4, INV-S11: whatever else is in the batch, and for several edits of one case."""
+def test_independent_edits_do_not_depend_on_the_batch(method, lm, make):
+    """An edit's update is the same whatever else is in the batch, also with several edits per case."""
     editor = make(method, parallel=3)
     groups = [*EACH[:2], EDITS[2:]]
     texts = [edit.text for edit in EDITS], [edit.target_new for edit in EDITS]
@@ -527,7 +527,7 @@ def test_side_by_side_is_one_at_a_time(method, lm, make):
 
 @METHODS
 def test_the_order_in_a_batch_does_not_matter(method, gpt2, make):
-    """INV-S12."""
+    """The update of a batch does not depend on the order of its edits."""
     one, other = (make(method).propose(gpt2, edits) for edits in (EDITS, EDITS[::-1]))
     for name in one.updates:
         limit = 1e-4 * one.dense(name).abs().max().item()
@@ -548,8 +548,8 @@ def test_more_edits_than_a_key_is_wide(loaded, make):
     assert lacking.shape == (100,) and lacking.median() < 0.7
 
 
-def test_proposing_leaves_no_trace(lm, make):
-    """INV-S8, INV-Z5."""
+def test_propose_leaves_the_model_unchanged(lm, make):
+    """Parameters, gradients, flags, hooks and the random stream are as before."""
     editor = make(MEMIT, sequential=True)
     editor.prepare(lm)
     kept = {name: p.clone() for name, p in lm.net.named_parameters()}
@@ -562,8 +562,8 @@ def test_proposing_leaves_no_trace(lm, make):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.net.modules())
 
 
-def test_a_conflict_is_said(gpt2, make, caplog):
-    """INV-M5."""
+def test_conflicting_edits_are_reported(gpt2, make, caplog):
+    """Different targets of the same prompt in a batch give a warning."""
     with caplog.at_level(logging.WARNING):
         make().edit(gpt2, [EDITS[0], Edit(EDITS[0].prompt, EDITS[0].subject, "rain")])
     assert "'The capital of Zorbania is' is to be both 'Quill Port' and 'rain'" in caplog.text
@@ -593,8 +593,8 @@ def test_where_nothing_reads_the_values_it_is_said(method, gpt2, make, caplog):
 
 
 @pytest.mark.parametrize("method", [MEMIT, AlphaEdit])
-def test_keys_of_edits_in_force_are_respected(method, lm, make):
-    """INV-A3: read on the model that the edit left; forgotten when it is taken out."""
+def test_keys_of_active_edits_are_respected(method, lm, make):
+    """They are read on the edited model, and no longer count once the edit is removed."""
     sequential = {"sequential": True} if method is MEMIT else {}
     editor = make(method, contexts=[], **sequential)
     plain = editor.propose(lm, EDITS[2:])
@@ -635,7 +635,7 @@ def test_a_saved_edit_brings_its_keys(gpt2, make, tmp_path):
         near(update.dense(), expected.dense(name), atol=1e-8)
 
 
-def test_found_values_are_kept_and_taken_over(gpt2, make, tmp_path, monkeypatch):
+def test_optimised_values_are_saved_and_reused(gpt2, make, tmp_path, monkeypatch):
     """An interrupted search goes on; other settings, and a model under edits, look for values anew."""
     folder = str(tmp_path / "values")
     plain = make(MEMIT).propose(gpt2, EDITS)
@@ -670,7 +670,7 @@ def test_found_values_are_kept_and_taken_over(gpt2, make, tmp_path, monkeypatch)
     assert len(looked_for) == 7
 
 
-def test_a_damaged_value_is_looked_for_again(gpt2, make, tmp_path, caplog):
+def test_a_damaged_value_is_optimised_again(gpt2, make, tmp_path, caplog):
     folder = tmp_path / "values"
     first = make(MEMIT, values=str(folder)).propose(gpt2, EDITS[:1])
     (path,) = folder.glob("*.safetensors")

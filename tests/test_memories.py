@@ -52,7 +52,7 @@ def likelihood(lm):
     return scores.logprob_BM.sum(1) / scores.mask_BM.sum(1)
 
 
-def test_an_edit_is_likelier_and_comes_off_to_the_bit(lm, editor):
+def test_an_edit_raises_its_probability_and_is_removed_bit_exactly(lm, editor):
     base, before = answers(lm), likelihood(lm)
     weights = {name: p.clone() for name, p in lm.net.named_parameters()}
     for i, edit in enumerate(EDITS):
@@ -117,7 +117,7 @@ def test_further_calls_extend_it_and_removal_restores_it(llama, editor):
             llama.handles[-1].remove()
 
 
-def test_absorbed_or_cut_short_a_stream_goes_on_as_before(llama, editor, data_files):
+def test_a_stream_resumes_with_absorbed_edits(llama, editor, data_files):
     """One handle for all, and another editor object on a restored state makes the same next edit."""
     first = editor.edit(llama, EDITS[:1])
     first.absorb(editor.edit(llama, EDITS[1:2]))

@@ -100,8 +100,8 @@ def test_factors_are_the_gradient(tiny_lm, kind, dtype, rtol):
 
 
 @FAMILIES
-def test_at_first_an_edit_is_one_step_of_gradient_descent(tiny_lm, kind):
-    """INV-E1, with statistics of mean 0 and deviation 1."""
+def test_an_untrained_edit_is_one_step_of_gradient_descent(tiny_lm, kind):
+    """With statistics of mean 0 and deviation 1, W' = W - alpha grad W."""
     lm = tiny_lm(kind)
     editor = mend(lm, alpha=0.03)
     for transform in editor.transforms.values():
@@ -129,8 +129,8 @@ def test_edits_that_are_made_together_add_up(tiny_lm):
         close(together.dense(name), sum(delta.dense(name) for delta in alone))
 
 
-def test_the_normalised_identity_at_first():
-    """INV-E1, with other statistics."""
+def test_the_untrained_network_is_the_identity_on_normalised_inputs():
+    """Also with other statistics."""
     transform = GradientTransform(6, 3, count=1, rank=2)
     x, d = 3 + torch.randn(40, 6), 0.1 * torch.randn(40, 3)
     transform.normalise_x.update(x, 0)
@@ -163,8 +163,8 @@ def test_every_map_has_statistics_of_its_own():
         torch.testing.assert_close(a, b)
 
 
-def test_rows_do_not_see_each_other():
-    """INV-E2."""
+def test_the_network_acts_on_every_token_independently():
+    """Permuting the rows permutes the outputs and leaves the update as it is."""
     transform = GradientTransform(6, 3, count=2, rank=2)
     for parameter in transform.parameters():
         parameter.data += torch.randn_like(parameter)
@@ -187,8 +187,8 @@ def test_edits_in_a_batch_do_not_see_each_other(tiny_lm):
                 close(delta.dense(name), alone.dense(name), 1e-5)
 
 
-def test_the_first_step_moves_what_starts_at_zero(tiny_lm):
-    """INV-E3: relu instead of clamp would never move it."""
+def test_parameters_initialised_to_zero_get_a_gradient(tiny_lm):
+    """With relu instead of clamp their gradient would be zero."""
     editor = mend(tiny_lm("gpt2"))
     editor.observe(CASES)
     with torch.enable_grad():
@@ -204,7 +204,7 @@ def test_the_first_step_moves_what_starts_at_zero(tiny_lm):
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_an_update_has_a_term_per_token_with_gradient(tiny_lm, observed):
-    """INV-E4: with statistics, too, what has no gradient adds nothing."""
+    """Tokens without a gradient add nothing, also with statistics."""
     lm = tiny_lm("gpt2")
     editor = trained_a_bit(mend(lm, layers=[1]))
     if observed:
@@ -221,7 +221,7 @@ def test_an_update_has_a_term_per_token_with_gradient(tiny_lm, observed):
 @FAMILIES
 @pytest.mark.parametrize("together", [1, 2])
 def test_the_training_loss_is_that_of_the_written_edits(tiny_lm, kind, together):
-    """INV-E5: the side branches that training differentiates are the edited model."""
+    """Side branches, through which training differentiates, give the loss of the edited model."""
     lm = tiny_lm(kind)
     editor = trained_a_bit(mend(lm, together=together))
     editor.observe(CASES)
@@ -245,8 +245,8 @@ def test_the_training_loss_is_that_of_the_written_edits(tiny_lm, kind, together)
     assert lm.weights_hash == before
 
 
-def test_no_step_no_drift(tiny_lm):
-    """INV-E6."""
+def test_a_step_size_of_zero_gives_no_drift(tiny_lm):
+    """The locality KL is positive, and 0 if alpha is 0."""
     editor = trained_a_bit(mend(tiny_lm("llama")))
     with torch.no_grad():
         assert editor._losses(EDITS, OUTER, LOCAL)[1] > 0
@@ -256,7 +256,7 @@ def test_no_step_no_drift(tiny_lm):
 
 @pytest.mark.parametrize("cuts", [(20,), (1, 19), (7, 7, 6), (1,) * 20])
 def test_statistics_merge_exactly(cuts):
-    """INV-E7."""
+    """Statistics of batches merge to the mean and deviation of all tokens."""
     x = 50 + torch.randn(20, 4, dtype=torch.float64) * torch.tensor([1e-3, 1, 5, 100])
     parts = Normaliser(2, 4)
     for part in x.split(cuts):
@@ -271,7 +271,7 @@ def test_statistics_merge_exactly(cuts):
 
 
 def test_statistics_are_of_tokens_with_gradient_and_come_from_observe_alone(tiny_lm):
-    """INV-E7: neither padding nor edits move them."""
+    """Neither padding nor edits change them."""
     lm = tiny_lm("gpt2")
     editor = mend(lm, layers=[1], projections="out", num_normalising=2)
     editor.observe(CASES)
@@ -289,7 +289,7 @@ def test_statistics_are_of_tokens_with_gradient_and_come_from_observe_alone(tiny
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_matrices_of_one_shape_share_all_but_scale_and_offset(tiny_lm, kind):
-    """INV-E9."""
+    """Two matrices of the same shape have the same parameters except for scale and offset."""
     lm = tiny_lm(kind)
     editor = mend(lm)
     shapes = {tuple(lm.net.get_submodule(n).weight.shape) for n in editor.names}
@@ -469,7 +469,7 @@ def rows(folder):
         ("on_validation_epoch_start", 3, 0, 7),
     ],
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     run_mend, tmp_path, monkeypatch, where, call, kept_every, kept
 ):
     """Stopped in the second or third epoch, in a step or in an evaluation, which is then made."""
@@ -574,10 +574,8 @@ def test_a_foreign_checkpoint_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_the_best_is_kept_and_training_stops_when_it_gets_worse(
-    run_mend, tmp_path, monkeypatch, interrupted
-):
-    """INV-E10: of a scripted sequence, in which less is worse."""
+def test_early_stopping_saves_the_best_of_a_sequence(run_mend, tmp_path, monkeypatch, interrupted):
+    """Of a scripted sequence of values, of which larger ones are better."""
     script = [0.2, 0.5, 0.4, *([None] if interrupted else []), 0.45, 0.3, 0.9, 0.9]
 
     def scripted(_):

@@ -485,7 +485,7 @@ def test_every_protocol_has_its_name():
         assert cls(protocol="mine").protocol == "mine"
 
 
-def test_sums_are_kept_in_double_precision():
+def test_sums_are_in_double_precision():
     assert all(cls().total.dtype == torch.float64 for cls in CASE_METRICS)
 
 

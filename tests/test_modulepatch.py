@@ -215,7 +215,7 @@ def test_absorbing_keeps_one_memory_and_one_undo(llama):
     assert torch.equal(answers(llama), base)
 
 
-def test_a_failure_leaves_the_earlier_memory_in_force(llama):
+def test_a_failure_leaves_the_earlier_memory_active(llama):
     editor = Marker()
     first = editor.edit(llama, EDITS[:1])
     before = answers(llama)

@@ -78,7 +78,7 @@ def near(a, b):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "falcon", "bloom", "gpt_neo"])
 def test_it_is_the_mean_outer_product_of_keys(kind, gather):
-    """INV-S7: uncentred, over every real token and nothing else; OPT's flattened MLP included."""
+    """Uncentred, over all real tokens and no padding; OPT's flattened MLP included."""
     moments = gather(kind)
     for layer in (0, 1):
         found = moments.moment(layer)
@@ -138,7 +138,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 3])
-def test_it_goes_on_where_it_was_killed(killed_at, gather, small_buffers, counted):
+def test_a_killed_computation_resumes(killed_at, gather, small_buffers, counted):
     """The result is the same to the bit, and no finished buffer is computed again."""
     whole = gather(folder="whole").gather([0, 1])
     buffers = list(counted)
@@ -255,8 +255,8 @@ def test_statistics_are_of_the_unedited_model(gather):
     patch.remove()
 
 
-def test_every_weight_and_setting_counts_in_the_folders_name(tiny_lm, source):
-    """INV-S14: nothing of another model, text, length, seed or precision is ever used."""
+def test_the_folder_identifies_model_text_and_settings(tiny_lm, source):
+    """Statistics of another model, text, length, seed or precision are never used."""
     lm = tiny_lm("llama")
     corpus = Corpus(str(source), TOKENS)
     folders = [Moments(lm, corpus).folder]
@@ -274,7 +274,7 @@ def test_every_weight_and_setting_counts_in_the_folders_name(tiny_lm, source):
     assert len(set(folders)) == len(folders)
 
 
-def test_it_is_kept_in_the_cache_folder(tiny_lm, source, cache_folder):
+def test_statistics_are_in_the_cache_folder(tiny_lm, source, cache_folder):
     assert Moments(tiny_lm("llama"), Corpus(str(source))).folder.is_relative_to(cache_folder)
 
 
@@ -333,7 +333,7 @@ def test_a_model_without_positions_has_no_limit(tiny_lm):
 # --- the first token ---
 
 
-def test_the_share_of_first_tokens_is_kept(gather):
+def test_the_share_of_first_tokens_is_saved(gather):
     moments = gather()
     lm = moments.lm
     module = {"out": lm.net.get_submodule(lm.structure.out_name(1))}
@@ -553,7 +553,7 @@ def test_the_factor_is_lower_and_its_square_is_the_moment(gather):
     near(factor @ factor.T, moment)
 
 
-def test_eigenvectors_give_the_moment_back_and_are_kept(gather, monkeypatch):
+def test_eigenvectors_reconstruct_the_moment_and_are_cached(gather, monkeypatch):
     moments = gather()
     values, vectors = moments.eigen(1)
     assert values.dtype == torch.float64 and (values.diff() >= 0).all() and values[0] >= 0
@@ -656,7 +656,7 @@ def test_a_factor_belongs_to_its_moment(gather):
     near(vectors @ values.diag() @ vectors.T, other)
 
 
-def test_a_corpus_is_told_by_its_content(source, tmp_path):
+def test_a_corpus_is_identified_by_its_content(source, tmp_path):
     first = Corpus(str(source)).key
     os.utime(source, (1, 1))
     other = tmp_path / "elsewhere" / "renamed.txt"
@@ -717,7 +717,7 @@ def test_what_a_killed_process_left_is_removed_though_nothing_is_missing(gather,
     assert not left.exists() and len(counted) == made
 
 
-def test_keys_that_are_not_finite_are_not_kept(tiny_lm, source, tmp_path):
+def test_keys_that_are_not_finite_are_not_saved(tiny_lm, source, tmp_path):
     lm = tiny_lm("llama")
     lm.net.get_submodule(lm.structure.mlp_names(0)[0]).weight.data[0, 0] = torch.nan
     moments = Moments(lm, Corpus(str(source), TOKENS), tmp_path / "cache")

@@ -71,7 +71,7 @@ def test_no_text_sees_what_is_beside_it(lm, folder, dtype):
     assert len(list(folder.glob("*/*.safetensors"))) == 1
 
 
-def test_a_kept_tail_is_the_tail(family, tiny_lm, folder):
+def test_a_cached_tail_is_the_tail(family, tiny_lm, folder):
     lm = tiny_lm(family)
     rows = lm.tokens.rows(TEXTS)
     at = torch.arange(len(TEXTS)), rows.length_B - 1
@@ -164,7 +164,7 @@ def test_other_weights_or_threads_are_another_folder(tiny_lm, folder):
     assert len(list(folder.iterdir())) == 3
 
 
-def test_nothing_is_kept_of_an_edited_model(llama, folder):
+def test_nothing_is_cached_of_an_edited_model(llama, folder):
     editor = MEND(llama, layers=[1], rank=2)
     llama.reuse.keep(1, 3)
     handle = editor.edit(llama, EDITS[:1])

@@ -107,7 +107,7 @@ def test_weights_do_not_change_by_being_used(packed, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_an_edited_map_is_kept_plain(packed, kind, base):
+def test_an_edited_layer_stays_in_floating_point(packed, kind, base):
     lm = packed(kind, base)
     name = lm.structure.out_name(1)
     module, before, untouched = lm.net.get_submodule(name), lm.weights_hash, logprobs(lm)
@@ -132,7 +132,7 @@ def test_an_edited_map_is_kept_plain(packed, kind, base):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_or_packed_again(packed, kind, base):
+def test_an_edited_layer_can_be_requantised(packed, kind, base):
     """What is lost on the way is in the metadata."""
     lm = packed(kind, base, requantize=True)
     name = lm.structure.out_name(1)
@@ -265,7 +265,7 @@ def test_rome_writes_its_value(packed, tiny_lm, corpus, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fine_tuning_learns_beside_packed_weights(packed, kind):
+def test_fine_tuning_with_quantised_weights(packed, kind):
     lm = packed(kind, "gpt2")
     before = lm.weights_hash
     patch = FT([1, 2], projections="mlp", steps=15, lr=2e-2).edit(lm, EDITS[:1])
@@ -276,7 +276,7 @@ def test_fine_tuning_learns_beside_packed_weights(packed, kind):
     assert hash_weights(lm.net) == before
 
 
-def test_knowledge_neurons_of_a_packed_base_are_turned_off(packed):
+def test_knowledge_neurons_of_a_quantised_base_are_turned_off(packed):
     lm = packed("nf4")
     before = logprobs(lm)
     patch = KN(action="suppress", points=4).edit(lm, EDITS[:1])

@@ -72,7 +72,7 @@ def restrained(update, sigma, base):
 
 @pytest.mark.parametrize("keep", [0.0, 0.07, 0.2, 0.5, 1.0])
 def test_the_largest_relative_changes_survive(keep):
-    """INV-P2: as many as asked for, as they are; all others are smaller, relative to the weight."""
+    """Exactly the requested number of entries survives unchanged; all others have a smaller relative change."""
     update, weight = torch.randn(10, 30), torch.randn(10, 30)
     weight[0, 0] = 0.0
     kept = largest_changes(update, weight, keep)
@@ -138,7 +138,7 @@ def test_rect_side_by_side_is_one_after_the_other(lm):
 
 
 def test_the_rule_for_singular_values():
-    """INV-P1, and the two figures of the published example."""
+    """Continuous at sigma, increasing, inverted exactly, and equal to the two figures of the published example."""
     s = torch.linspace(0.1, 60, 5000).double()
     for base, sigma, figure in ((math.e, 5.0, 7.30), (1.2, 5.0, 17.63), (1.2, 20.0, None)):
         prune = PRUNE(Growing(1), base)
@@ -244,7 +244,7 @@ def test_a_stream_is_restrained_and_its_edits_do_not_notice(lm, absorbed):
         patch.remove()
 
 
-def test_a_stream_goes_on_where_it_was(lm):
+def test_a_stream_resumes(lm):
     """What is in force is all that a resumed run has, and all that it needs."""
     name, sigma = where(lm), sigma_of(lm)
     inner, patches = Growing(1.5 * sigma), []
@@ -267,7 +267,7 @@ def test_a_stream_goes_on_where_it_was(lm):
     torch.testing.assert_close(read_parameter(lm.net, name), wanted, rtol=0, atol=2e-5)
 
 
-def test_an_edit_that_fails_leaves_the_restraint_in_force(lm):
+def test_a_failed_edit_leaves_the_restraint_active(lm):
     class Failing(Growing):
         def propose(self, lm, edits):
             if edits == [EDITS[2]]:

@@ -128,7 +128,7 @@ def test_a_stream_makes_every_edit_once(corrigenda, stream, tmp_path, monkeypatc
     assert rows[0] == rows[1]
 
 
-def test_a_memory_beside_the_network_goes_on(corrigenda, base, tmp_path, monkeypatch):
+def test_an_adapter_resumes(corrigenda, base, tmp_path, monkeypatch):
     grace = ["--edit.editor", "GRACE", "--edit.editor.layer", "1", "--edit.editor.epsilon", "0.5",
              "--edit.editor.steps", "2"]  # fmt: skip
     args = ["fit", *base, *grace, "--edit.schedule", "stream"]
@@ -153,7 +153,7 @@ def test_fine_tuning_makes_every_step_once(corrigenda, tuning, tmp_path, monkeyp
         assert 0 < value.abs().max() <= 1e-3 + 1e-9
 
 
-def test_a_run_goes_on_after_its_first_step_is_lost(
+def test_a_run_resumes_after_its_first_step_is_lost(
     corrigenda, stream, tmp_path, monkeypatch, caplog
 ):
     """Nothing was kept: it starts over, says so, and what was there is put aside."""
@@ -241,9 +241,7 @@ def test_a_validation_interrupted_before_its_summary_logs_how_many_edits_were_ac
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_the_values_of_a_step_that_was_kept_are_logged(
-    corrigenda, tuning, tmp_path, monkeypatch, number
-):
+def test_the_values_of_a_saved_step_are_logged(corrigenda, tuning, tmp_path, monkeypatch, number):
     """Killed after a step was kept and before Lightning logged it; the third is the last."""
     args = [*tuning, "--run_dir", "cut", "--trainer.check_val_every_n_epoch", "2",
             "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"]  # fmt: skip
@@ -271,7 +269,7 @@ def test_the_values_of_a_step_that_was_kept_are_logged(
     [("stream", 3, 5, 1), ("tuning", 3, 5, 1), ("tuning", 5, 8, 2)],
     ids=["a stream", "within an epoch", "at the end of an epoch"],
 )
-def test_a_finished_fit_goes_on_for_longer(
+def test_a_finished_fit_can_be_extended(
     request, corrigenda, refused, tmp_path, kind, first, then, evaluated
 ):
     """As if it had been given as many steps at once, also where it ended within an epoch."""
@@ -377,7 +375,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("verb", ["validate", "stream"])
-def test_only_the_same_run_goes_on(
+def test_only_the_same_run_can_be_resumed(
     request, corrigenda, refused, tiny_folder, copies, tmp_path, monkeypatch, verb
 ):
     command = [*request.getfixturevalue(verb), *copies, "--run_dir", "cut"]
@@ -395,7 +393,7 @@ def test_only_the_same_run_goes_on(
     assert corrigenda(*command, *last) == 0
 
 
-def test_a_validation_goes_on_with_the_same_code_and_checkpoint(
+def test_a_validation_resumes_with_the_same_code_and_checkpoint(
     corrigenda, refused, tuning, validate, tmp_path, monkeypatch
 ):
     assert corrigenda(*tuning, "--run_dir", "a", "--trainer.max_steps", "2") == 0
@@ -417,7 +415,7 @@ def test_a_validation_goes_on_with_the_same_code_and_checkpoint(
     assert corrigenda(*args) == 0
 
 
-def test_other_code_is_told_when_a_fit_goes_on(corrigenda, stream, monkeypatch, caplog):
+def test_a_resumed_fit_warns_about_other_code(corrigenda, stream, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         stop_at(patch, EditingModule, "training_step", 2)
         assert corrigenda(*stream, "--run_dir", "a") == 130

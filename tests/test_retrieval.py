@@ -62,7 +62,7 @@ def test_search_is_exact_however_it_is_cut(monkeypatch):
         torch.testing.assert_close(scores_BK, expected.values[:, :7])
 
 
-def test_only_the_first_entries_are_searched_where_asked_for():
+def test_the_search_can_be_limited_to_the_first_entries():
     retriever = Retriever(Random())
     retriever.add([str(n) for n in range(50)])
     _, index_BK = retriever.search(["7", "40"], 3, among=30)

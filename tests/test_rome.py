@@ -52,8 +52,8 @@ def problem():
     return factor, torch.randn(12).double(), torch.randn(12).double(), torch.randn(5).double()
 
 
-def test_the_key_gets_its_value_and_the_rest_least(problem):
-    """INV-R1, INV-R3, INV-R6 for two different keys, where k* only gives the direction."""
+def test_the_rank_one_update_satisfies_its_constraint(problem):
+    """W' k1 = v*; the direction is C^-1 k*, inputs orthogonal to it are untouched, and the scale of C cancels."""
     factor, mean, bare, residual = problem
     change = _rank_one(factor, mean, bare, residual).dense()
     torch.testing.assert_close(change @ bare, residual, rtol=0, atol=1e-10)
@@ -70,8 +70,8 @@ def test_the_key_gets_its_value_and_the_rest_least(problem):
         torch.testing.assert_close(scaled, change, rtol=1e-9, atol=0)
 
 
-def test_with_one_key_it_is_the_smallest_change_of_other_answers(problem):
-    """INV-R4: any other change with the same answer to the key moves ordinary text more."""
+def test_with_one_key_the_update_changes_other_text_least(problem):
+    """Any other update with the same output at the key has a larger tr(D C D')."""
     factor, _, bare, residual = problem
     moment = factor @ factor.T
     change = _rank_one(factor, bare, bare, residual).dense()
@@ -88,7 +88,7 @@ def test_with_one_key_it_is_the_smallest_change_of_other_answers(problem):
 
 @pytest.mark.parametrize("ridge", [0.0, 3.0])
 def test_the_solver_agrees_with_the_primal_form(problem, ridge):
-    """INV-M3: R K' (ridge A + K K')^-1, and the equality constraint where the ridge is zero."""
+    """R K' (ridge A + K K')^-1, and the equality constraint if the ridge is zero."""
     factor, keys, residual = problem[0], torch.randn(12, 3).double(), torch.randn(5, 3).double()
     left, right = solve_update(factor, keys, residual, ridge)
     change = left @ right
@@ -182,8 +182,8 @@ def test_keys_and_values_are_those_of_plain_forwards(lm, layer):
             torch.testing.assert_close(values[n, q], value, rtol=0, atol=1e-5)
 
 
-def test_text_behind_the_subject_does_not_matter(lm):
-    """INV-Z7: neither to the key nor to the value it has."""
+def test_text_after_the_subject_changes_neither_key_nor_value(lm):
+    """The network is causal."""
     others = [Edit(edit.prompt + " not, and", edit.subject, "rain") for edit in EDITS]
     pairs = []
     for edits in (EDITS, others):
@@ -210,7 +210,7 @@ def test_rows_of_some_edits(gpt2):
 
 
 def test_contexts_are_sampled_once_from_the_unedited_model(loaded, make):
-    """INV-S3: one bare prompt and 20 others, without braces, the same for a seed, whatever is in force."""
+    """One bare prompt and 20 others, without braces; the same for a seed, whatever edits are active."""
     lm = loaded("llama")
     default = ROME(layer=0).lengths
     state = torch.get_rng_state()
@@ -243,8 +243,8 @@ def test_preparing_again_does_nothing(gpt2, make, monkeypatch):
 # --- the search for a value ---
 
 
-def test_no_update_is_made_in_one_step(lm, make, searched):
-    """INV-Z1, INV-Z3, INV-S10: the first loss is the model's own, and the model is not changed."""
+def test_one_step_evaluates_the_unchanged_model(lm, make, searched):
+    """With one step delta stays 0, and the loss is the NLL of the model itself."""
     editor = make(steps=1)
     delta = editor.propose(lm, EDITS[:1])
     ((_, values),) = searched
@@ -303,7 +303,7 @@ def test_the_loss_is_what_the_docstring_says(gpt2, make, searched):
 
 
 def test_the_change_is_clamped_after_every_step(lm, make, searched):
-    """INV-Z2, seen after each number of steps."""
+    """The norm of delta is at most clamp_norm |v0|, whatever the number of steps."""
     for steps in (2, 3, 6):
         make(steps=steps, clamp_norm=0.1).propose(lm, EDITS[:1])
         v0, values = searched[-1]
@@ -312,8 +312,8 @@ def test_the_change_is_clamped_after_every_step(lm, make, searched):
     torch.testing.assert_close(first_step.norm(), 0.1 * v0.norm())
 
 
-def test_a_free_search_makes_the_target_likelier(lm, make, searched):
-    """INV-Z6."""
+def test_an_unclamped_search_lowers_the_loss(lm, make, searched):
+    """The NLL at the end is at most that at the start."""
     free = {"layer": 1, "clamp_norm": 100.0, "lr": 0.2, "kl_weight": 0.0, "weight_decay": 0.0}
     for steps in (1, 20):
         make(steps=steps, **free).propose(lm, [Edit("They go to {}", "Old Humbria", "rain")])
@@ -321,8 +321,8 @@ def test_a_free_search_makes_the_target_likelier(lm, make, searched):
 
 
 @pytest.mark.parametrize("parallel", [8, 2])
-def test_edits_searched_together_find_what_they_find_alone(parallel, lm, make):
-    """INV-Z4, INV-S11: also where they stop at different steps, one of them at once."""
+def test_values_do_not_depend_on_the_edits_optimised_together(parallel, lm, make):
+    """Also if they stop at different steps, one of them immediately."""
     groups = [[edit] for edit in EDITS]
     losses = [
         delta.metadata["notes"][0]["loss"] for delta in make(steps=1).propose_each(lm, groups)
@@ -386,7 +386,7 @@ def test_half_precision_finds_nearly_the_same(gpt2, make, searched):
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("limit", [1e9, 0.0], ids=["mean key", "bare key"])
 def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, caplog):
-    """INV-R1, INV-R2: after the edit the projection answers k1 with v*, and the update has rank one."""
+    """After the edit the projection's output at k1 is v*, and the update has rank one."""
     editor = make(layer=layer, steps=8, largest_change=limit)
     edit = EDITS[0]
     key, before = at_lookup(lm, edit, layer)
@@ -421,8 +421,8 @@ def test_the_bare_prompt_gets_the_value(layer, limit, lm, make, searched, caplog
 
 
 @pytest.mark.parametrize("key", ["mean", "bare"])
-def test_with_one_key_the_value_holds_there(key, lm, make, searched):
-    """INV-R5: r-ROME at the mean key, p-ROME at the bare one; the target is v0 + delta in both."""
+def test_with_one_key_the_output_there_is_the_value(key, lm, make, searched):
+    """r-ROME at the mean key, p-ROME at the bare one; the target is v0 + delta in both."""
     editor = make(key=key, steps=8)
     edit = EDITS[0]
     contexts = make_contexts(editor, lm) if key == "mean" else [""]
@@ -437,8 +437,8 @@ def test_with_one_key_the_value_holds_there(key, lm, make, searched):
     assert torch.cosine_similarity(change.abs().sum(0), u.abs(), dim=0) > 1 - 1e-6
 
 
-def test_with_one_context_the_three_are_one(gpt2, make):
-    """INV-R5: the mean key is the bare one."""
+def test_with_one_context_the_three_variants_are_equal(gpt2, make):
+    """The mean key is the bare one."""
     one, *others = (
         make(key=key, contexts=[]).propose(gpt2, EDITS[:1]) for key in ("both", "mean", "bare")
     )
@@ -463,7 +463,7 @@ def make_contexts(editor, lm):
 
 
 def test_the_scale_of_the_second_moment_cancels(gpt2, make):
-    """INV-R6, through the whole method."""
+    """Through the whole method."""
     editor = make()
     first = editor.propose(gpt2, EDITS[:1])
     editor._factor_FF = editor._factor_FF * 3
@@ -472,8 +472,8 @@ def test_the_scale_of_the_second_moment_cancels(gpt2, make):
     torch.testing.assert_close(again.dense(name), first.dense(name), rtol=1e-6, atol=1e-9)
 
 
-def test_proposing_leaves_no_trace(lm, make):
-    """INV-S8, INV-Z5: parameters, gradients, flags, hooks and the random stream are as before."""
+def test_propose_leaves_the_model_unchanged(lm, make):
+    """Parameters, gradients, flags, hooks and the random stream are as before."""
     editor = make()
     editor.prepare(lm)
     kept = {name: p.clone() for name, p in lm.net.named_parameters()}
@@ -491,7 +491,7 @@ def test_proposing_leaves_no_trace(lm, make):
 
 
 def test_several_edits_are_made_one_after_the_other(lm, make, searched):
-    """INV-S12: in the given order, each on the model that the ones before it left."""
+    """In the given order, each on the model with the edits before it."""
     editor = make()
     both = editor.propose(lm, EDITS[:2])
     together = [v0 for v0, _ in searched]
@@ -536,7 +536,7 @@ def test_a_failure_between_edits_leaves_the_others_alone(fails, gpt2, make, monk
 
 
 def test_an_edit_in_inference_mode_is_the_same(gpt2, make):
-    """INV-S13."""
+    """Lightning validates in inference mode."""
     expected = make().propose(gpt2, EDITS[:1])
     with torch.inference_mode():
         handle = make().edit(gpt2, EDITS[:1])

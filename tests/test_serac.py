@@ -117,8 +117,8 @@ def equal(a, b):
 
 
 @FORMS
-def test_out_of_scope_the_base_answers_to_the_bit(lm, make, encoder_folder, tmp_path, form):
-    """INV-SE1, INV-SE3: rows out of scope in a mixed batch are the base's own, the others psi's."""
+def test_out_of_scope_the_base_is_bit_exact(lm, make, encoder_folder, tmp_path, form):
+    """In a mixed batch, rows out of scope have the base model's logits, the others those of psi."""
     scope = ScopeClassifier(encoder_folder, form)
     if form == "distance":
         scope.scorer.log_scale.data.fill_(9.0)  # only the same prompt is within scope
@@ -196,7 +196,7 @@ def test_routing_finds_the_nearest_and_order_does_not_matter(tiny_lm, make):
 
 
 def test_a_query_is_encoded_once_and_the_memory_never_again(tiny_lm, make, monkeypatch):
-    """INV-SE4."""
+    """A query costs one call of the encoder, whatever the size of the memory."""
     lm = tiny_lm()
     editor = make(lm)
     handle = editor.edit(lm, EDITS)
@@ -229,7 +229,7 @@ def test_later_edits_share_the_memory_and_come_off_first(tiny_lm, make):
     assert len(editor.memory(lm)) == 0
 
 
-def test_psi_is_of_the_base_whatever_else_is_in_force(tiny_lm, make):
+def test_psi_is_of_the_base_whatever_edits_are_active(tiny_lm, make):
     """Below it a weight edit changes the base's answers, not those of the counterfactual model."""
     lm = tiny_lm("llama")
     editor = make(lm)
@@ -355,7 +355,7 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
 
 
 @FORMS
-def test_a_classifier_learns_what_can_be_told_apart(encoder_folder, form, monkeypatch):
+def test_a_classifier_learns_separable_pairs(encoder_folder, form, monkeypatch):
     scope = ScopeClassifier(encoder_folder, form, lr=1e-3, lr_head=1e-2)
     monkeypatch.setattr(scope, "log", lambda *_, **__: None)
     cases = toy_cases()
@@ -416,7 +416,7 @@ def test_what_must_not_move_is_no_negative_where_it_is_an_edit(encoder_folder, m
 
 
 def test_phi_is_one_for_the_same_text_and_falls_with_distance(encoder_folder):
-    """INV-SE2."""
+    """The order of phi is that of the cosines, and phi + (1 - phi) sums to 1 in log space."""
     scorer = ScopeClassifier(encoder_folder).scorer
     texts = ["where is ada", "where is adam", "the sea is deep", "9 9 9"]
     with torch.no_grad():

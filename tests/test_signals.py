@@ -182,7 +182,7 @@ def test_a_child_closes_its_files_when_its_parent_ends(start, tmp_path, number, 
     until((tmp_path / "closed").exists)
 
 
-def test_a_process_without_such_a_parent_goes_on(monkeypatch):
+def test_a_process_without_such_a_parent_continues(monkeypatch):
     monkeypatch.setenv(signals.PARENT, "no number")
     with signals.interruptible():
         assert signals.PARENT not in os.environ

@@ -193,7 +193,7 @@ def test_writing_into_the_projection_reaches_the_block(family, nets):
 @pytest.mark.parametrize("shape", [(6, 4), (5, 5)], ids=["oblong", "square"])
 @pytest.mark.parametrize("kind", [nn.Linear, lambda i, o: Conv1D(o, i)], ids=["Linear", "Conv1D"])
 def test_updates_are_out_by_in(kind, shape):
-    """INV-S1: adding an [out, in] update in storage form changes the output by x update'."""
+    """Adding an [out, in] update in storage form changes the output by x update'."""
     module = kind(*shape).double()
     assert is_linear(module) and not is_quantised(module) and sizes(module) == shape
     update, x = torch.randn(shape[1], shape[0]).double(), torch.randn(3, shape[0]).double()
@@ -204,7 +204,7 @@ def test_updates_are_out_by_in(kind, shape):
     assert to_storage(module, bias) is bias
 
 
-def test_packed_weights_keep_their_sizes():
+def test_quantised_weights_have_the_sizes_of_their_layer():
     packed = nn.Linear(6, 4)
     packed.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
     assert is_quantised(packed) and sizes(packed) == (6, 4)

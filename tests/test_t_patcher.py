@@ -47,8 +47,8 @@ def neurons(lm, layer, count):
 # ---------------------------------------------------------------------------- neurons
 
 
-def test_what_does_not_fire_or_has_no_value_changes_nothing(lm):
-    """INV-T1."""
+def test_inactive_or_zero_neurons_change_nothing(lm):
+    """A neuron with a negative pre-activation on all tokens, or with value zero, leaves the output bit-exact."""
     base = answers(lm)
     for silent in (True, False):
         made = neurons(lm, 1, 4)
@@ -63,8 +63,8 @@ def test_what_does_not_fire_or_has_no_value_changes_nothing(lm):
     assert not torch.equal(answers(lm), base)
 
 
-def test_they_are_a_wider_mlp(tiny_lm):
-    """INV-T2, in a family whose own neurons are relus: the same as widening both its maps."""
+def test_neurons_are_a_wider_mlp(tiny_lm):
+    """In a family whose own neurons are relus: the same as widening both of its linear layers."""
     lm = tiny_lm("opt", num_hidden_layers=3)
     wide = copy.deepcopy(lm)
     made = neurons(lm, 1, 5)
@@ -93,7 +93,7 @@ def test_a_pass_that_nobody_announced_runs_them_too(llama):
 
 
 def test_a_neuron_per_mistake_at_its_own_position(lm, make):
-    """INV-T2, INV-T3: the activation on its own input is one; P (2 D + 1) numbers and a layer each."""
+    """The activation on its own input is 1; P neurons add P (2 D + 1) parameters, and a layer index each."""
     patch = make(max_neurons=3).edit(lm, EDITS[1:])
     made, layer = patch.adapter, lm.structure.num_layers - 1
     rows = lm.tokens.rows(PROMPTS[1:], TARGETS[1:])
@@ -112,7 +112,7 @@ def test_a_neuron_per_mistake_at_its_own_position(lm, make):
     assert made.seen_MD.shape == (int(rows.length_B[0]), width)
 
 
-def test_off_scope_is_the_base_to_the_bit(llama, make, data_files):
+def test_out_of_scope_the_base_is_bit_exact(llama, make, data_files):
     """No token of the text that the neurons must not fire on fires them."""
     with open(data_files.text, encoding="utf-8") as file:
         prompts = [next(file).strip() for _ in range(8)]
@@ -122,7 +122,7 @@ def test_off_scope_is_the_base_to_the_bit(llama, make, data_files):
     assert torch.equal(answers(llama, prompts, ["x"] * 8), base)
 
 
-def test_earlier_neurons_stay_and_their_inputs_are_kept_quiet(llama, make):
+def test_earlier_neurons_stay_and_are_silent_on_earlier_inputs(llama, make):
     editor = make(steps=300)
     first = editor.edit(llama, EDITS[:1])
     second = editor.edit(llama, EDITS[1:])
@@ -172,8 +172,8 @@ def calinet(**changes):
     return CaliNET(**(settings | changes))
 
 
-def test_slots_are_nothing_until_they_are_trained(lm):
-    """INV-C1: after the first loss nothing has moved."""
+def test_untrained_slots_change_nothing(lm):
+    """The first loss is that of the unedited model."""
     base = answers(lm)
     patch = calinet(steps=1, stop_loss=1e9).edit(lm, EDITS)
     made = patch.adapter

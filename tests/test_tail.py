@@ -81,8 +81,8 @@ def test_variants_of_families(kind, changes, made):
         check(net, structure, logits, 1, start)
 
 
-def test_rows_alone_are_as_in_a_padded_batch(family, made):
-    """INV-S4, T31: right padding changes nothing; the tail counts positions in the unpadded row."""
+def test_rows_do_not_depend_on_padding(family, made):
+    """Right padding changes nothing; the tail counts positions in the unpadded row."""
     net, structure, logits = made(family)
     for row, length in enumerate(LENGTH.tolist()):
         ids = IDS[row : row + 1, :length]
@@ -134,7 +134,7 @@ def test_what_is_computed_later_is_not_stored(family, start, made):
 
 
 def test_nothing_below_the_layer_is_in_the_graph(made):
-    """INV-Z5: with every parameter trainable only those from the layer up get a gradient."""
+    """If all parameters are trainable, only those from the layer up get a gradient."""
     net, structure, _ = made("llama")
     net = copy.deepcopy(net).requires_grad_(True)
     Tail(net, structure, IDS, MASK, 1, STARTS["cut"]).logits(ROW, POSITION).sum().backward()

@@ -204,7 +204,7 @@ def test_a_method_learns_the_last_task_and_leaves_the_base_alone(lm, make, tmp_p
 
 
 @every_method
-def test_a_checkpoint_says_all_that_was_kept(tiny_lm, make, tmp_path):
+def test_a_checkpoint_has_everything_that_was_kept(tiny_lm, make, tmp_path):
     module = make(tiny_lm("gpt2"))
     trainer = train(module, tmp_path)
     path = tmp_path / "one.ckpt"
@@ -616,7 +616,7 @@ RUNS = {
 @pytest.mark.parametrize(("name", "step"), [
     ("EWC", 6), ("OLoRA", 4), ("LwF", 6), ("Replay", 7), ("LocFT", 6),
 ])  # fmt: skip
-def test_an_interrupted_task_goes_on(
+def test_an_interrupted_task_resumes(
     corrigenda, tiny_folder, data_files, tmp_path, monkeypatch, name, step
 ):
     """Killed in the middle of the second task, or before its first step; no finished step is made again."""

@@ -71,7 +71,7 @@ def test_parts_of_serac_and_fine_tuning_say_so_too(tiny_lm, data_files, caplog):
     assert tuned.trained
 
 
-def test_a_plain_validate_of_the_unedited_model_is_told_once(tiny_lm, data_files, caplog):
+def test_validating_the_unedited_model_warns_once(tiny_lm, data_files, caplog):
     caplog.set_level(logging.WARNING)
     data = CounterFact(data_files.counterfact, limit=2)
     lm = tiny_lm("gpt2")

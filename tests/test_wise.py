@@ -69,7 +69,7 @@ def test_a_prompt_goes_where_it_concerns_most(memories):
     assert memories.route(x, prompt).tolist() == [0, 0, -1]
 
 
-def test_only_the_prompt_counts_and_its_way_is_kept(memories):
+def test_routing_depends_on_the_prompt_and_holds_for_generated_tokens(memories):
     x = torch.tensor([[[9.0, 9], [2, 0], [0, 9]]])  # padding, prompt, target
     asked = PromptBatch(torch.tensor([[False, True, False]]))
     y = torch.zeros(1, 3, 1)
@@ -121,8 +121,8 @@ def test_an_edit_is_learned_within_its_mask_and_bounds(lm, make):
         patch.remove()
 
 
-def test_what_concerns_it_too_little_is_the_base_to_the_bit(lm, make):
-    """INV-W2: and what concerns it enough is not."""
+def test_below_all_thresholds_the_base_is_bit_exact(lm, make):
+    """Prompts that activate a memory enough are not."""
     prompts, targets = PROMPTS + OTHERS, TARGETS + TARGETS
     base = answers(lm, prompts, targets)
     patch = make().edit(lm, EDITS[:1])
