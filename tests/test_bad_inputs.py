@@ -4,15 +4,14 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.bad_inputs.rows import Row, read_rows
 from tests.bad_inputs.verdicts import judge, summary
 from tests.processes import UNCAUGHT, Ended
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 ROWS = read_rows()
 
 

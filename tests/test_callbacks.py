@@ -28,6 +28,7 @@ from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.report.comparison import join
 from corrigenda.pipeline.report.runs import read_run
 from corrigenda.pipeline.run_writer import RunWriter
+from tests.samples import summary
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -95,10 +96,6 @@ def rows(folder):
     """Lines of ``cases.jsonl``; of equal (case, phase, number of edits) the last, as in a report."""
     lines = map(json.loads, (folder / "cases.jsonl").read_text().splitlines())
     return list({(r["case_id"], r["phase"], r["num_edits"]): r for r in lines}.values())
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 @pytest.fixture

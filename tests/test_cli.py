@@ -16,8 +16,8 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

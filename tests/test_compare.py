@@ -14,8 +14,7 @@ from corrigenda.pipeline import compare as study_runner
 from corrigenda.pipeline.compare import compare, read_study, run_command
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report import report
-
-ROOT = Path(__file__).parents[1]
+from tests.samples import ROOT
 
 # Usage: fake.py <verb> [anything] <what to do> [anything] --run_dir DIR [--ckpt_path last]
 FAKE = """

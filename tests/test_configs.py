@@ -19,6 +19,7 @@ from corrigenda.modules.training.learned import LearnedEditor
 from corrigenda.modules.training.tuning import FineTune, GradientEditor
 from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
+from tests.samples import ROOT
 
 APART = ("compare", "tasks")
 FILES = sorted(
@@ -40,7 +41,8 @@ def parse(corrigenda, capsys):
     return parse
 
 
-def test_they_are_found():
+def test_the_command_line_reads_the_configurations_of_this_project():
+    assert CONFIGS.samefile(ROOT / "configs")
     assert Path("defaults.yaml") in FILES and Path("rome/smollm2.yaml") in FILES
 
 
@@ -85,7 +87,6 @@ def test_a_run_of_a_study_is_a_valid_command(parse, study, name):
     assert files and all((CONFIGS.parent / file).is_file() for file in files)
     found = parse(*args)
     assert found["model"]["class_path"] and found["data"]["class_path"]
-    assert CONFIGS == CONFIGS
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
+from tests.samples import ROOT, summary
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
-ROOT = Path(__file__).parents[1]
 # Runs commands one after the other. In the run "broken" one loss of one process is not a number.
 PROCESS = """
 import atexit, json, os, sys, torch
@@ -147,10 +148,6 @@ def logged(root, *columns):
 
 def saved(root):
     return torch.load(root / "checkpoints/last.ckpt", weights_only=True)
-
-
-def summary(root):
-    return json.loads((root / "summary.json").read_text())
 
 
 LOSSES = ("train/loss", "train/edit_loss", "train/kl")

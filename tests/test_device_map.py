@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +21,8 @@ from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.evaluation.module import EditingModule, require_own_place
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.lm import LanguageModel
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 EDIT = Edit("The capital of {} is", "Ruritania", "Strelsau")
 DISK = {
     "transformer.wte": "disk", "transformer.wpe": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk",

@@ -25,8 +25,8 @@ import yaml
 
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.pipeline.compare import read_study
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"]
 )

@@ -21,6 +21,7 @@ from corrigenda.modules.model.delta import (
     side_branches,
 )
 from corrigenda.modules.model.structure import UnsupportedModel, sizes
+from tests.samples import models_by_family
 
 PROMPTS = ["The capital of Zorbania is", "He said:", "In São Paulo, the people are", "I"]
 TARGETS = ["Quill Port", "the ice", "proud", "think that it will rain"]
@@ -66,8 +67,7 @@ def written(lm, delta, rows):
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
     """One model per family for all tests here; whoever edits it takes the edit out again."""
-    made = {}
-    return lambda family: made.setdefault(family, tiny_lm(family))
+    return models_by_family(tiny_lm)
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -7,7 +7,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,7 +14,6 @@ import pytest
 from tests.faults import FAULTS, Bench, differences
 from tests.processes import import_everything
 
-ROOT = Path(__file__).parents[1]
 POINTS = {  # by kind and fault: where it strikes, as shares of all operations
     ("validate", "kill"): (0.4, 0.95),
     ("validate", "SIGTERM"): (0.6,),

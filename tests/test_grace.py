@@ -14,14 +14,10 @@ from corrigenda.modules.statistics.states import (
     read_states,
     unrelated_prompts,
 )
+from tests.samples import OTHERS, prompts_and_targets, scores_of
+from tests.samples import SHORT_EDITS as EDITS
 
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "in"),
-    Edit("Who wrote {}", "The Voyage Out", "is"),
-    Edit("{} speak", "The Glass Islands", "the"),
-]
-PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
-OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
+PROMPTS, TARGETS = prompts_and_targets(EDITS)
 
 
 @pytest.fixture
@@ -34,8 +30,7 @@ def make(data_files):
     return editor
 
 
-def answers(lm, prompts=PROMPTS, targets=TARGETS):
-    return lm.score(prompts, targets, full=True).full_BMV
+answers = scores_of(PROMPTS, TARGETS)
 
 
 # ---------------------------------------------------------------------------- the table

@@ -21,8 +21,8 @@ from corrigenda import datamodules
 from corrigenda.datamodules.base import EditDataModule
 from corrigenda.modules import editors
 from corrigenda.modules.editing.editor import Editor
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 SOURCES = ("corrigenda", "modules", "datamodules", "pipeline", "configs")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

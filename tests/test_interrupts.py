@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +29,8 @@ from corrigenda.modules.model.hooks import capture, hooked
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.statistics.corpus import Corpus
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 OURS = tuple(str(ROOT / "corrigenda" / package) for package in ("modules", "datamodules"))
 EDITS = [Edit("{} was made in", "Ada Quill", "Paris"), Edit("{} is", "Lake Onna", "red")]
 

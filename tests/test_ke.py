@@ -13,18 +13,12 @@ from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.structure import to_storage
+from tests.samples import EDITS, FAMILIES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
-
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "Strelsau"),
-    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
-    Edit("{} plays the", "Ada", "oboe"),
-]
-FAMILIES = pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])  # Conv1D, gated, flattened
 
 
 def ke(lm, **settings):

@@ -8,6 +8,7 @@ import torch
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.kn import KN, attributions
 from corrigenda.modules.model.hooks import capture, hooked
+from tests.samples import models_by_family, without_edits_afterwards
 
 EDITS = [
     Edit("The capital of {} is", "Zorbania", "the table", "Paris"),
@@ -17,25 +18,18 @@ EDITS = [
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    made = {}
-    return lambda family: made.setdefault(family, tiny_lm(family))
-
-
-def lent(lm):
-    yield lm
-    while lm.handles:
-        lm.handles[-1].remove()
+    return models_by_family(tiny_lm)
 
 
 @pytest.fixture(params=["gpt2", "llama", "opt", "falcon"])
 def lm(request, loaded):
     """A transposed, a gated, a flattened and a parallel MLP."""
-    yield from lent(loaded(request.param))
+    yield from without_edits_afterwards(loaded(request.param))
 
 
 @pytest.fixture
 def gpt2(loaded):
-    yield from lent(loaded("gpt2"))
+    yield from without_edits_afterwards(loaded("gpt2"))
 
 
 def short(**changes):

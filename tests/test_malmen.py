@@ -9,6 +9,8 @@ from corrigenda.datamodules.zsre import ZsRE
 from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editors.malmen import MALMEN, Ridge
 from corrigenda.modules.model.delta import Delta, LowRank
+from tests import samples
+from tests.samples import FAMILIES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -16,22 +18,13 @@ pytestmark = [
 ]
 
 EDITS = [
-    Edit("The capital of {} is", "Ruritania", "Strelsau"),
-    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
-    Edit("{} plays the", "Ada", "oboe"),
+    *samples.EDITS,
     Edit("{} is in the town of", "The Tin Owl", "a"),
     Edit("Who made {}?", "the ice", "Otto Vane of Port Larch"),
 ]
 CASES = [EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)]
 OUTER = [Probe(f"Tell me, {edit.text}", edit.target_new) for edit in EDITS]
-LOCAL = [
-    Probe("The sea is", "deep"),
-    Probe("nq question: who", "nobody"),
-    Probe("A", "cat"),
-    Probe("He said that the", "war was over"),
-    Probe("It", "is"),
-]
-FAMILIES = pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])  # Conv1D, gated, flattened
+LOCAL = [*samples.LOCAL, Probe("He said that the", "war was over"), Probe("It", "is")]
 
 
 def malmen(lm, **settings):

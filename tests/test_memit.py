@@ -21,13 +21,9 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.moments import Moments
+from tests.samples import LOCATED_EDITS, models_by_family, without_edits_afterwards
 
-EDITS = [
-    Edit("The capital of {} is", "Zorbania", "Quill Port"),
-    Edit("{} said that", "São Paulo", "the ice"),
-    Edit("In the year of {} the town was called", "Old Humbria", "e"),
-    Edit("They go to {}", "the Tin Owl", "rain"),
-]
+EDITS = [*LOCATED_EDITS, Edit("They go to {}", "the Tin Owl", "rain")]
 EACH = [[edit] for edit in EDITS]
 TEXT = [
     f"{subject} {verb} the {thing} {when}."
@@ -287,26 +283,18 @@ def test_settings_that_make_no_sense(make, message):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    made = {}
-    return lambda family: made.setdefault(family, tiny_lm(family, num_hidden_layers=4))
-
-
-def lent(lm):
-    """Takes back a model that tests share, with no edit left in it."""
-    yield lm
-    while lm.handles:
-        lm.handles[-1].remove()
+    return models_by_family(tiny_lm, num_hidden_layers=4)
 
 
 @pytest.fixture(params=["gpt2", "llama", "opt", "falcon", "granite"])
 def lm(request, loaded):
     """A transposed, a gated, a flattened, a parallel and a scaled MLP."""
-    yield from lent(loaded(request.param))
+    yield from without_edits_afterwards(loaded(request.param))
 
 
 @pytest.fixture
 def gpt2(loaded):
-    yield from lent(loaded("gpt2"))
+    yield from without_edits_afterwards(loaded("gpt2"))
 
 
 @pytest.fixture(scope="module")

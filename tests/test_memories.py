@@ -12,13 +12,9 @@ from corrigenda.modules.editors.t_patcher import TPatcher
 from corrigenda.modules.editors.wise import WISE
 from corrigenda.modules.model.delta import EditError
 from corrigenda.modules.statistics.corpus import Corpus
+from tests.samples import OTHERS, SHORT_EDITS, scores_of
 
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "in"),
-    Edit("Who wrote {}", "The Voyage Out", "is"),
-    Edit("{} speak", "The Glass Islands", "the house"),
-]
-OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
+EDITS = [*SHORT_EDITS[:2], Edit("{} speak", "The Glass Islands", "the house")]
 PROMPTS = [e.text for e in EDITS] + OTHERS
 TARGETS = [e.target_new for e in EDITS] * 2
 
@@ -43,8 +39,7 @@ def editor(request, data_files):
     return request.param(data_files)
 
 
-def answers(lm, prompts=PROMPTS, targets=TARGETS):
-    return lm.score(prompts, targets, full=True).full_BMV
+answers = scores_of(PROMPTS, TARGETS)
 
 
 def likelihood(lm):

@@ -10,7 +10,6 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
-from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.datamodules.zsre import ZsRE
 from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editing.weight_patch import WeightPatch
@@ -19,25 +18,12 @@ from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.structure import is_linear, to_storage
 from corrigenda.modules.training.gradients import Normaliser, gradient_factors
+from tests.samples import CASES, EDITS, FAMILIES, LOCAL, OUTER
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
-
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "Strelsau"),
-    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
-    Edit("{} plays the", "Ada", "oboe"),
-]
-LOCAL = [
-    Probe("The sea is", "deep and blue"),
-    Probe("nq question: who", "nobody"),
-    Probe("A", "cat"),
-]
-OUTER = [Probe(f"Tell me, {edit.text}", edit.target_new) for edit in EDITS]
-CASES = [EditCase(str(i), (edit,)) for i, edit in enumerate(EDITS)]
-FAMILIES = pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])  # Conv1D, gated, flattened
 
 
 def mend(lm, **settings):

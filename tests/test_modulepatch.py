@@ -12,6 +12,7 @@ from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.files import read_tensors
 from corrigenda.modules.model.delta import Delta, EditError, LowRank
 from corrigenda.modules.model.lm import LanguageModel
+from tests.samples import scores_of
 
 PROMPTS = ["The capital of Ruritania is", "He said", "In the year of Old Humbria the town was not"]
 TARGETS = ["Strelsau", "no", "in the ice"]
@@ -62,8 +63,7 @@ def lm(request, tiny_lm):
     return tiny_lm(request.param, num_hidden_layers=3)
 
 
-def answers(lm, prompts=PROMPTS, targets=TARGETS):
-    return lm.score(prompts, targets, full=True).full_BMV
+answers = scores_of(PROMPTS, TARGETS)
 
 
 def odd(lm, prompts=PROMPTS):

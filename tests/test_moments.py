@@ -23,6 +23,7 @@ from corrigenda.modules.statistics.first_tokens import first_token_shares
 from corrigenda.modules.statistics.matrices import cholesky
 from corrigenda.modules.statistics.moments import Moments
 from corrigenda.modules.statistics.published import read_npz
+from tests.samples import models_by_family
 
 TEXTS = [
     f"{start} {middle} {end}"
@@ -42,8 +43,7 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    made = {}
-    return lambda family: made.setdefault(family, tiny_lm(family))
+    return models_by_family(tiny_lm)
 
 
 @pytest.fixture

@@ -6,27 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corrigenda.datamodules.records import Edit, Probe
 from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.malmen import MALMEN
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.model.hooks import first
 from corrigenda.modules.model.prefix_cache import PrefixCache, Shards
 from corrigenda.modules.model.rows import Rows
+from tests.samples import EDITS, LOCAL, OUTER
 
 TEXTS = ["A", "The sea", "The sea is deep and blue", "He came to Ruritania, at last, and sat down.",
          "The capital of Ruritania is", "The capital of Ruritania is Strelsau"]  # fmt: skip
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "Strelsau"),
-    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
-    Edit("{} plays the", "Ada", "oboe"),
-]
-LOCAL = [
-    Probe("The sea is", "deep and blue"),
-    Probe("nq question: who", "nobody"),
-    Probe("A", "cat"),
-]
-OUTER = [Probe(f"Tell me, {edit.text}", edit.target_new) for edit in EDITS]
 GIB = 2**30
 
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +23,8 @@ from corrigenda.pipeline.report.logs import curve, read_training
 from corrigenda.pipeline.report.runs import read_runs
 from corrigenda.pipeline.report.style import palette
 from corrigenda.pipeline.report.tables import print_headline
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROTOCOLS = {
     "efficacy/exact": "tf_exact@each",
     "efficacy/preference": "cf_prob@each",

@@ -19,13 +19,13 @@ from corrigenda.pipeline import checkpointing
 from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.report.logs import read_log
 from corrigenda.pipeline.run_writer import RunWriter
+from tests.samples import QUIET, summary
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
-PLAIN = ["--wandb", "off", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 FT = ["--edit.editor", "FT", "--edit.editor.layers", "[1]", "--edit.editor.steps", "2"]
 ONE_MORE = ["--ckpt_path", "last"]
 
@@ -35,7 +35,7 @@ def base(tiny_folder, data_files):
     """A small model and five cases, one per batch."""
     return [
         "--model", "EditingModule", "--model.lm.name", tiny_folder("gpt2"), "--data", "ZsRE",
-        "--data.path", data_files.zsre, "--data.batch_size", "1", *PLAIN,
+        "--data.path", data_files.zsre, "--data.batch_size", "1", *QUIET,
     ]  # fmt: skip
 
 
@@ -84,10 +84,6 @@ def files(folder):
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 def checkpoint(folder):

@@ -25,13 +25,10 @@ from corrigenda.modules.evaluation.module import Conditions, EditingModule
 from corrigenda.modules.model.hooks import capture
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.statistics.corpus import Corpus
+from tests.samples import LOCATED_EDITS as EDITS
+from tests.samples import models_by_family, without_edits_afterwards
 
 CONTEXTS = ["", "It was said. ", "He works in the town. "]
-EDITS = [
-    Edit("The capital of {} is", "Zorbania", "Quill Port"),
-    Edit("{} said that", "São Paulo", "the ice"),
-    Edit("In the year of {} the town was called", "Old Humbria", "e"),
-]
 TEXT = [
     f"{subject} {verb} the {thing} {when}."
     for subject in ("The town", "He", "A writer", "São Paulo", "Zorbania")
@@ -105,26 +102,18 @@ def test_the_solver_agrees_with_the_primal_form(problem, ridge):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    made = {}
-    return lambda family: made.setdefault(family, tiny_lm(family, num_hidden_layers=3))
-
-
-def lent(lm):
-    """Takes back a model that tests share, with no edit left in it."""
-    yield lm
-    while lm.handles:
-        lm.handles[-1].remove()
+    return models_by_family(tiny_lm, num_hidden_layers=3)
 
 
 @pytest.fixture(params=["gpt2", "llama", "opt", "falcon"])
 def lm(request, loaded):
     """A transposed, a gated, a flattened and a parallel MLP."""
-    yield from lent(loaded(request.param))
+    yield from without_edits_afterwards(loaded(request.param))
 
 
 @pytest.fixture
 def gpt2(loaded):
-    yield from lent(loaded("gpt2"))
+    yield from without_edits_afterwards(loaded("gpt2"))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report import report
 from corrigenda.pipeline.trust import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, load_yaml, read_yaml
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

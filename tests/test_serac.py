@@ -1,7 +1,6 @@
 """SERAC: who answers, what the memory keeps, what its two parts learn, and its runs from the command line."""
 
 import importlib.util
-import json
 import random
 import string
 
@@ -24,17 +23,13 @@ from corrigenda.modules.retrieval.retriever import SentenceEncoder
 from corrigenda.modules.training.counterfactual import CounterfactualModel, in_front
 from corrigenda.modules.training.pairs import Pairs, related_cases
 from corrigenda.modules.training.scope import ScopeClassifier, best_threshold
+from tests.samples import EDITS, summary
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "Strelsau"),
-    Edit("{} was written by", "The Voyage Out", "Iris Vane"),
-    Edit("{} plays the", "Ada", "oboe"),
-]
 PROMPTS = [edit.text for edit in EDITS]
 TARGETS = [edit.target_new for edit in EDITS]
 ELSEWHERE = ["The sea is", "He said that the ice was"]
@@ -560,10 +555,6 @@ def trained(corrigenda, tiny_folder, encoder_folder, data_files, tmp_path):
     }  # fmt: skip
     (tmp_path / "serac.yaml").write_text(yaml.safe_dump(serac))
     return tmp_path
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder, capsys):

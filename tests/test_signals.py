@@ -5,15 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline import signals
 from corrigenda.pipeline.run_writer import RunWriter
+from tests.samples import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

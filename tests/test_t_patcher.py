@@ -12,9 +12,10 @@ from corrigenda.modules.editors.calinet import CaliNET
 from corrigenda.modules.editors.t_patcher import TPatcher, scope_loss
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states
+from tests.samples import prompts_and_targets, scores_of
 
 EDITS = [Edit("The capital of {} is", "Ruritania", "in"), Edit("{} speak", "He", "the house")]
-PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
+PROMPTS, TARGETS = prompts_and_targets(EDITS)
 
 
 @pytest.fixture(params=["gpt2", "llama", "opt", "falcon"])
@@ -31,8 +32,7 @@ def make(data_files):
     return editor
 
 
-def answers(lm, prompts=PROMPTS, targets=TARGETS):
-    return lm.score(prompts, targets, full=True).full_BMV
+answers = scores_of(PROMPTS, TARGETS)
 
 
 def neurons(lm, layer, count):

@@ -25,6 +25,7 @@ from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline import checkpointing
+from tests.samples import QUIET
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -603,7 +604,6 @@ def test_a_quantised_base_has_no_full_update(tiny_folder):
 # ---------------------------------------------------------------------------- interrupted runs
 
 
-PLAIN = ["--wandb", "off", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 RUNS = {
     "EWC": ["--model", "EWC", "--model.strength", "1e3", "--model.method", "FT", "--model.method.layers", "[1]"],
     "LwF": ["--model", "LwF", "--model.answers", "true", "--model.method", "FT", "--model.method.layers", "[1]"],
@@ -625,7 +625,7 @@ def test_an_interrupted_task_resumes(
     args = [
         "fit", "--model", method, "--model.lm.name", tiny_folder("gpt2"), *rest, "--data", "ZsRE",
         "--data.path", data_files.zsre, "--data.batch_size", "1", "--data.tasks.number", "2",
-        "--data.tasks.size", "2", "--data.tasks.passes", "2", "--trainer.max_epochs", "2", *PLAIN,
+        "--data.tasks.size", "2", "--data.tasks.passes", "2", "--trainer.max_epochs", "2", *QUIET,
     ]  # fmt: skip
     assert corrigenda(*args, "--run_dir", "whole") == 0
     owner = LocFT if name == "LocFT" else FineTune

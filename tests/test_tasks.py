@@ -17,6 +17,7 @@ from corrigenda.modules.metrics import continual
 from corrigenda.pipeline import checkpointing
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report import sequences
+from tests.samples import QUIET
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -210,13 +211,12 @@ def test_one_task_cannot_be_forgotten():
 
 # ---------------------------------------------------------------------------- running
 
-PLAIN = ["--wandb", "off", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 FT = ["FT", "--edit.editor.layers", "[1]", "--edit.editor.steps", "2"]
 
 
 @pytest.fixture
 def tasks(tiny_folder):
-    return ["--model.lm.name", tiny_folder("gpt2"), "--data", "Facts", "--data.batch_size", "2", *PLAIN,
+    return ["--model.lm.name", tiny_folder("gpt2"), "--data", "Facts", "--data.batch_size", "2", *QUIET,
             "--data.tasks.number", "3", "--data.tasks.size", "3"]  # fmt: skip
 
 

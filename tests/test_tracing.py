@@ -6,6 +6,7 @@ import torch
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.model.hooks import capture, first, hooked, replace_first
 from corrigenda.modules.statistics.tracing import LAST_SUBJECT, ROLES, _Fact, _role, causal_trace
+from tests.samples import models_by_family
 
 FACTS = [
     Edit("The capital of {} is", "Zorbania", "x", "the table"),
@@ -15,8 +16,7 @@ FACTS = [
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    made = {}
-    return lambda kind: made.setdefault(kind, tiny_lm(kind, num_hidden_layers=3))
+    return models_by_family(tiny_lm, num_hidden_layers=3)
 
 
 @pytest.fixture(params=["gpt2", "llama", "opt", "falcon", "gemma2"])

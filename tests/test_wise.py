@@ -11,14 +11,10 @@ from corrigenda.modules.editors.wise import WISE, SideMemories, activation, ties
 from corrigenda.modules.model.handle import PromptBatch
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
+from tests.samples import OTHERS, prompts_and_targets, scores_of
+from tests.samples import SHORT_EDITS as EDITS
 
-EDITS = [
-    Edit("The capital of {} is", "Ruritania", "in"),
-    Edit("Who wrote {}", "The Voyage Out", "is"),
-    Edit("{} speak", "The Glass Islands", "the"),
-]
-PROMPTS, TARGETS = [e.text for e in EDITS], [e.target_new for e in EDITS]
-OTHERS = ["The sea was made in", "He", "In the year of 1984 the town was not"]
+PROMPTS, TARGETS = prompts_and_targets(EDITS)
 
 
 @pytest.fixture
@@ -32,8 +28,7 @@ def make(data_files):
     return editor
 
 
-def answers(lm, prompts=PROMPTS, targets=TARGETS):
-    return lm.score(prompts, targets, full=True).full_BMV
+answers = scores_of(PROMPTS, TARGETS)
 
 
 def concerns(lm, patch, prompts, memory=0):
