@@ -64,7 +64,7 @@ def fit_or_validate(args: list[str]) -> None:
     args = [args[0], *_files_first(args[1:])]
     _import_methods()
     import_plugins(plugins)
-    restrict_parsing(known_classes(), plugins)
+    restrict_parsing(known_classes([*args, *_contents(args)]), plugins)
 
     try:
         with ExitStack() as exit_stack:
@@ -117,6 +117,12 @@ def _files_first(words: Sequence[str]) -> list[str]:
         else:
             options.append(word)
     return [*(f"--config={_found(file)}" for file in files), *options]
+
+
+def _contents(words: Sequence[str]) -> list[str]:
+    """The texts of the configuration files among these words."""
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [Path(file).read_text("utf-8") for file in files]
 
 
 def _found(file: str) -> Path:

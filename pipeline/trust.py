@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -39,12 +40,13 @@ KNOWN_CLASSES = (
     "torch.optim.lr_scheduler",
     "torchmetrics",
 )
+NAMED_CLASSES = ("bitsandbytes.optim",)  # imported only by runs that name them: it takes seconds
 OURS = ("corrigenda",)
 OLD_CLASS_PATH = re.compile(r"(modules|datamodules|pipeline)(\.[a-z_]+)+\.[A-Z]\w*")
 REFUSED = ("LambdaCallback",)  # which calls arbitrary functions
 ONLY_KNOWN = (
-    "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, torchmetrics and of modules "
-    "named with --plugin on the command line are"
+    "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, bitsandbytes.optim, torchmetrics and "
+    "of modules named with --plugin on the command line are"
 )
 
 
@@ -182,18 +184,36 @@ def restrict_parsing(known: Mapping[str, type] | None = None, plugins: Sequence[
     set_loader("yaml", load, (yaml.YAMLError, ValueError))
 
 
-def known_classes() -> dict[str, type]:
-    """Classes that YAML may name, by all of their names; of this project those that have been imported."""
+def known_classes(words: Sequence[str] = ()) -> dict[str, type]:
+    """Classes that YAML may name, by all of their names; of this project those that have been imported.
+
+    Args:
+        words: options and contents of configuration files, which say whether :data:`NAMED_CLASSES` are needed.
+
+    Raises:
+        UserError: one of those is named and its library is not installed.
+    """
     known: dict[str, type] = {}
-    for name in (*KNOWN_CLASSES, *(n for n in sys.modules if n.partition(".")[0] in OURS)):
-        module, package = importlib.import_module(name), name.partition(".")[0]
+    named = [name for name in NAMED_CLASSES if any(name in word for word in words)]
+    ours = [name for name in sys.modules if name.partition(".")[0] in OURS]
+    for name in (*KNOWN_CLASSES, *named, *ours):
+        module, package = _module(name), name.partition(".")[0]
         for short, cls in vars(module).items():
             if not inspect.isclass(cls) or cls.__module__.partition(".")[0] != package:
                 continue
             if cls.__name__ not in REFUSED and not short.startswith("_"):
                 known[f"{name}.{short}"] = known[f"{cls.__module__}.{cls.__qualname__}"] = cls
-    ours = {cls.__name__: cls for cls in known.values() if cls.__module__.startswith("corrigenda.")}
-    return known | {f"corrigenda.{name}": ours[name] for name in dir(corrigenda) if name in ours}
+    short_names = {c.__name__: c for c in known.values() if c.__module__.startswith("corrigenda.")}
+    public = {name: short_names[name] for name in dir(corrigenda) if name in short_names}
+    return known | {f"corrigenda.{name}": cls for name, cls in public.items()}
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.partition(".")[0]
+        raise UserError(f"{name} needs {library}, which is not installed ({error})") from None
 
 
 def take_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -649,3 +649,41 @@ def test_an_interrupted_task_resumes(
     assert whole["tasks"] == cut["tasks"] and whole.get("replay") == cut.get("replay")
     assert whole["global_step"] == cut["global_step"] == 8
     assert whole["means"] == cut["means"]
+
+
+# ---------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "PagedAdamW8bit"])
+def test_optimizers_of_bitsandbytes_are_named_like_others(
+    corrigenda, tiny_folder, data_files, tmp_path, name
+):
+    pytest.importorskip("bitsandbytes")
+    folder = tiny_folder("gpt2", hidden_size=64)
+    args = [
+        "fit", "--model", "FineTune", "--model.lm.name", folder, "--model.method", "FT",
+        "--model.method.layers", "[1]", "--model.optimizer", f"bitsandbytes.optim.{name}",
+        "--model.optimizer.lr", "1e-3", "--data", "ZsRE", "--data.path", data_files.zsre,
+        "--trainer.max_epochs", "2", "--run_dir", "run", *PLAIN,
+    ]  # fmt: skip
+    assert corrigenda(*args) == 0
+    assert corrigenda(*args, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "torch.uint8" in str(_dtypes(saved["optimizer_states"]))
+    assert all(tensor.any() for tensor in saved["state_dict"].values())
+
+
+def _dtypes(state):
+    """The types of all tensors in a state."""
+    if isinstance(state, torch.Tensor):
+        return {state.dtype}
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return set().union(*map(_dtypes, parts))
+
+
+def test_of_bitsandbytes_only_optimizers_are_named(corrigenda, capsys, tiny_folder):
+    for name in ("bitsandbytes.nn.Linear4bit", "bitsandbytes.optim.Adam8bit.step"):
+        args = ["--model", "FineTune", "--model.lm.name", tiny_folder(), "--model.method", "FT",
+                "--model.method.layers", "[1]", "--model.optimizer", name, "--data", "Facts"]  # fmt: skip
+        assert corrigenda("fit", *args) == 2
+        assert "is not accepted here: only classes of" in capsys.readouterr().err.splitlines()[-1]
