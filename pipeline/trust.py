@@ -45,8 +45,8 @@ OURS = ("corrigenda",)
 OLD_CLASS_PATH = re.compile(r"(modules|datamodules|pipeline)(\.[a-z_]+)+\.[A-Z]\w*")
 REFUSED = ("LambdaCallback",)  # which calls arbitrary functions
 ONLY_KNOWN = (
-    "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, bitsandbytes.optim, torchmetrics and "
-    "of modules named with --plugin on the command line are"
+    "is not accepted here: only classes of Corrigenda, Lightning, torch.optim, bitsandbytes.optim, torchmetrics "
+    "and of modules named with --plugin on the command line are"
 )
 
 

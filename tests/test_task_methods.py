@@ -664,7 +664,7 @@ def test_optimizers_of_bitsandbytes_are_named_like_others(
         "fit", "--model", "FineTune", "--model.lm.name", folder, "--model.method", "FT",
         "--model.method.layers", "[1]", "--model.optimizer", f"bitsandbytes.optim.{name}",
         "--model.optimizer.lr", "1e-3", "--data", "ZsRE", "--data.path", data_files.zsre,
-        "--trainer.max_epochs", "2", "--run_dir", "run", *PLAIN,
+        "--trainer.max_epochs", "2", "--run_dir", "run", *QUIET,
     ]  # fmt: skip
     assert corrigenda(*args) == 0
     assert corrigenda(*args, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
