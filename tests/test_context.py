@@ -1,4 +1,4 @@
-"""Editing in the context: what IKE and MemPrompt ask in place of a prompt, and the memory they share."""
+"""Editing in context: the prompts that IKE and MemPrompt use instead, and the memory that they share."""
 
 import json
 import random
@@ -57,7 +57,7 @@ class Pool:
     """Training cases of our own, each with two wordings and two neighbours."""
 
     def __init__(self, count=40, **without):
-        self.asked = []
+        self.splits = []
         self.records = []
         for n in range(count):
             place = "born in" if n % 2 else "owner of"
@@ -71,7 +71,7 @@ class Pool:
             self.records.append(EditCase(str(n), (edit,), probes))
 
     def cases(self, split):
-        self.asked.append(split)
+        self.splits.append(split)
         return self.records
 
 
@@ -116,10 +116,10 @@ def test_no_weight_changes_and_nothing_is_left_behind(tiny_lm, kind, name):
     before, prompts = hash_weights(lm.net), [PARIS.text, "The sea is"]
     plain, said = lm.score(prompts, ["Paris", "deep"]).logprob_BM, lm.generate(prompts, 4)
     handle = EDITORS[name]().edit(lm, [PARIS, OSLO])
-    asked = lm.score(prompts, ["Paris", "deep"]).logprob_BM
+    edited = lm.score(prompts, ["Paris", "deep"]).logprob_BM
     lm.generate(prompts, 4)
     assert hash_weights(lm.net) == before
-    assert not torch.equal(asked[0], plain[0])
+    assert not torch.equal(edited[0], plain[0])
     with lm.pristine():
         assert torch.equal(lm.score(prompts, ["Paris", "deep"]).logprob_BM, plain)
     handle.remove()
@@ -164,11 +164,11 @@ def test_the_newest_handle_answers_for_all_and_no_prompt_is_rewritten_twice(lm, 
     editor.edit(lm, [PARIS])
     newest = editor.edit(lm, [OSLO])
     prompts, targets = [PARIS.text, OSLO.text], ["Paris", "Oslo"]
-    asked, said = lm.score(prompts, targets).logprob_BM, lm.generate(prompts, 3)
+    edited, said = lm.score(prompts, targets).logprob_BM, lm.generate(prompts, 3)
     rewritten = newest.rewrite(prompts)
     with lm.pristine():
         plain = lm.score(rewritten, targets).logprob_BM
-        torch.testing.assert_close(asked, plain, rtol=0, atol=1e-4)
+        torch.testing.assert_close(edited, plain, rtol=0, atol=1e-4)
         assert said == lm.generate(rewritten, 3)
 
 
@@ -309,7 +309,7 @@ def test_the_most_similar_record_is_last(lm):
     score = dict(zip(every, like.tolist(), strict=True))
     assert [score[f] for f in facts] == sorted(score[f] for f in facts)
     assert min(score[f] for f in facts) >= max(score[f] for f in every if f not in facts)
-    assert set(pool.asked) == {"train"}
+    assert set(pool.splits) == {"train"}
 
 
 def test_demonstrations_depend_on_the_edit_and_the_seed_alone(lm):
@@ -525,7 +525,7 @@ def test_without_demonstrations_no_pool_is_read(lm):
     assert handle.rewrite(["Ada is from"]) == [
         f"New Fact: {fact}\nPrompt: {fact}\n\nNew Fact: {fact}\nPrompt: Ada is from"
     ]
-    assert not pool.asked
+    assert not pool.splits
 
 
 def test_a_clarification_may_name_the_fact_twice(lm):

@@ -65,7 +65,7 @@ FLAT_ROW = {
 
 
 def write(path, rows):
-    """Write rows in the form the file name asks for; returns the path as text."""
+    """Writes rows in the format of the file name; returns the path as text."""
     name = str(path)
     if name.removesuffix(".gz").endswith(".jsonl"):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -157,11 +157,11 @@ def test_empty_file(tmp_path):
 
 @pytest.fixture
 def datasets_library(monkeypatch):
-    """A stand-in for the datasets library; records what it was asked for."""
-    asked = []
+    """A stand-in for the datasets library; records its calls."""
+    calls = []
 
     def load_dataset(name, config, split=None):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         if name == "no/where":
             raise FileNotFoundError("Dataset 'no/where' doesn't exist\non the Hub")
         parts = {"train": [{"text": "a"}, {"text": ""}], "test": [{"text": "b"}]}
@@ -173,7 +173,7 @@ def datasets_library(monkeypatch):
     module.load_dataset = load_dataset
     module.config = types.SimpleNamespace(HF_HUB_OFFLINE=True)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    return asked
+    return calls
 
 
 def test_hub_datasets(datasets_library):
@@ -597,15 +597,15 @@ def test_batches_are_lists_of_cases(split):
 
 
 def known(split, limit=None):
-    """``split`` with a model that knows every third hill, and the sizes of what it was asked."""
+    """``split`` with a model that knows every third hill, and the sizes of the batches that it scored."""
     chunks = []
 
-    def ask(cases):
+    def known(cases):
         chunks.append(len(cases))
         return [int(case.case_id[:-1]) % 3 == 0 for case in cases]
 
     split.known_only, split.limit, split.batch_size = True, limit, 4
-    return attach(split, module={"known": ask}, fn="validate"), chunks
+    return attach(split, module={"known": known}, fn="validate"), chunks
 
 
 def test_known_only(split, monkeypatch):
@@ -613,7 +613,7 @@ def test_known_only(split, monkeypatch):
     data, chunks = known(split)
     assert served(data.val_dataloader()) == ["0a", "0b", "3a", "3b"]
     assert len(data.edits()) == 4
-    assert chunks == [4, 4, 2]  # asked once
+    assert chunks == [4, 4, 2]  # scored once
 
 
 def test_known_only_stops_at_the_limit(split, monkeypatch):
@@ -763,7 +763,7 @@ def test_a_stream_may_grow_when_resumed():
     assert served(longer) == ["2", "3", "4", "5", "6", "7"]
 
 
-# Stopping and going on, with a real Trainer
+# Stopping and resuming with a real Trainer
 
 EPOCHS, BATCHES = 3, 5
 

@@ -148,12 +148,12 @@ class Reader:
         """The configuration of ``fit`` or ``validate``, with everything in it checked; nothing is loaded."""
         printing = [] if "--print_config" in args else ["--print_config"]
         status = self.corrigenda(*args, *printing)
-        told = self.capsys.readouterr()
-        assert status == 0, f"corrigenda {shlex.join(args)}: {told.err}"
+        printed = self.capsys.readouterr()
+        assert status == 0, f"corrigenda {shlex.join(args)}: {printed.err}"
         if "--run_dir" in args:
             folder = Path(args[args.index("--run_dir") + 1])
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(told.out, encoding="utf-8")
+            (folder / "config.yaml").write_text(printed.out, encoding="utf-8")
 
     def parse(self, args: list[str]) -> None:
         """The arguments of any other command; the study file of ``compare`` is there."""

@@ -23,8 +23,8 @@ from corrigenda.pipeline.errors import UserError
 PLACES = ["stone", "story", "river", "lake", "forest", "winter", "piano", "storm", "harbour", "village",
           "tower", "table", "city", "company", "south", "engine", "mountain", "letter", "daughter",
           "children"]  # fmt: skip
-ASKED, AGAIN = "The capital of {} is", "In {} they go to the"
-RELATION = Relation("capital", ASKED, (AGAIN,) * 6, "What is the capital of {}?")
+STATEMENT, AGAIN = "The capital of {} is", "In {} they go to the"
+RELATION = Relation("capital", STATEMENT, (AGAIN,) * 6, "What is the capital of {}?")
 FACTS = tuple(
     Fact(RELATION, f"Zorba {last}", place)
     for last, place in zip("tioaswcmfpbdegklnryI", PLACES, strict=True)
@@ -51,7 +51,7 @@ def trained(tiny_folder, tmp_path_factory):
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, total_steps=steps)
     for _ in range(steps):
         batch = [
-            f"{draw.choice(BEFORE)}{fact.say(draw.choice([ASKED, AGAIN]))} {fact.object}."
+            f"{draw.choice(BEFORE)}{fact.say(draw.choice([STATEMENT, AGAIN]))} {fact.object}."
             for fact in FACTS
         ]
         ids = [torch.tensor(row) for row in tokenizer(batch).input_ids]

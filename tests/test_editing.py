@@ -1,4 +1,4 @@
-"""Edits as data, side by side, and in force: one model every way, and the old one afterwards."""
+"""Edits as data, side by side, and active: always the same edited model, and the original one afterwards."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def written(lm, delta, rows):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_lm):
-    """One model per family for all tests here; whoever edits it takes the edit out again."""
+    """One model per family for all tests here, which must remove their edits."""
     return models_by_family(tiny_lm)
 
 
@@ -182,7 +182,7 @@ def test_gradients_reach_the_factors(kind, count, loaded):
     assert not any(m._forward_hooks for m in lm.net.modules())
 
 
-# --- in force ---
+# --- active ---
 
 
 def test_the_weights_become_weight_plus_update(lm):
@@ -269,7 +269,7 @@ def test_absorbed_edits_are_one(lm):
 
 
 def test_active_edits_can_be_restored_after_a_crash(lm):
-    """Each as it was, to the bit, also the ones below others."""
+    """Each is restored bit-exactly, also below later ones."""
     states, patches = [snapshot(lm)], []
     for _ in range(2):
         patches.append(WeightPatch(lm, two_layers(lm)))
@@ -418,7 +418,7 @@ def test_a_delta_of_another_model_is_refused(tiny_lm, tmp_path):
         WeightPatch(other, delta)
     assert not other.handles
     patch = WeightPatch(lm, delta)
-    WeightPatch(lm, delta).remove()  # edits in force do not make it another model
+    WeightPatch(lm, delta).remove()  # active edits do not change the base model's hash
     patch.remove()
 
 
@@ -591,30 +591,30 @@ def test_text_patches_answer_newest_first_and_leave_no_trace(tiny_lm):
     lm = tiny_lm()
     prompt, whole = "capital is", "The capital is"
 
-    def asked(text):
+    def score(text):
         return lm.score([text], ["Quill Port"]).logprob_BM
 
-    plain, both, said = asked(prompt), asked(whole), lm.generate([whole], 3)
+    plain, both, said = score(prompt), score(whole), lm.generate([whole], 3)
     outer = Prefixed(lm, "The ")
     inner = Prefixed(lm, "")
-    assert torch.equal(asked(prompt), both)
+    assert torch.equal(score(prompt), both)
     assert not torch.equal(both, plain)
     assert lm.generate([prompt], 3) == said
     with lm.pristine():
-        assert torch.equal(asked(prompt), plain)
+        assert torch.equal(score(prompt), plain)
     inner.remove()
-    assert torch.equal(asked(prompt), both)
+    assert torch.equal(score(prompt), both)
     outer.remove()
-    assert torch.equal(asked(prompt), plain)
+    assert torch.equal(score(prompt), plain)
 
 
 def test_the_newest_text_patch_rewrites_first(tiny_lm):
     lm = tiny_lm()
     Prefixed(lm, "The ")
     Prefixed(lm, "capital ")
-    asked = lm.score(["is"], ["proud"]).logprob_BM
+    edited = lm.score(["is"], ["proud"]).logprob_BM
     with lm.pristine():
-        assert torch.equal(asked, lm.score(["The capital is"], ["proud"]).logprob_BM)
+        assert torch.equal(edited, lm.score(["The capital is"], ["proud"]).logprob_BM)
 
 
 def test_a_text_patch_set_aside_stays_so_under_pristine(tiny_lm):

@@ -41,7 +41,7 @@ def malmen(lm, _files):
 
 
 def locating(method, place, **settings):
-    """An editor that looks for values, of which more is asked here than to be small."""
+    """An editor with a value search, in a configuration that is small but realistic."""
     free = {"weight_decay": 0.0, "kl_weight": 0.0, "clamp_norm": 20.0, "steps": 10}
     return lambda _lm, files: method(
         place, contexts=[(4, 2)], corpus=Corpus(files.text, 2000), **free, **settings
@@ -89,7 +89,7 @@ def weights(lm):
 
 
 def changed(lm, kept):
-    """Names of the parameters that are not bit for bit as they were."""
+    """Names of the parameters that are not bit-exact."""
     return {name for name, p in lm.net.named_parameters() if not torch.equal(p, kept[name])}
 
 

@@ -50,7 +50,7 @@ def by_hand(lm, prompt, target):
 
 
 def answers(lm, cases):
-    """(before or after) ``{(prompt, text): (logprobs, tokens)}`` of everything that is asked."""
+    """(before or after) ``{(prompt, text): (logprobs, tokens)}`` of everything that is scored."""
     return {
         (probe.prompt, text): by_hand(lm, probe.prompt, text)
         for case in cases for probes in case.probes.values() for probe in probes
@@ -237,8 +237,8 @@ def test_free_answers_see_their_own_case(lm, cases):
     alone = []
     for case, delta in zip(cases, deltas, strict=True):
         handle = WeightPatch(lm, delta)
-        asked = [p.prompt for name in ("efficacy", "locality") for p in case.probes[name]]
-        alone += generate(asked, 4)
+        prompts = [p.prompt for name in ("efficacy", "locality") for p in case.probes[name]]
+        alone += generate(prompts, 4)
         handle.remove()
     assert beside == alone and len(before) + len(cases) == len(beside)
     assert len(rest) == sum(len(case.probes["generality"]) for case in cases)
@@ -260,13 +260,13 @@ def test_locality_probes_that_are_edited_are_left_out(lm, cases):
     kept = [probe.prompt for probe in case.probes["locality"]]
     module.conditions = Conditions(edited={kept[0], case.edits[0].text})
 
-    def asked(criterion):
+    def scored(criterion):
         (result,) = module.evaluate([case])
         return [p["prompt"] for p in result.probes if p["criterion"] == criterion]
 
-    assert asked("locality") == kept[1:] and asked("efficacy") == [case.edits[0].text]
+    assert scored("locality") == kept[1:] and scored("efficacy") == [case.edits[0].text]
     module.conditions = Conditions(edited=set(kept))
-    assert not asked("locality") and "locality/agreement" not in module.evaluate([case])[0].metrics
+    assert not scored("locality") and "locality/agreement" not in module.evaluate([case])[0].metrics
 
 
 def test_known_is_what_the_unedited_model_answers(lm):
@@ -276,11 +276,11 @@ def test_known_is_what_the_unedited_model_answers(lm):
     lm.handles.remove(learned)  # from here on this is the base model
     module = EditingModule(lm)
     other = Edit("{} was made in", "Zembla", "Paris", "a house of glass")
-    asked = [EditCase("1", (EDIT,)), EditCase("2", (other,)), EditCase("3", (EDIT, other))]
-    assert module.known(asked) == [True, False, False]
+    cases = [EditCase("1", (EDIT,)), EditCase("2", (other,)), EditCase("3", (EDIT, other))]
+    assert module.known(cases) == [True, False, False]
     handle = FT([0, 1], steps=80, lr=1e-2).edit(lm, [EDIT])  # now it would say Paris
     assert not lm.score([EDIT.text], ["seven"]).exact_B
-    assert module.known(asked) == [True, False, False]
+    assert module.known(cases) == [True, False, False]
     handle.remove()
     with pytest.raises(ValueError, match="known_only needs edits with a true answer"):
         module.known([EditCase("4", (Edit("{} is", "Ada", "red"),))])

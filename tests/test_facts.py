@@ -1,4 +1,4 @@
-"""The facts that come with the project: well written down, and cases that ask what they promise."""
+"""The project's facts: the format of their files, and their cases."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Commands that are killed, told to end, interrupted, or find the disk full: see ``python -m tests.faults``.
+"""Commands that are killed, terminated, interrupted, or run out of disk space: see ``python -m tests.faults``.
 
 A few points in every kind of command; ``make faults`` tries all of them.
 """
@@ -85,7 +85,7 @@ def mounted(tmp_path):
 
 @pytest.mark.parametrize("kind", ["validate", "stream", "moments", "export"])
 def test_a_disk_that_is_full(bench, mounted, kind):
-    """A real one, of a few pages; with room again the command goes on."""
+    """A real one, of a few pages; when there is space again the command resumes."""
     whole, _ = bench.whole(kind)
     disk = mounted("size=16k")
     ended = bench.start(kind, disk).end()

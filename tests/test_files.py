@@ -152,7 +152,7 @@ def test_other_numbers_under_the_same_header_are_noticed(tmp_path: Path) -> None
 
 
 def test_torch_reads_files_without_running_them_and_in_one_place() -> None:
-    """No pickle is loaded, whatever a caller asks; safetensors are written through corrigenda.modules.files
+    """No pickle is ever loaded; safetensors are written through corrigenda.modules.files
     alone."""
     root = Path(__file__).parents[1]
     for file in [

@@ -107,12 +107,12 @@ def test_where_a_value_stands_in(replace, whole, alone):
     """A prompt of two tokens behind one of padding; then one generated token with a cache, and without."""
     book = Codebook(["x"], inputs=2, outputs=1, replace=replace)
     book.place(torch.zeros(2), torch.tensor([9.0]), [1], 1.0)
-    asked = PromptBatch(torch.tensor([[False, True, True]]))
+    batch = PromptBatch(torch.tensor([[False, True, True]]))
     x = torch.tensor([[[5.0, 5], [5, 5], [0, 0], [5, 5]]])
     y = torch.zeros(1, 4, 1)
-    assert book("x", x[:, :3], y[:, :3], asked).flatten().tolist() == [9.0 * v for v in whole[:3]]
-    assert book("x", x[:, 3:], y[:, 3:], asked).flatten().tolist() == [9.0 * v for v in alone]
-    assert book("x", x, y, asked).flatten().tolist() == [9.0 * v for v in whole]
+    assert book("x", x[:, :3], y[:, :3], batch).flatten().tolist() == [9.0 * v for v in whole[:3]]
+    assert book("x", x[:, 3:], y[:, 3:], batch).flatten().tolist() == [9.0 * v for v in alone]
+    assert book("x", x, y, batch).flatten().tolist() == [9.0 * v for v in whole]
 
 
 # ---------------------------------------------------------------------------- in a model
@@ -144,7 +144,7 @@ def test_a_query_in_the_ball_gets_the_value(llama, make, replace):
 
 
 def test_the_target_does_not_route(llama, make):
-    """Whatever is asked behind it, an edit's prompt is inside and another prompt is not."""
+    """Whatever the target, an edit's prompt is inside its ball and another prompt is not."""
     others = answers(llama, OTHERS[:2], [TARGETS[0], "x"])
     patch = make().edit(llama, EDITS[:1])
     wide = ["x", "in", "the town in the year of 1984"]

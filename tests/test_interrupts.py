@@ -207,7 +207,7 @@ def inside(context):
 
 
 def test_whatever_holds_for_a_block_of_code_ends_with_it(lm):
-    """Edits of all kinds taken out for a while, hooks, side branches, stood-in blocks, shared states."""
+    """Edits of all kinds deactivated for a block, hooks, side branches, replaced blocks, shared states."""
 
     makes = [again(lm, kind) for kind in EDITORS]
 

@@ -178,7 +178,7 @@ TOO_LONG = r"the text 'The town of very .*\.\.\.' has \d+ tokens.* more than the
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "call",
     [
         lambda lm: lm.score([LONG], ["is"]),
         lambda lm: lm.score(["The town of"], ["very " * 40]),
@@ -191,9 +191,9 @@ TOO_LONG = r"the text 'The town of very .*\.\.\.' has \d+ tokens.* more than the
     ],
     ids=["prompt", "target", "generate", "answer", "rows", "known"],
 )
-def test_what_is_too_long_is_named(short, ask):
+def test_what_is_too_long_is_named(short, call):
     with pytest.raises(ValueError, match=r"more than the context of '.*', 40 tokens") as error:
-        ask(short)
+        call(short)
     assert "The town of" in str(error.value) and len(str(error.value)) < 400
 
 
@@ -238,14 +238,14 @@ def test_ten_megabytes_are_refused_at_once(short, data_files, name):
     text = "word " * 2_000_000
     edit = Edit("{} is " + text, "Onna", "red")
     start = time.process_time()
-    for ask in (
+    for call in (
         lambda: short.score([text], ["is"]),
         lambda: short.score(["It"], [text]),
         lambda: short.generate([text], 2),
         lambda: editor.edit(short, [edit]),
     ):
         with pytest.raises(ValueError, match=r"has 10,000,0\d\d characters|has 10,000,000"):
-            ask()
+            call()
     assert time.process_time() - start < 2 and not short.handles
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at a random moment and go on end with the files of a run that was not.
+"""Runs that are killed at a random time and resumed end with the files of an uninterrupted run.
 
 ``CORRIGENDA_KILLS=20`` kills every kind as many times (else once), ``CORRIGENDA_SEED=n`` chooses other moments.
 """

@@ -60,7 +60,7 @@ def probability(lm, prompt, target, layer=None, keys=1.0):
 
 
 def likeliest(lm, prompt, tokens=2):
-    """A text that the model itself would go on with, so that there is a probability to speak of."""
+    """A continuation that the model itself generates, so that its probability is not negligible."""
     for _ in range(tokens):
         (more,) = lm.generate([prompt], tokens)
         if more.strip():
@@ -339,7 +339,7 @@ def test_the_update_is_a_few_columns(lm):
 
 
 def test_facts_that_share_neurons(gpt2):
-    """Off twice is off; two answers are both added; and a relation's neurons are looked for in all prompts."""
+    """Turning off twice changes nothing; two answers are added; a relation's neurons are those of all prompts."""
     same = [EDITS[0], Edit(EDITS[0].prompt, EDITS[0].subject, "rain", EDITS[0].target_true)]
     for action in ("suppress", "enhance"):
         one, two = (short(action=action).propose(gpt2, edits) for edits in (same[:1], same))

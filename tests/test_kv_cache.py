@@ -1,4 +1,4 @@
-"""Keys and values in memory with room hold what transformers' own cache holds, to the bit."""
+"""Preallocated caches have the same content as those of transformers, bit-exactly."""
 
 import pytest
 import torch

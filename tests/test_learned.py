@@ -1,4 +1,4 @@
-"""Runs of learned editors that are stopped and go on, and what their checkpoints hold."""
+"""Interrupted and resumed runs of learned editors, and the content of their checkpoints."""
 
 import json
 from types import SimpleNamespace
@@ -81,11 +81,11 @@ def test_a_scaled_update_is_made_but_not_trained_with(name, tiny_lm):
         Edit("The capital of {} is", "Ruritania", "Strelsau"),
         Edit("{} plays the", "Ada", "oboe"),
     ]
-    asked = edits, [Probe(e.text, e.target_new) for e in edits], [Probe("The sea is", "deep")] * 2
+    chosen = edits, [Probe(e.text, e.target_new) for e in edits], [Probe("The sea is", "deep")] * 2
     losses, updates = [], []
     for scale in (1.0, 0.25):
         editor.scale = scale
-        losses.append([loss.item() for loss in editor._losses(*asked)])
+        losses.append([loss.item() for loss in editor._losses(*chosen)])
         with editing_mode():
             updates.append(editor.propose(lm, edits))
     assert losses[0] == losses[1]

@@ -255,7 +255,7 @@ def test_exact_needs_every_token():
     def exact(target):
         return TargetScores(torch.zeros(2, 3), greedy, torch.tensor(target), mask).exact_B.tolist()
 
-    assert exact([[5, 6, 7], [5, 9, 9]]) == [True, True]  # padding is not asked
+    assert exact([[5, 6, 7], [5, 9, 9]]) == [True, True]  # padding is ignored
     assert exact([[5, 6, 8], [4, 9, 9]]) == [False, False]
 
 
@@ -282,10 +282,10 @@ def test_rows_can_have_their_own_delta(lm, monkeypatch):
     assert not torch.allclose(scores.logprob_BM, lm.score(PROMPTS, TARGETS).logprob_BM, atol=1e-2)
 
 
-@pytest.mark.parametrize("ask", ["score", "generate"])
-def test_several_deltas_need_owners(ask, gpt2):
+@pytest.mark.parametrize("call", ["score", "generate"])
+def test_several_deltas_need_owners(call, gpt2):
     with pytest.raises(ValueError, match="several deltas need owners"):
-        getattr(gpt2, ask)(PROMPTS, TARGETS if ask == "score" else 2, updates(gpt2, 2))
+        getattr(gpt2, call)(PROMPTS, TARGETS if call == "score" else 2, updates(gpt2, 2))
 
 
 def test_a_shared_prefix_changes_no_number(lm):
@@ -296,7 +296,7 @@ def test_a_shared_prefix_changes_no_number(lm):
     patch = WeightPatch(lm, updates(lm, 1)[0])
     edited = lm.score(PROMPTS, TARGETS).logprob_BM
     assert lm.edits.lowest_layer() == 1
-    assert lm.reuse._block_output is not None and lm.reuse._takes_trees  # ask the network once
+    assert lm.reuse._block_output is not None and lm.reuse._takes_trees  # tried once
     with lm.reuse.shared(1), hooked([(block, lambda *_: ran.append(0))]):
         for _ in range(2):
             torch.testing.assert_close(lm.score(PROMPTS, TARGETS).logprob_BM, edited, **NEAR)

@@ -51,13 +51,13 @@ class Script:
     """
 
     def __init__(self, *rounds):
-        self.rounds, self.asked, self.owners, self.stop = rounds, [], [], None
+        self.rounds, self.prompts, self.owners, self.stop = rounds, [], [], None
 
     def __call__(self, prompts, max_new_tokens, deltas=None, owners=None, stop=(), **_):
-        self.asked.append(list(prompts))
+        self.prompts.append(list(prompts))
         self.owners.append(owners)
         self.stop = stop
-        number = len(self.asked) - 1
+        number = len(self.prompts) - 1
         said = self.rounds[number]
         return [after_cue(said if isinstance(said, str) else said(p)) for p in prompts]
 
@@ -68,7 +68,7 @@ def lm(tiny_lm):
 
 
 def edited(lm, monkeypatch, *rounds, **settings):
-    """(editor, handle, script) with two facts in force; the script answers in the model's place."""
+    """(editor, handle, script) with two active facts; the script answers instead of the model."""
     editor = MeLLo(encoder=Letters(), **settings)
     handle = editor.edit(lm, [OWL, IRIS])
     script = Script(*rounds)
@@ -83,7 +83,7 @@ def test_a_question_goes_through_its_steps(lm, monkeypatch):
     begin = "".join(DEMONSTRATIONS) + f"Question: {QUESTION}\n"
     first = begin + f"{STEP_1}\nRetrieved fact: The owner of the Tin Owl is Iris Vane.\n"
     second = first + f"{CHECK_1}\n{STEP_2}\nRetrieved fact: Iris Vane was born in Zembla.\n"
-    assert script.asked == [
+    assert script.prompts == [
         [f"{begin}Subquestion:"],
         [f"{first}The retrieved fact"],
         [f"{second}The retrieved fact"],
@@ -99,7 +99,7 @@ def test_it_stops_after_the_last_round(lm, monkeypatch, rounds, expected):
     written = (STEP_1, *[f"{CHECK_1}\n{STEP_1}"] * 8)
     editor, handle, script = edited(lm, monkeypatch, *written, rounds=rounds)
     assert handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5)) == [""]
-    assert len(script.asked) == expected
+    assert len(script.prompts) == expected
     assert editor.numbers()["out_of_rounds"] == 1 and editor.numbers()["format_failures"] == 0
 
 
@@ -115,7 +115,7 @@ def test_four_rounds_are_the_default():
 def test_lines_of_another_form_are_a_counted_failure(lm, monkeypatch, written):
     editor, handle, script = edited(lm, monkeypatch, written)
     assert handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5)) == [""]
-    assert len(script.asked) == 1 and editor.numbers()["format_failures"] == 1
+    assert len(script.prompts) == 1 and editor.numbers()["format_failures"] == 1
 
 
 def test_questions_are_worked_out_side_by_side(lm, monkeypatch):
@@ -131,7 +131,7 @@ def test_questions_are_worked_out_side_by_side(lm, monkeypatch):
     assert handle.generate(
         GenerationRequest(prompts=prompts, max_new_tokens=5, owners=[0, 0, 0, 0])
     ) == ["", "Zembla", "Rome", "Zembla"]
-    assert [len(asked) for asked in script.asked] == [3, 2, 1], (
+    assert [len(part) for part in script.prompts] == [3, 2, 1], (
         "one of each question, open ones only"
     )
 
@@ -157,23 +157,23 @@ def test_scores_are_taken_where_the_final_answer_belongs(lm, monkeypatch):
     with lm.pristine():
         plain = lm.score([text, text], ["Zembla", "Rome"])
     torch.testing.assert_close(found.logprob_BM, plain.logprob_BM, rtol=0, atol=1e-4)
-    before = len(script.asked)
+    before = len(script.prompts)
     lm.score([QUESTION], ["Paris"])
-    assert len(script.asked) == before, "a question is worked out once"
+    assert len(script.prompts) == before, "the reasoning about a question is cached"
 
 
 def test_another_edit_has_questions_worked_out_again(lm, monkeypatch):
     _, handle, script = edited(lm, monkeypatch, *[AT_ONCE] * 3)
     handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
     handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
-    assert len(script.asked) == 1
+    assert len(script.prompts) == 1
     name = lm.structure.out_name(0) + ".weight"
     patch = WeightPatch(lm, Delta({name: torch.zeros(32, lm.net.get_parameter(name).shape[0])}))
     handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
-    assert len(script.asked) == 2
+    assert len(script.prompts) == 2
     patch.remove()
     handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
-    assert len(script.asked) == 3
+    assert len(script.prompts) == 3
 
 
 def test_deltas_of_rows_reach_every_round(lm, monkeypatch):
@@ -192,12 +192,12 @@ def test_a_short_context_loses_demonstrations_first(tiny_lm, monkeypatch):
     lm = tiny_lm("gpt2", max_position_embeddings=900)
     editor, handle, script = edited(lm, monkeypatch, AT_ONCE, round_tokens=40)
     handle.generate(GenerationRequest(prompts=[QUESTION], max_new_tokens=5))
-    (asked,) = script.asked[0]
+    (prompt,) = script.prompts[0]
     assert (
-        asked.endswith(f"Question: {QUESTION}\nSubquestion:") and asked.count("Final answer:") < 4
+        prompt.endswith(f"Question: {QUESTION}\nSubquestion:") and prompt.count("Final answer:") < 4
     )
-    assert len(lm.tokens.encode([asked])[0]) + 40 <= 900
-    left = asked.count("Final answer:")
+    assert len(lm.tokens.encode([prompt])[0]) + 40 <= 900
+    left = prompt.count("Final answer:")
     assert editor.numbers()["demonstrations_left_out"] == len(DEMONSTRATIONS) - left > 0
 
 
@@ -234,10 +234,10 @@ def test_answers_are_evaluated_as_free_text(lm, monkeypatch):
     monkeypatch.setattr(mello.SelfChecked, "_round", write)
     editor = MeLLo(encoder=Letters())
     handle = editor.edit(lm, [OWL, IRIS])
-    asked = tuple(Probe(prompt, "Zembla", "Rome", ("Isle of Zembla",)) for prompt in written)
+    questions = tuple(Probe(prompt, "Zembla", "Rome", ("Isle of Zembla",)) for prompt in written)
     hops = (Probe("Where?", "Zembla"), Probe("Whence?", "Rome"))
     (result,) = EditingModule(lm, generate_tokens=6).evaluate(
-        [EditCase("1", (OWL, IRIS), {"multihop": asked, "hops": hops})]
+        [EditCase("1", (OWL, IRIS), {"multihop": questions, "hops": hops})]
     )
     assert result.metrics["multihop/wild_exact"] == pytest.approx(1 / 3)
     assert result.metrics["multihop/any_wild_exact"] == 1

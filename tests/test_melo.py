@@ -1,4 +1,4 @@
-"""MELO: clusters of prompts on points of the plane, and blocks that are in force only for their prompts."""
+"""MELO: clusters of prompts on points of the plane, and blocks that are active only for their prompts."""
 
 import pytest
 import torch
@@ -89,14 +89,14 @@ def test_of_two_edits_of_one_prompt_the_last_counts(blocks):
 
 def test_the_block_of_the_prompt_holds_at_every_token(blocks):
     blocks.down0_KrI, blocks.up0_KOr = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0]]])
-    asked = PromptBatch(torch.tensor([[False, True, True], [True, True, True]]))
+    batch = PromptBatch(torch.tensor([[False, True, True], [True, True, True]]))
     routing = torch.tensor([[[9.0, 9], [9, 9], [0, 0]], [[0, 0], [0, 0], [9, 9]]])
-    assert blocks("r", routing, routing, asked) is routing
+    assert blocks("r", routing, routing, batch) is routing
     x, y = torch.tensor([[[1.0, 5]] * 3] * 2), torch.zeros(2, 3, 1)
-    assert blocks("t", x, y, asked).flatten().tolist() == [6.0, 6.0, 6.0, 0, 0, 0]
+    assert blocks("t", x, y, batch).flatten().tolist() == [6.0, 6.0, 6.0, 0, 0, 0]
     later = torch.tensor([[[9.0, 9]], [[0, 0]]])  # a generated token does not choose again
-    blocks("r", later, later, asked)
-    assert blocks("t", x[:, :1], y[:, :1], asked).flatten().tolist() == [6.0, 0.0]
+    blocks("r", later, later, batch)
+    assert blocks("t", x[:, :1], y[:, :1], batch).flatten().tolist() == [6.0, 0.0]
 
 
 # ---------------------------------------------------------------------------- in a model

@@ -612,7 +612,7 @@ def test_memit_alone_keeps_no_keys(gpt2, make):
 
 
 def test_a_saved_edit_brings_its_keys(gpt2, make, tmp_path):
-    """Another process goes on from the file as this one would have."""
+    """Another process resumes from the file with the same result."""
     editor = make(AlphaEdit)
     handle = editor.edit(gpt2, EDITS[:2])
     expected = editor.propose(gpt2, EDITS[2:])
@@ -624,7 +624,7 @@ def test_a_saved_edit_brings_its_keys(gpt2, make, tmp_path):
 
 
 def test_optimised_values_are_saved_and_reused(gpt2, make, tmp_path, monkeypatch):
-    """An interrupted search goes on; other settings, and a model under edits, look for values anew."""
+    """An interrupted search resumes; values of other settings or of an edited model are not reused."""
     folder = str(tmp_path / "values")
     plain = make(MEMIT).propose(gpt2, EDITS)
     looked_for = []

@@ -122,8 +122,8 @@ def test_a_stream_resumes_with_absorbed_edits(llama, editor, data_files):
     last.remove()
     first.remove()
     ModulePatch.restore(llama, state)
-    kin = next(make for make in EDITORS.values() if type(make(data_files)) is type(editor))
-    fresh = kin(data_files) if not isinstance(editor, GRACE) else editor
+    same_kind = next(make for make in EDITORS.values() if type(make(data_files)) is type(editor))
+    fresh = same_kind(data_files) if not isinstance(editor, GRACE) else editor
     fresh.edit(llama, EDITS[2:])
     assert torch.equal(answers(llama), wanted)
 

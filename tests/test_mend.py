@@ -1,4 +1,4 @@
-"""MEND: its equations on a tiny model, what training may change, and a run that is stopped and goes on."""
+"""MEND: its equations on a tiny model, what training may change, and a run that is stopped and resumed."""
 
 import copy
 import json

@@ -109,8 +109,8 @@ def test_alibi_is_left_whole(tiny_lm):
 class Silent(Adapter):
     """A memory that notes how long the prompts are that it is shown, and changes nothing."""
 
-    def forward(self, site, x_BTI, y_BTO, asked):
-        self.seen = asked.prompt_BT.sum(1).tolist()
+    def forward(self, site, x_BTI, y_BTO, batch):
+        self.seen = batch.prompt_BT.sum(1).tolist()
         return y_BTO
 
 
@@ -135,11 +135,11 @@ def test_memories_see_whole_rows(tiny_lm):
 
 def test_shared_states_are_those_of_the_tokens_before():
     """Computed once per beginning, whichever row or tree it stands in."""
-    asked = []
+    batches = []
 
     def run(rows):
         """The sum of the tokens on the way, as a state."""
-        asked.append(rows.unpadded())
+        batches.append(rows.unpadded())
         depth = (
             rows.depth_BT
             if rows.depth_BT is not None
@@ -154,6 +154,6 @@ def test_shared_states_are_those_of_the_tokens_before():
     assert shared.states(rows, run)[..., 0].tolist() == [
         [5, 11, 18, 0], [5, 11, 19, 28], [5, 11, 0, 0], [4, 10, 17, 0],
     ]  # fmt: skip
-    assert len(asked) == 1
+    assert len(batches) == 1
     shared.states(rows_of([[5, 6, 7], [5, 7]]), run)
-    assert asked[1] == [[5, 7]]
+    assert batches[1] == [[5, 7]]

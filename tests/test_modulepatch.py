@@ -1,4 +1,4 @@
-"""Memories beside the network: in and out of force, told where prompts end, written down and read again."""
+"""Adapters: active and removed, with announced prompts, saved and loaded."""
 
 import json
 
@@ -19,21 +19,21 @@ TARGETS = ["Strelsau", "no", "in the ice"]
 
 
 class Marks(Adapter):
-    """Adds a vector to prompts of an odd number of tokens, at every token, and notes what it was told."""
+    """Adds a vector to prompts of an odd number of tokens, at every token, and records the announced prompts."""
 
     def __init__(self, sites, width, strength=1.0):
         super().__init__(sites, width=width, strength=strength)
-        self.strength, self.told = strength, []
+        self.strength, self.announced = strength, []
         self.register_buffer("added_ND", torch.zeros(0, width))
 
-    def forward(self, site, x, y, asked):
-        if asked is None:
+    def forward(self, site, x, y, batch):
+        if batch is None:
             return y
         assert x.dim() == y.dim() == 3
-        if self not in asked.decided:
-            asked.decided[self] = asked.prompt_BT.sum(1) % 2 == 1
-            self.told.append((asked.prompt_BT.clone(), asked.last_B))
-        odd = asked.decided[self]
+        if self not in batch.decided:
+            batch.decided[self] = batch.prompt_BT.sum(1) % 2 == 1
+            self.announced.append((batch.prompt_BT.clone(), batch.last_B))
+        odd = batch.decided[self]
         changed = y + self.strength * self.added_ND.sum(0).to(y.dtype)
         return torch.where(odd[:, None, None], changed, y)
 
@@ -96,11 +96,11 @@ def test_targets_are_no_part_of_the_prompt(lm):
     editor = Marker()
     patch = editor.edit(lm, EDITS[:1])
     for targets in (TARGETS, ["in the ice", "Strelsau is where he was", "no"]):
-        patch.adapter.told.clear()
+        patch.adapter.announced.clear()
         lm.score(PROMPTS, targets)
-        prompts = [p for told, _ in patch.adapter.told for p in told.sum(1).tolist()]
+        prompts = [p for prompt_BT, _ in patch.adapter.announced for p in prompt_BT.sum(1).tolist()]
         assert sorted(prompts) == sorted(len(row) for row in lm.tokens.encode(PROMPTS))
-        for prompt_BT, last_B in patch.adapter.told:
+        for prompt_BT, last_B in patch.adapter.announced:
             assert torch.equal(last_B, prompt_BT.sum(1) - 1)
 
 
@@ -121,7 +121,7 @@ def test_what_is_decided_on_the_prompt_holds_for_generated_tokens(lm, uncached):
     patch = Marker(strength=20.0).edit(lm, EDITS)
     texts = lm.generate(PROMPTS, 6)
     assert [a != b for a, b in zip(texts, base, strict=True)] == odd(lm).tolist()
-    (prompt_BT, last_B) = patch.adapter.told[-1]
+    (prompt_BT, last_B) = patch.adapter.announced[-1]
     assert (last_B == prompt_BT.shape[1] - 1).all()  # padded on the left
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert uncached(lm, prompt, 6) == text

@@ -139,7 +139,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("killed_at", [0, 1, 3])
 def test_a_killed_computation_resumes(killed_at, gather, small_buffers, counted):
-    """The result is the same to the bit, and no finished buffer is computed again."""
+    """The result is bit-exact, and no finished buffer is computed again."""
     whole = gather(folder="whole").gather([0, 1])
     buffers = list(counted)
     assert len(buffers) > 4
@@ -241,7 +241,7 @@ def test_too_little_text_is_an_error(gather, source):
 
 
 def test_statistics_are_of_the_unedited_model(gather):
-    """Also when an edit of a lower block is in force while they are gathered."""
+    """Also if an edit of a lower block is active while they are computed."""
     plain = gather().moment(1)
     lm = gather().lm
     name = lm.structure.out_name(0)

@@ -1,4 +1,4 @@
-"""What is kept of a text is what would be computed, to the bit, whatever else was asked and wherever it is."""
+"""Cached states of a text are those that would be computed, bit-exactly, whatever else is in the batch."""
 
 import os
 from dataclasses import replace

@@ -303,7 +303,7 @@ def test_any_value_in_any_field_gives_a_case_or_one_line(path, kind, data):
 @quick
 @given(st.data())
 def test_an_accepted_row_survives_writing_and_reading(path, kind, data):
-    """However JSON may spell it, in both kinds of file, packed or not."""
+    """However JSON spells it, in both kinds of file, compressed or not."""
     texts_in = [p for p in places(ROWS[kind]) if isinstance(value_at(ROWS[kind], p), str)]
     row = changed(ROWS[kind], data.draw(st.sampled_from(texts_in)), data.draw(st.text(max_size=12)))
     found = []

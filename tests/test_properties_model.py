@@ -40,7 +40,7 @@ BATCHES = st.lists(st.tuples(TEXTS, TARGETS), min_size=1, max_size=5)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def ways(request, tiny_folder):
-    """One model, with what rows share computed once and in the plain way."""
+    """One model, with reuse of common prefixes and along the reference path."""
     folder = str(tiny_folder(request.param))
     return LanguageModel(folder), LanguageModel(folder, reuse_prefix=False)
 

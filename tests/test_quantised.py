@@ -1,4 +1,4 @@
-"""Editing a base in 4 or 8 bit: dequantised, edited, kept plain or packed again, and put back to the bit."""
+"""Editing a base model in 4 or 8 bit: dequantised, edited, left in floating point or requantised, and restored."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ PROMPTS, TARGETS = ["The capital of Zorbania is", "He said"], ["Quill Port", "th
 
 
 @pytest.fixture(scope="module", autouse=True)
-def packed(tiny_folder):
-    """``packed(kind, family)``: a tiny model in 4 or 8 bit."""
+def quantised(tiny_folder):
+    """``quantised(kind, family)``: a tiny model in 4 or 8 bit."""
     pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
     try:
         LanguageModel(str(tiny_folder("llama", **WIDE)), quantization="nf4")
@@ -73,8 +73,8 @@ def logprobs(lm, deltas=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_the_weight_that_is_read_is_the_one_that_runs(packed, tiny_lm, kind, base):
-    lm, plain = packed(kind, base), tiny_lm(base, **WIDE)
+def test_the_weight_that_is_read_is_the_one_that_runs(quantised, tiny_lm, kind, base):
+    lm, plain = quantised(kind, base), tiny_lm(base, **WIDE)
     for name in lm.structure.mlp_names(1):
         module = lm.net.get_submodule(name)
         assert is_quantised(module)
@@ -88,18 +88,18 @@ def test_the_weight_that_is_read_is_the_one_that_runs(packed, tiny_lm, kind, bas
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_do_not_change_by_being_used(packed, kind):
-    lm = packed(kind)
+def test_weights_do_not_change_by_being_used(quantised, kind):
+    lm = quantised(kind)
     before = hash_weights(lm.net)
     logprobs(lm)
     lm.net.state_dict()
-    assert hash_weights(lm.net) == before == lm.weights_hash == packed(kind).weights_hash
+    assert hash_weights(lm.net) == before == lm.weights_hash == quantised(kind).weights_hash
     scale = lm.net.get_submodule(lm.structure.out_name(0))
     if kind == "int8":
         scale.state.SCB[0] *= 1.5
     else:
         scale.weight.quant_state.absmax[0] *= 1.5
-    assert hash_weights(lm.net) != before  # packed numbers mean nothing without their scales
+    assert hash_weights(lm.net) != before  # quantised numbers mean nothing without their scales
 
 
 # ---------------------------------------------------------------------------- writing
@@ -107,8 +107,8 @@ def test_weights_do_not_change_by_being_used(packed, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_an_edited_layer_stays_in_floating_point(packed, kind, base):
-    lm = packed(kind, base)
+def test_an_edited_layer_stays_in_floating_point(quantised, kind, base):
+    lm = quantised(kind, base)
     name = lm.structure.out_name(1)
     module, before, untouched = lm.net.get_submodule(name), lm.weights_hash, logprobs(lm)
     weight, data = read_weight(module).clone(), module.weight.data.clone()
@@ -132,14 +132,14 @@ def test_an_edited_layer_stays_in_floating_point(packed, kind, base):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_an_edited_layer_can_be_requantised(packed, kind, base):
+def test_an_edited_layer_can_be_requantised(quantised, kind, base):
     """What is lost on the way is in the metadata."""
-    lm = packed(kind, base, requantize=True)
+    lm = quantised(kind, base, requantize=True)
     name = lm.structure.out_name(1)
     module, before, untouched = lm.net.get_submodule(name), lm.weights_hash, logprobs(lm)
     weight = read_weight(module).double()
     lost = []
-    for size in (0.02, 0.3):  # a small update drowns in the steps between packed numbers
+    for size in (0.02, 0.3):  # a small update drowns in the steps between quantised values
         delta = a_delta(lm, size=size)
         update = delta.dense(f"{name}.weight")
         patch = WeightPatch(lm, delta)
@@ -161,8 +161,8 @@ def test_an_edited_layer_can_be_requantised(packed, kind, base):
 
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_edits_on_top_of_each_other(packed, kind, requantize):
-    lm = packed(kind, requantize=requantize)
+def test_edits_on_top_of_each_other(quantised, kind, requantize):
+    lm = quantised(kind, requantize=requantize)
     before, states = lm.weights_hash, [hash_weights(lm.net)]
     name = f"{lm.structure.out_name(1)}.weight"
     patches = []
@@ -191,8 +191,8 @@ def test_edits_on_top_of_each_other(packed, kind, requantize):
     assert hash_weights(lm.net) == before
 
 
-def test_a_state_below_a_later_edit(packed):
-    lm = packed(requantize=True)
+def test_a_state_below_a_later_edit(quantised):
+    lm = quantised(requantize=True)
     older = WeightPatch(lm, a_delta(lm))
     name, written = lm.structure.out_name(1), hash_weights(lm.net)
     value = read_weight(lm.net.get_submodule(name)).clone()
@@ -205,14 +205,14 @@ def test_a_state_below_a_later_edit(packed):
     assert hash_weights(lm.net) == written
 
 
-def test_blocks_across_rows_are_refused(packed, tiny_folder):
+def test_blocks_across_rows_are_refused(quantised, tiny_folder):
     with pytest.raises(ModelError, match="80 inputs, no multiple of the block size 64; use int8"):
         folder = tiny_folder("llama", hidden_size=64, intermediate_size=80)
         LanguageModel(str(folder), quantization="nf4")
 
 
-def test_an_update_of_another_size_is_refused(packed):
-    lm = packed()
+def test_an_update_of_another_size_is_refused(quantised):
+    lm = quantised()
     name = f"{lm.structure.out_name(1)}.weight"
     with pytest.raises(EditError, match=r"shape \(128, 64\), the parameter \(64, 128\)"):
         WeightPatch(lm, Delta({name: torch.zeros(128, 64)}))
@@ -223,9 +223,9 @@ def test_an_update_of_another_size_is_refused(packed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rome_writes_its_value(packed, tiny_lm, corpus, kind):
-    """W' k1 = v* with the dequantised W: keys, values and moments are those of the packed model."""
-    lm = packed(kind, "gpt2")
+def test_rome_writes_its_value(quantised, tiny_lm, corpus, kind):
+    """W' k1 = v* with the dequantised W: keys, values and moments are those of the quantised model."""
+    lm = quantised(kind, "gpt2")
     before, name = lm.weights_hash, lm.structure.out_name(1)
     editor = ROME(layer=1, steps=6, contexts=[(3, 2)], corpus=corpus)
     weight = read_weight(lm.net.get_submodule(name)).double()
@@ -265,8 +265,8 @@ def test_rome_writes_its_value(packed, tiny_lm, corpus, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fine_tuning_with_quantised_weights(packed, kind):
-    lm = packed(kind, "gpt2")
+def test_fine_tuning_with_quantised_weights(quantised, kind):
+    lm = quantised(kind, "gpt2")
     before = lm.weights_hash
     patch = FT([1, 2], projections="mlp", steps=15, lr=2e-2).edit(lm, EDITS[:1])
     kinds = {name.rpartition(".")[2] for name in patch.delta.updates}
@@ -276,8 +276,8 @@ def test_fine_tuning_with_quantised_weights(packed, kind):
     assert hash_weights(lm.net) == before
 
 
-def test_knowledge_neurons_of_a_quantised_base_are_turned_off(packed):
-    lm = packed("nf4")
+def test_knowledge_neurons_of_a_quantised_base_are_turned_off(quantised):
+    lm = quantised("nf4")
     before = logprobs(lm)
     patch = KN(action="suppress", points=4).edit(lm, EDITS[:1])
     for layer, j, _ in patch.delta.metadata["notes"][0]["neurons"]:

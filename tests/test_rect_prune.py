@@ -214,7 +214,7 @@ def raw_stream(lm, inner, edits):
 
 @pytest.mark.parametrize("absorbed", [True, False])
 def test_a_stream_is_restrained_and_its_edits_do_not_notice(lm, absorbed):
-    """After each step f(D) is in force, D being what the same edits add up to without restraint."""
+    """After each step f(D) is active, where D is the sum of the same edits without restraint."""
     name, sigma, before = where(lm), sigma_of(lm), hash_weights(lm.net)
     base_weight = read_parameter(lm.net, name).double().clone()
     inner, base = Growing(0.8 * sigma), 5.0
@@ -245,7 +245,7 @@ def test_a_stream_is_restrained_and_its_edits_do_not_notice(lm, absorbed):
 
 
 def test_a_stream_resumes(lm):
-    """What is in force is all that a resumed run has, and all that it needs."""
+    """A resumed run needs nothing but the active edits."""
     name, sigma = where(lm), sigma_of(lm)
     inner, patches = Growing(1.5 * sigma), []
 

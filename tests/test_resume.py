@@ -1,4 +1,4 @@
-"""Runs that are interrupted and go on: nothing is done twice, nothing is lost, nothing is mixed."""
+"""Interrupted and resumed runs: nothing is repeated, lost or mixed."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def stop_at(monkeypatch, owner, name, number, error=KeyboardInterrupt):
     return calls
 
 
-# ---------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------- resuming
 
 
 def test_a_stream_makes_every_edit_once(corrigenda, stream, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_fine_tuning_makes_every_step_once(corrigenda, tuning, tmp_path, monkeyp
 def test_a_run_resumes_after_its_first_step_is_lost(
     corrigenda, stream, tmp_path, monkeypatch, caplog
 ):
-    """Nothing was kept: it starts over, says so, and what was there is put aside."""
+    """Without a checkpoint it starts again with a warning, and earlier files are moved aside."""
     assert corrigenda(*stream, "--run_dir", "whole") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, EditingModule, "training_step", 0)
@@ -257,7 +257,7 @@ def test_the_values_of_a_saved_step_are_logged(corrigenda, tuning, tmp_path, mon
     assert sorted(row["step"] for row in rows if "train/loss" in row) == [0, 1, 2]
 
 
-# ---------------------------------------------------------------------------- going on for longer
+# ---------------------------------------------------------------------------- extending
 
 
 @pytest.mark.parametrize(

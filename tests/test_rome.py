@@ -565,13 +565,13 @@ PLACES = ["stone", "story", "river", "lake", "forest", "winter", "piano", "storm
 FACTS = [
     (f"Zorba {last}", place) for last, place in zip("tioaswcmfpbdegklnryI", PLACES, strict=True)
 ]
-ASKED, AGAIN = "The capital of {} is", "In {} they go to the"
+STATEMENT, AGAIN = "The capital of {} is", "In {} they go to the"
 BEFORE = ["", "", "It was said. ", "He works there. "]
 
 
 @pytest.fixture(scope="module")
 def taught(tiny_folder, tmp_path_factory):
-    """A GPT-2 trained for a few seconds on twenty facts, each asked in two ways, and text of its kind.
+    """A GPT-2 trained for a few seconds on twenty facts, each with two prompts, and similar text.
 
     Attention of its first block is off, as it is far from the last token in a deep model: what it knows of a
     subject goes through the MLP at the subject's last token, and there is something to edit.
@@ -592,7 +592,8 @@ def taught(tiny_folder, tmp_path_factory):
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, total_steps=steps)
     for _ in range(steps):
         batch = [
-            draw.choice(BEFORE) + draw.choice([ASKED, AGAIN]).format(s) + f" {o}." for s, o in FACTS
+            draw.choice(BEFORE) + draw.choice([STATEMENT, AGAIN]).format(s) + f" {o}."
+            for s, o in FACTS
         ]
         texts += batch
         ids = [torch.tensor(row) for row in tokenizer(batch).input_ids]
@@ -615,19 +616,19 @@ def known(lm, template, places):
 def test_one_fact_is_changed_and_the_others_stay(taught):
     """In GPT-2's storage: the new target becomes the most likely."""
     lm, corpus = taught
-    assert known(lm, ASKED, PLACES).all() and known(lm, AGAIN, PLACES).all()
+    assert known(lm, STATEMENT, PLACES).all() and known(lm, AGAIN, PLACES).all()
     kept = {name: p.clone() for name, p in lm.net.named_parameters()}
     search = {"steps": 30, "lr": 0.05, "clamp_norm": 10, "weight_decay": 0.01}
     editor = ROME(0, corpus=corpus, contexts=[(4, 5)], **search)
     for n in (0, 4, 9, 14, 19):
         new = PLACES[n - 7]
-        handle = editor.edit(lm, [Edit(ASKED, FACTS[n][0], new)])
-        right = known(lm, ASKED, [*PLACES[:n], new, *PLACES[n + 1 :]])
+        handle = editor.edit(lm, [Edit(STATEMENT, FACTS[n][0], new)])
+        right = known(lm, STATEMENT, [*PLACES[:n], new, *PLACES[n + 1 :]])
         assert right[n] and right.sum() >= 16, f"{FACTS[n]} -> {new}: {right.sum()} of 20 are right"
-        assert lm.generate([ASKED.format(FACTS[n][0])], 8)[0].startswith(f" {new}.")
+        assert lm.generate([STATEMENT.format(FACTS[n][0])], 8)[0].startswith(f" {new}.")
         handle.remove()
     assert all(torch.equal(p, kept[name]) for name, p in lm.net.named_parameters())
-    assert known(lm, ASKED, PLACES).all()
+    assert known(lm, STATEMENT, PLACES).all()
 
 
 # --- the real model ---

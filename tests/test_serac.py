@@ -104,7 +104,7 @@ def full(lm, prompts, targets):
 
 
 def equal(a, b):
-    """Whether two results are the same, bit for bit."""
+    """Whether two results are bit-exactly the same."""
     return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
@@ -132,8 +132,8 @@ def test_out_of_scope_the_base_is_bit_exact(lm, make, encoder_folder, tmp_path, 
     for name in ("logprob_BM", "greedy_BM", "full_BMV"):
         assert torch.equal(getattr(after, name)[outside], getattr(base, name)[outside])
     assert torch.equal(after.target_BM, base.target_BM) and torch.equal(after.mask_BM, base.mask_BM)
-    asked = [in_front(edit, prompt) for edit, prompt in zip(EDITS, PROMPTS, strict=True)]
-    wanted = lm_scores_with(lm, editor, asked, TARGETS)
+    prompts = [in_front(edit, prompt) for edit, prompt in zip(EDITS, PROMPTS, strict=True)]
+    wanted = lm_scores_with(lm, editor, prompts, TARGETS)
     width = wanted.full_BMV.shape[1]
     assert torch.equal(after.full_BMV[: len(EDITS), :width], wanted.full_BMV)
     assert not torch.equal(after.full_BMV[: len(EDITS)], base.full_BMV[: len(EDITS)])
@@ -141,7 +141,7 @@ def test_out_of_scope_the_base_is_bit_exact(lm, make, encoder_folder, tmp_path, 
     assert texts[len(EDITS) :] == said[len(EDITS) :]
     with lm.pristine():
         delta = editor.counterfactual.delta
-        assert texts[: len(EDITS)] == lm.generate(asked, 4, [delta])
+        assert texts[: len(EDITS)] == lm.generate(prompts, 4, [delta])
         assert equal(full(lm, prompts, targets), base)
     handle.remove()
     assert equal(full(lm, prompts, targets), base) and not lm.handles
@@ -158,7 +158,7 @@ def test_an_empty_memory_leaves_everything(lm, make, monkeypatch):
     editor = make(lm)
     assert editor.numbers()["memory_entries"] == 0
     editor.edit(lm, EDITS).remove()
-    monkeypatch.setattr(TextEncoder, "forward", None)  # nobody is even asked
+    monkeypatch.setattr(TextEncoder, "forward", None)  # the encoder is not called
     assert equal(full(lm, PROMPTS, TARGETS), base)
     assert len(editor.memory(lm)) == 0 and editor.numbers()["memory_entries"] == 3
 
@@ -178,14 +178,14 @@ def test_routing_finds_the_nearest_and_order_does_not_matter(tiny_lm, make):
     editor.prepare(lm)
     editor.scope.scorer.log_scale.data.fill_(-9.0)  # everything is within some scope
     many = [Edit("{} is one of them", f"Number {i}", f"n{i}") for i in range(40)]
-    asked = ["Ruritania", "Ada plays", "Number 7 was one", "the voyage"]
+    prompts = ["Ruritania", "Ada plays", "Number 7 was one", "the voyage"]
     vector = editor.scope.scorer.finder.encode
     texts = [e.text for e in EDITS + many]
-    nearest = (vector(asked) @ vector(texts).T).argmax(1)
+    nearest = (vector(prompts) @ vector(texts).T).argmax(1)
     found = []
     for order in (EDITS + many, many[::-1] + EDITS[::-1]):
         handle = editor.edit(lm, order)
-        found.append(handle.route(asked))
+        found.append(handle.route(prompts))
         handle.remove()
     assert found[0] == [(EDITS + many)[i] for i in nearest.tolist()] == found[1]
 
@@ -229,8 +229,8 @@ def test_psi_is_of_the_base_whatever_edits_are_active(tiny_lm, make):
     lm = tiny_lm("llama")
     editor = make(lm)
     editor.edit(lm, EDITS).remove()
-    asked = [in_front(edit, edit.text) for edit in EDITS]
-    wanted = lm_scores_with(lm, editor, asked, TARGETS)
+    prompts = [in_front(edit, edit.text) for edit in EDITS]
+    wanted = lm_scores_with(lm, editor, prompts, TARGETS)
     name = lm.structure.out_name(1) + ".weight"
     width, inner = lm.structure.width, lm.structure.inner_width
     low = LowRank(torch.randn(width, 1), torch.randn(1, inner))
@@ -250,8 +250,8 @@ def test_another_network_may_answer(tiny_lm, tiny_folder, make, tmp_path):
     editor.edit(lm, EDITS)
     editor.scope.scorer.log_scale.data.fill_(9.0)
     assert editor.counterfactual.lm is not lm
-    asked = [in_front(edit, edit.text) for edit in EDITS]
-    wanted = lm_scores_with(other, editor, asked, TARGETS)
+    prompts = [in_front(edit, edit.text) for edit in EDITS]
+    wanted = lm_scores_with(other, editor, prompts, TARGETS)
     assert torch.equal(full(lm, PROMPTS, TARGETS).full_BMV, wanted.full_BMV)
 
 
@@ -264,8 +264,8 @@ def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
     editor.prepare(lm)
     editor.memory(lm).encode().exact_up_to = 2  # so that there is an index
     handle = editor.edit(lm, EDITS)
-    asked = PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]
-    after, vectors = full(lm, *asked), handle.memory.retriever.vectors_ND.clone()
+    prompts = PROMPTS + ELSEWHERE, TARGETS + ["deep", "old"]
+    after, vectors = full(lm, *prompts), handle.memory.retriever.vectors_ND.clone()
     handle.save(path)
     handle.remove()
     with monkeypatch.context() as context:
@@ -273,7 +273,7 @@ def test_a_saved_memory_reloads(tiny_lm, make, tmp_path, monkeypatch):
         back = editor.restore(lm, path)
     assert back.edits == EDITS and torch.equal(back.memory.retriever.vectors_ND, vectors)
     assert len(SavedMemory.load(path).known["members"]) == len(back.memory.retriever.cells) == 3
-    assert equal(full(lm, *asked), after)
+    assert equal(full(lm, *prompts), after)
     more = editor.edit(lm, [Edit("{} is", "The sea", "deep")])
     more.save(tmp_path / "more.safetensors")  # a handle's file holds its own edits
     assert [e.text for e in SavedMemory.load(tmp_path / "more.safetensors").edits] == ["The sea is"]
@@ -335,14 +335,14 @@ def test_pairs_are_labelled_and_negatives_are_hard_and_easy():
     assert len(inside) == 1 and inside[0] in {p.prompt for p in cases[0].phrasings}
     outside = {q for q, yes in mine if not yes}
     assert {"Where is zlpha", "two and two", "alpha speaks"} <= outside
-    assert len(set(pairs.queries)) <= 3 * len(cases)  # each case is asked in one way throughout
+    assert len(set(pairs.queries)) <= 3 * len(cases)  # each case has one phrasing throughout
     assert not outside & {"alpha is where", "Say Alpha", "Where is alpha", "place of alpha"}
     eats = EditCase("s", (Edit("{} eats", "alpha", "x", relation="food"),))
-    related = related_cases([*cases, eats])  # places and tongues and foods are asked of one subject
+    related = related_cases([*cases, eats])  # places, tongues and foods of one subject
     assert [c.case_id for c in related["place"]] == ["p", "s", "p", "s"] and "None" not in related
     known = Pairs.to_train(cases, random.Random(0), 50, related)
     about = [q for e, q in zip(known.entries, known.queries, strict=True) if e == "Where is bravo"]
-    assert {"bravo eats", "bravo speaks"} & set(about)  # what is usually asked about another
+    assert {"bravo eats", "bravo speaks"} & set(about)  # the prompt of another relation
     few = Pairs.to_train(cases, random.Random(0), 1)
     assert sum(e == "Where is alpha" for e in few.entries) == 3
     again = Pairs.to_train(cases, random.Random(0), 1)
@@ -559,12 +559,12 @@ def trained(corrigenda, tiny_folder, encoder_folder, data_files, tmp_path):
 
 def test_two_fits_and_an_evaluation(trained, corrigenda, encoder_folder, capsys):
     """The three commands as a user gives them."""
-    scope, told = summary(trained / "scope"), summary(trained / "counterfactual")
-    assert [scope["editor"], told["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
+    scope, answering = summary(trained / "scope"), summary(trained / "counterfactual")
+    assert [scope["editor"], answering["editor"]] == ["ScopeClassifier", "CounterfactualModel"]
     assert scope["model"] == encoder_folder and 0 <= scope["means"]["scope/auc"] <= 1
     assert set(scope["protocols"]) == {"scope/auc", "scope/routed"}
-    assert "generality/exact" in told["means"]
-    assert not any("locality" in name for name in told["means"])
+    assert "generality/exact" in answering["means"]
+    assert not any("locality" in name for name in answering["means"])
     for schedule, entries in (("epoch", 5), ("batch", 2), ("each", 1)):
         status = corrigenda("validate", "-c", "serac.yaml", "--run_dir", schedule,
                             "--edit.schedule", schedule)  # fmt: skip

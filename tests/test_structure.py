@@ -205,9 +205,9 @@ def test_updates_are_out_by_in(kind, shape):
 
 
 def test_quantised_weights_have_the_sizes_of_their_layer():
-    packed = nn.Linear(6, 4)
-    packed.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
-    assert is_quantised(packed) and sizes(packed) == (6, 4)
+    quantised = nn.Linear(6, 4)
+    quantised.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
+    assert is_quantised(quantised) and sizes(quantised) == (6, 4)
     assert not is_linear(nn.LayerNorm(4))
 
 

@@ -337,7 +337,7 @@ def test_l2sp_measures_the_weights_whatever_they_are_made_of(lm):
 @pytest.mark.parametrize("answers", [False, True])
 def test_the_old_model_is_not_penalised(lm, answers):
     module = moved(LwF(lm, ft(), answers=answers))
-    assert module.penalty(rows_of(module), torch.zeros(3, 5)) is None  # no task has begun
+    assert module.penalty(rows_of(module), torch.zeros(3, 5)) is None  # no task has started
     module.begin_task([])
     value, slopes = penalty(module)
     assert abs(value) < 1e-6 and max(g.abs().max() for g in slopes) < 1e-6
@@ -392,18 +392,18 @@ def test_every_edit_is_kept_with_the_same_probability(lm):
 
 def test_only_earlier_tasks_are_replayed(lm, tmp_path):
     module, data = Replay(lm, ft(), rows=2), stream(number=3)
-    asked = []
+    calls = []
     loss = module.target_rows
 
     def spied(prompts, targets):
-        asked.append((module.current_epoch, set(prompts)))
+        calls.append((module.current_epoch, set(prompts)))
         return loss(prompts, targets)
 
     module.target_rows = spied
     train(module, tmp_path, data, epochs=3)
     texts = [{case.edits[0].text for case in cases} for cases in data.tasks.cases]
-    assert len(asked) == 4 + 8 + 8
-    for epoch, prompts in asked:
+    assert len(calls) == 4 + 8 + 8
+    for epoch, prompts in calls:
         assert prompts <= texts[epoch] or prompts <= set().union(*texts[:epoch])
     assert [text for text, _ in module.buffer] == [
         e.text for c in data.tasks.cases for e in c[0].edits + c[1].edits

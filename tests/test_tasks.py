@@ -62,7 +62,7 @@ def test_tasks_of_the_file_keep_its_order_and_may_differ_in_size():
     tasks = Tasks(3, by="file")
     tasks.deal(cases)
     assert tasks.names == ["b", "a", "c"] and [len(task) for task in tasks.cases] == [3, 2, 1]
-    assert [tasks.learned(begun) for begun in range(4)] == [0, 3, 5, 6]
+    assert [tasks.learned(started) for started in range(4)] == [0, 3, 5, 6]
 
 
 def test_the_name_of_a_task_is_no_part_of_what_is_evaluated():

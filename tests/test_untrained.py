@@ -75,15 +75,15 @@ def test_validating_the_unedited_model_warns_once(tiny_lm, data_files, caplog):
     caplog.set_level(logging.WARNING)
     data = CounterFact(data_files.counterfact, limit=2)
     lm = tiny_lm("gpt2")
-    module, told = EditingModule(lm), "evaluating the unedited model"
+    module, warning = EditingModule(lm), "evaluating the unedited model"
     for _ in range(2):
         Trainer(**QUIET).validate(module, data, verbose=False)
-    assert sum(told in message for message in caplog.messages) == 1
+    assert sum(warning in message for message in caplog.messages) == 1
     caplog.clear()
     name = lm.structure.out_name(1) + ".weight"
     WeightPatch(lm, Delta({name: 0 * lm.net.get_parameter(name).data.T}))
     Trainer(**QUIET).validate(EditingModule(lm), data, verbose=False)
-    assert not any(told in message for message in caplog.messages)
+    assert not any(warning in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])

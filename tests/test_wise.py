@@ -66,11 +66,11 @@ def test_a_prompt_goes_where_it_concerns_most(memories):
 
 def test_routing_depends_on_the_prompt_and_holds_for_generated_tokens(memories):
     x = torch.tensor([[[9.0, 9], [2, 0], [0, 9]]])  # padding, prompt, target
-    asked = PromptBatch(torch.tensor([[False, True, False]]))
+    batch = PromptBatch(torch.tensor([[False, True, False]]))
     y = torch.zeros(1, 3, 1)
-    assert memories("x", x, y, asked).flatten().tolist() == [9.0, 2.0, 0.0]
+    assert memories("x", x, y, batch).flatten().tolist() == [9.0, 2.0, 0.0]
     later = torch.tensor([[[1.0, 7.0]]])
-    assert memories("x", later, y[:, :1], asked).flatten().tolist() == [1.0]
+    assert memories("x", later, y[:, :1], batch).flatten().tolist() == [1.0]
     out = PromptBatch(torch.tensor([[False, False, True]]))
     assert memories("x", torch.zeros(1, 3, 2), y, out) is y
 
