@@ -19,16 +19,7 @@ class MQuAKE(EditDataModule):
     contradict each other: edit those cases one at a time, not all together.
 
     Args:
-        path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
-            (owner/name:split).
-        train_path: cases a learned editor is trained on; those about an evaluated subject are left
-            out.
-        batch_size: cases per batch.
-        limit: evaluate only the first so many cases (counted after known_only).
-        val_fraction: share of the training subjects held out to validate during fit.
-        seed: random seed of the held-out share.
         known_only: evaluate only cases of which the model knows every fact to be edited.
-        val_limit: validate during fit on only the first so many held-out cases.
     """
 
     source = "https://github.com/princeton-nlp/MQuAKE"

@@ -6,12 +6,11 @@ conventions share the name, and their tables cannot be compared, see ``ZsRE.vari
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from corrigenda.datamodules.base import EditDataModule
 from corrigenda.datamodules.files import Row
 from corrigenda.datamodules.records import EditCase, Probe
-from corrigenda.datamodules.tasks import Tasks
 
 
 class ZsRE(EditDataModule):
@@ -27,23 +26,11 @@ class ZsRE(EditDataModule):
     field have put the first answer there. Without ``loc`` a case has no locality probe.
 
     Args:
-        path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
-            (owner/name:split).
-        train_path: cases a learned editor is trained on; those about an evaluated subject are left
-            out.
-        batch_size: cases per batch.
-        limit: evaluate only the first so many cases (counted after known_only).
-        val_fraction: share of the training subjects held out to validate during fit.
-        seed: random seed of the held-out share.
-        known_only: evaluate only cases the model answers correctly before it is edited.
-        val_limit: validate during fit on only the first so many held-out cases.
-        tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
-            one set.
-        eval_batch_size: cases per batch when they are evaluated; by default batch_size.
         variant: whose convention. M (ROME, MEMIT): write the first of 'answers', a true one; the
             locality question ends in a question mark. E (EasyEdit): write 'alt', a wrong answer.
             P (the code of MEND and SERAC): as E, but efficacy is measured on the rephrase, as their
             edit accuracy is.
+        **rest: further settings, of EditDataModule.
     """
 
     source = (
@@ -56,28 +43,10 @@ class ZsRE(EditDataModule):
         self,
         path: str | None = None,
         train_path: str | None = None,
-        batch_size: int = 8,
-        limit: int | None = None,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        known_only: bool = False,
-        val_limit: int | None = None,
-        tasks: Tasks | None = None,
-        eval_batch_size: int | None = None,
         variant: Literal["M", "E", "P"] = "E",
+        **rest: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(
-            path,
-            train_path,
-            batch_size,
-            limit,
-            val_fraction,
-            seed,
-            known_only,
-            val_limit,
-            tasks,
-            eval_batch_size,
-        )
+        super().__init__(path, train_path, **rest)
         if variant not in ("M", "E", "P"):
             raise ValueError(f"variant must be M, E or P, got {variant!r}")
         self.variant = variant

@@ -212,17 +212,7 @@ def find_structure(net: PreTrainedModel) -> Structure:
     if not depth:
         raise UnsupportedModel(f"{kind}: the model has no layers")
     core = net.get_decoder()
-    stacks = [
-        (name, module)
-        for name, module in core.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if len(stacks) != 1:
-        names = [name for name, _ in stacks] or "none"
-        raise UnsupportedModel(
-            f"{kind}: expected one list of {depth} blocks in the decoder, found {names}"
-        )
-    stack_name, stack = stacks[0]
+    stack_name, stack = _blocks(kind, core, depth)
     _refuse_experts(kind, stack)
     block = stack[0]
     attention = _attention(block)
@@ -266,6 +256,21 @@ def find_structure(net: PreTrainedModel) -> Structure:
         tuple_output=len(output) if isinstance(output, tuple) else 0,
         residual_scale=_residual_scale(net, block, linear[out_proj], width),
     )
+
+
+def _blocks(kind: str, core: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
+    """(name, module) of the decoder's list of blocks."""
+    stacks = [
+        (name, module)
+        for name, module in core.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(stacks) != 1:
+        names = [name for name, _ in stacks] or "none"
+        raise UnsupportedModel(
+            f"{kind}: expected one list of {depth} blocks in the decoder, found {names}"
+        )
+    return stacks[0]
 
 
 def probe_ids(net: PreTrainedModel, length: int = 4) -> Tensor:
