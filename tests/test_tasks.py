@@ -13,7 +13,9 @@ from corrigenda.datamodules.files import DataError
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.datamodules.tasks import TaskLoader, Tasks
 from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.evaluation import unedited
 from corrigenda.modules.metrics import continual
+from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline import checkpointing
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report import sequences
@@ -274,6 +276,29 @@ def test_the_probes_of_a_matrix_are_the_same_in_every_row(stream, corrigenda, tm
         if row["phase"] == "val":
             scored = [(p["criterion"], p["prompt"]) for p in row["probes"]]
             assert probes.setdefault(row["case_id"], scored) == scored
+
+
+def test_the_unedited_model_scores_the_same_probes_once(stream, corrigenda, tmp_path, monkeypatch):
+    """Only the first evaluation of a batch of probes runs the unedited model."""
+    scored = []
+    score = LanguageModel.score
+
+    def counts(lm, prompts, *args, full=False, **more):
+        if full and not lm.edits.any_active and not args[1:]:
+            scored.append(tuple(prompts))
+        return score(lm, prompts, *args, full=full, **more)
+
+    def run(name):
+        scored.clear()
+        assert corrigenda(*stream, "--run_dir", tmp_path / name) == 0
+        return list(scored), read(tmp_path / name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "score", counts)
+        once, stored = run("stored")
+        patch.setattr(unedited.UneditedScores.__init__, "__defaults__", (0,))
+        every, computed = run("computed")
+    assert stored == computed and len(once) < len(every)
 
 
 @pytest.mark.parametrize("kind", ["stream", "tuning"])

@@ -26,6 +26,7 @@ from corrigenda.modules.evaluation.measures import (
     reductions,
 )
 from corrigenda.modules.evaluation.running_means import RunningMeans
+from corrigenda.modules.evaluation.unedited import UneditedScores
 from corrigenda.modules.lightning_internals import count_step
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta
@@ -121,6 +122,7 @@ class EditingModule(LightningModule):
         self._running = RunningMeans()
         self._text_means: dict[str, float] = {}
         self._base_perplexity: float | None = None
+        self._unedited = UneditedScores(lm)
 
     # ------------------------------------------------------------------ Lightning
 
@@ -154,6 +156,7 @@ class EditingModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Warns once about an untrained editor, or if nothing edits the model."""
+        self._unedited.stores = self.trainer.state.fn == TrainerFn.FITTING
         if self._has_warned or self.trainer.state.fn != TrainerFn.VALIDATING:
             return
         self._has_warned = True
@@ -163,6 +166,9 @@ class EditingModule(LightningModule):
         if not (self.conditions or edits):
             log.warning("evaluating the unedited model: to evaluate edits, give the Trainer an EditCallback or "
                         "edit the model first")  # fmt: skip
+
+    def on_validation_end(self) -> None:
+        self._unedited.stores = False
 
     def _perplexity(self, corpus: Corpus) -> dict[str, float]:
         if self._base_perplexity is None:
@@ -319,8 +325,7 @@ class EditingModule(LightningModule):
         after, rival = both[: len(prompts)], both[len(prompts) :]
         before = None
         if compared:
-            with self.lm.pristine():
-                before = self.lm.score(prompts, targets, full=True)
+            before = self._unedited.score(prompts, targets)
         table = measure_probes(after, before, rival, with_rival, probes)
         entries = self._add_entries(probes, results, after)
         self._add_values(probes, results, table, entries)
