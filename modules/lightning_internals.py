@@ -79,3 +79,11 @@ def validate_before_training(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first
+
+
+def accumulates_gradients(trainer: Trainer) -> bool:
+    """Whether the training step that has just ended left gradients for the next one, which a checkpoint lacks.
+
+    ``global_step`` does not tell: it also stays the same after a batch without a loss, which leaves none.
+    """
+    return trainer.fit_loop.epoch_loop._should_accumulate()

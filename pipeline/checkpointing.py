@@ -15,7 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.interrupts import uninterrupted
-from corrigenda.modules.lightning_internals import validation_is_due, values_to_log
+from corrigenda.modules.lightning_internals import (
+    accumulates_gradients,
+    validation_is_due,
+    values_to_log,
+)
 from corrigenda.pipeline.run_folder import last_checkpoint
 from corrigenda.pipeline.signals import end_at_once
 
@@ -42,7 +46,6 @@ class LastCheckpoint(Checkpoint):
         self.path = last_checkpoint(run_dir)
         self._saved_at = time.monotonic()
         self._saved_step = -1
-        self._step = 0
         self._is_complete = (
             False  # no accumulated gradients are pending, which a checkpoint would lose
         )
@@ -52,14 +55,14 @@ class LastCheckpoint(Checkpoint):
         self._to_log: tuple[int, dict[str, float]] = (0, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._saved_at, self._step = time.monotonic(), trainer.global_step
+        self._saved_at = time.monotonic()
         self._log_restored(trainer)
         if trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == self.path.resolve():
             self._saved_step = trainer.global_step
         self._hold_signals(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        self._is_complete, self._step = trainer.global_step != self._step, trainer.global_step
+        self._is_complete = not accumulates_gradients(trainer)
         if self._is_complete and not validation_is_due(trainer):
             late = time.monotonic() - self._saved_at >= SAVE_EVERY
             is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
