@@ -43,6 +43,7 @@ _HOMES = {
     "MemPrompt": "modules.editors.memprompt",
     "OLoRA": "modules.editors.task_lora",
     "PRUNE": "modules.editors.prune",
+    "PeftFineTune": "modules.editors.peft_tuning",
     "RECT": "modules.editors.rect",
     "ROME": "modules.editors.rome",
     "Replay": "modules.editors.replay",

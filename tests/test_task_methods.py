@@ -23,6 +23,8 @@ from corrigenda.modules.editors.replay import Replay
 from corrigenda.modules.editors.task_lora import OLoRA, TaskLoRA
 from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.handle import EditHandle
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline import checkpointing
 from tests.samples import QUIET
@@ -594,11 +596,30 @@ def test_several_updates_of_everything_are_refused_in_one_line(lm):
 
 def test_a_quantised_base_has_no_full_update(tiny_folder):
     pytest.importorskip("bitsandbytes")
-    from corrigenda.modules.model.lm import LanguageModel
-
     folder = str(tiny_folder("llama", hidden_size=64, intermediate_size=128))
     with pytest.raises(ValueError, match="is quantised: load the model without"):
         FullFT().start(LanguageModel(folder, quantization="int8"), 1)
+
+
+# ---------------------------------------------------------------------------- QLoRA
+
+
+def test_gradients_of_a_4_bit_base_reach_the_adapter_only(tiny_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lm = LanguageModel(
+        str(tiny_folder("llama", hidden_size=64, intermediate_size=128)), quantization="nf4"
+    )
+    weights = hash_weights(lm.net)
+    before = lm.score(PROMPTS, TARGETS).logprob_BM
+    module = FineTune(lm, LoRA(targets="all", lr=1e-2))
+    rows_of(module).losses(lm, [module.update()]).mean().backward()
+    assert all(parameter.grad is None for parameter in lm.net.parameters())
+    assert all(leaf.grad.any() for name, leaf in module.leaves.items() if name.endswith(".B"))
+    train(module, tmp_path)
+    assert hash_weights(lm.net) == weights and torch.equal(
+        lm.score(PROMPTS, TARGETS).logprob_BM, before
+    )
+    assert lm.score(PROMPTS, TARGETS, [module.own_delta()]).logprob_BM.sum() > before.sum() + 1
 
 
 # ---------------------------------------------------------------------------- interrupted runs
