@@ -538,11 +538,11 @@ def test_a_checkpoint_edits_as_the_editor_did(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--model.lm.name", "{other}"], ["trained for", "weights", "set --model.lm.name"]),
-        (["--model.rank", "5"], ["shape (4, 160)", "(5, 160)", "settings it was trained with"]),
-        (["--model.layers", "[0]"], ["edits transformer.h.1.mlp.c_fc", "set --model.layers"]),
-        (["--model.projections", "out"], ["log_alpha has shape (2,)", "here (1,)"]),
-        (["--model", "EditingModule"], ["choose the class and the settings"]),
+        (["--model.lm.name", "{other}"], ["trained for", "weights", "use the same --model.lm.name"]),
+        (["--model.rank", "5"], ["shape (4, 160)", "(5, 160)", "settings that it was trained with"]),
+        (["--model.layers", "[0]"], ["edits transformer.h.1.mlp.c_fc", "use the same --model.layers"]),
+        (["--model.projections", "out"], ["log_alpha has shape (2,)", "(1,) in this MEND"]),
+        (["--model", "EditingModule"], ["use the class and the settings"]),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_in_one_line(
