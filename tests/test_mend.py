@@ -13,9 +13,11 @@ from torch import nn
 from corrigenda.datamodules.zsre import ZsRE
 from corrigenda.modules.editing.editor import editing_mode
 from corrigenda.modules.editing.weight_patch import WeightPatch
+from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.mend import MEND, GradientTransform
+from corrigenda.modules.editors.trained import Trained
 from corrigenda.modules.evaluation.module import EditingModule
-from corrigenda.modules.model.delta import Delta
+from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.structure import is_linear, to_storage
 from corrigenda.modules.training.gradients import Normaliser, gradient_factors
 from tests.samples import CASES, EDITS, FAMILIES, LOCAL, OUTER
@@ -535,12 +537,74 @@ def test_a_checkpoint_edits_as_the_editor_did(
     assert not (trained / "logs" / "version_1").exists() and (tmp_path / "last" / "logs").is_dir()
 
 
+def test_a_checkpoint_alone_gives_the_trained_editor(trained, data_files):
+    """Loaded from Python without any setting, it makes the edits of the module that was trained."""
+    path = trained / "checkpoints" / "last.ckpt"
+    loaded = MEND.load_from_checkpoint(path)
+    saved = load(trained)["state_dict"]
+    assert loaded.trained and loaded.names == load(trained)["matrices"]
+    for name, tensor in loaded.state_dict().items():
+        assert name.startswith("lm.") or torch.equal(tensor, saved[name])
+    delta = loaded.propose(loaded.lm, EDITS[:1])
+    through = Trained(str(path))
+    assert (
+        through.stamp(loaded.lm, through.propose(loaded.lm, EDITS[:1]), EDITS).metadata["editor"]
+        == "MEND"
+    )
+    for name, tensor in through.propose(loaded.lm, EDITS[:1]).tensors().items():
+        assert torch.equal(tensor, delta.tensors()[name])
+    assert MEND.load_from_checkpoint(path, loaded.lm, scale=0.5).scale == 0.5
+    with pytest.raises(EditError, match="is of a MEND, which is not a KE"):
+        KE.load_from_checkpoint(path)
+
+
+def test_a_trained_editor_edits_a_stream_as_it_edits_a_batch(trained, corrigenda, tmp_path):
+    """With fit and the schedule stream as with validate and its own configuration."""
+    path = trained / "checkpoints" / "last.ckpt"
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config |= {
+        "model": {
+            "class_path": "EditingModule",
+            "init_args": {"lm": config["model"]["init_args"]["lm"]},
+        }
+    }
+    config["data"]["init_args"] |= {"batch_size": 5}
+    config["trainer"] = {"accelerator": "cpu", "enable_progress_bar": False}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(config))
+    stream = [
+        "--edit.editor",
+        "Trained",
+        "--edit.editor.checkpoint",
+        path,
+        "--edit.schedule",
+        "stream",
+    ]
+    assert (
+        corrigenda("fit", "-c", tmp_path / "stream.yaml", *stream, "--run_dir", tmp_path / "a") == 0
+    )
+    batch = ["-c", trained / "config.yaml", "--data.batch_size", "5", "--edit.schedule", "batch"]
+    assert corrigenda("validate", *batch, "--ckpt_path", path, "--run_dir", tmp_path / "b") == 0
+    one, other = (
+        json.loads((tmp_path / run / "summary.json").read_text())["means"] for run in "ab"
+    )
+    assert {k: one[k] for k in one if k in other} == pytest.approx(other)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--model.lm.name", "{other}"], ["trained for", "weights", "use the same --model.lm.name"]),
-        (["--model.rank", "5"], ["shape (4, 160)", "(5, 160)", "settings that it was trained with"]),
-        (["--model.layers", "[0]"], ["edits transformer.h.1.mlp.c_fc", "use the same --model.layers"]),
+        (
+            ["--model.lm.name", "{other}"],
+            ["trained for", "weights", "use the same --model.lm.name"],
+        ),
+        (
+            ["--model.rank", "5"],
+            ["shape (4, 160)", "(5, 160)", "settings that it was trained with"],
+        ),
+        (
+            ["--model.layers", "[0]"],
+            ["edits transformer.h.1.mlp.c_fc", "use the same --model.layers"],
+        ),
         (["--model.projections", "out"], ["log_alpha has shape (2,)", "(1,) in this MEND"]),
         (["--model", "EditingModule"], ["use the class and the settings"]),
     ],

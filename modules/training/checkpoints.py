@@ -24,6 +24,8 @@ PARTS = {
     "lr_schedulers": list,
     "means": dict,
     "matrices": list,
+    "editor": str,
+    "hyper_parameters": dict,
     "scope": dict,
     "counterfactual": dict,
     "tasks": dict,

@@ -18,7 +18,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
@@ -31,10 +31,11 @@ from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.lightning_internals import reset_train_loader
-from corrigenda.modules.model.delta import Delta, add_deltas
+from corrigenda.modules.model.delta import Delta, EditError, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.checkpoints import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ class LearnedEditor(EditingModule, WeightEditor):
         checks.positive(scale=scale)
         checks.whole(1, together=together)
         self.automatic_optimization = True
+        self.save_hyperparameters(
+            ignore="lm", logger=False
+        )  # a checkpoint is enough to build the editor
         self.c_edit, self.c_loc, self.scale, self.together = c_edit, c_loc, scale, together
         self.register_buffer("training_time", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
@@ -131,7 +135,39 @@ class LearnedEditor(EditingModule, WeightEditor):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["matrices"] = self.names
+        checkpoint["matrices"], checkpoint["editor"] = self.names, type(self).__name__
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        lm: LanguageModel | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Self:
+        """A trained editor with the settings of its training.
+
+        Args:
+            checkpoint_path: a file that ``fit`` has written.
+            lm: the language model it was trained for; loaded by its name if not given.
+            settings: constructor arguments that differ from those in the checkpoint.
+
+        Raises EditError for a file of another kind, and ValueError for one of another base model.
+        """
+        found = read_checkpoint(checkpoint_path, "hyper_parameters", "editor", of=cls.__name__)
+        kinds: list[type[LearnedEditor]] = [cls]
+        for kind in kinds:
+            kinds += kind.__subclasses__()
+        named = {kind.__name__: kind for kind in kinds}
+        if found["editor"] not in named:
+            raise EditError(
+                f"{checkpoint_path} is of a {found['editor']}, which is not a {cls.__name__} that is imported"
+            )
+        saved = {k: v for k, v in found["hyper_parameters"].items() if k != "lm" and k[0] != "_"}
+        lm = lm or LanguageModel(found["base_model"]["name"])
+        editor: Any = named[found["editor"]](lm, **(saved | settings))
+        editor.on_load_checkpoint(found)
+        editor.load_state_dict(found["state_dict"], strict=False)
+        return editor.to(lm.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
