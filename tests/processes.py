@@ -127,7 +127,7 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def end(self, seconds: float = 60.0) -> Ended:
+    def end(self, seconds: float = 300.0) -> Ended:
         """Waits for the end, at most so long; then kills it."""
         until, pause = time.monotonic() + seconds, 0.001
         while self.is_running() and time.monotonic() < until:

@@ -38,7 +38,7 @@ if what == "wait" and not (folder.parent / "closed").exists():
     with interruptible():
         try:
             (folder.parent / "waiting").touch()
-            time.sleep(60)
+            time.sleep(600)
         except KeyboardInterrupt as stop:
             (folder.parent / "closed").touch()
             sys.exit(status_of(stop))
@@ -227,7 +227,7 @@ def test_a_run_ends_when_only_its_comparison_is_killed(study, tmp_path):
 
 
 def until(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -218,7 +218,7 @@ def test_without_a_network_an_unknown_dataset_fails_at_once(monkeypatch):
     )
     with pytest.raises(DataError, match=message):
         list(read_rows("nobody/no-such-dataset"))
-    assert calls == [5.0] and time.perf_counter() - start < 5
+    assert calls == [5.0] and time.perf_counter() - start < 15
     assert not datasets.config.HF_HUB_OFFLINE
 
 

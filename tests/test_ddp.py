@@ -132,7 +132,7 @@ def run_all(every, ranks):
         )
         for rank in ranks
     ]  # fmt: skip
-    ended = [process.communicate(timeout=500) for process in running]
+    ended = [process.communicate(timeout=1800) for process in running]
     assert all(process.returncode == 0 for process in running), ended
     wanted = dict.fromkeys(every) | ({"refused": 2} if len(ranks) > 1 else {})
     assert [json.loads(out.splitlines()[-1]) for out, _ in ended] == [wanted] * len(ranks), ended
@@ -220,7 +220,7 @@ def test_a_command_starts_its_processes_and_they_share_a_folder(write, tmp_path)
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "corrigenda", *args],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path, text=True, capture_output=True, timeout=500, check=False,
+        cwd=tmp_path, text=True, capture_output=True, timeout=1800, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     (run,) = (tmp_path / "runs").iterdir()

@@ -27,7 +27,7 @@ from pathlib import Path
 from corrigenda.modules.files import locked
 with locked(Path(sys.argv[1]), "the folder"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -165,7 +165,7 @@ def test_without_a_network_an_unknown_model_fails_at_once(load, monkeypatch):
     start = time.perf_counter()
     with pytest.raises(ModelError, match="cannot load .* 'nobody-here/no-such-model'"):
         load("nobody-here/no-such-model")
-    assert calls == [5.0] and time.perf_counter() - start < 5
+    assert calls == [5.0] and time.perf_counter() - start < 15
 
 
 def test_no_perplexity_is_compared_with_that_of_a_broken_model(tiny_lm, data_files):
