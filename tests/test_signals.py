@@ -134,7 +134,7 @@ with interruptible():
 
 
 def until(condition):
-    end = time.monotonic() + 120  # seconds; the machine may be busy
+    end = time.monotonic() + 600  # seconds; the machine may be busy
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -193,9 +193,12 @@ def test_sigterm_ends_a_real_run_and_what_follows_does_not_run(tiny, tmp_path):
     args += ["--edit.editor.steps", "2000", "--edit.editor.stop_loss", "0"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(args, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    until((tmp_path / "a" / "cases.jsonl").exists)
-    process.terminate()
-    error = process.communicate(timeout=300)[1]
+    try:
+        until((tmp_path / "a" / "cases.jsonl").exists)
+        process.terminate()
+        error = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
     assert process.returncode == 143
     lines = [line for line in error.splitlines() if line]
     assert lines[-1] == "corrigenda: terminated; files written so far are kept"
