@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.strategies import DDPStrategy
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -18,6 +20,20 @@ def count_step(trainer: Trainer) -> None:
     steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     steps.increment_ready()
     steps.increment_completed()
+
+
+def leave_unwrapped(trainer: Trainer) -> None:
+    """Makes Lightning use the module as it is in several processes.
+
+    It would wrap it in a ``DistributedDataParallel``, which refuses a module without trainable parameters. A
+    stream of edits has none: every process makes the same edits.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp = _nothing  # type: ignore[method-assign]
+
+
+def _nothing() -> None:
+    pass
 
 
 def processed_batches(trainer: Trainer) -> int:

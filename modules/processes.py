@@ -31,6 +31,17 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
+def require_alike(digest: str, what: str) -> None:
+    """Raises ValueError in every process unless all have the same digest."""
+    every = gather(digest)
+    others = [rank for rank, other in enumerate(every) if other != every[0]]
+    if others:
+        raise ValueError(
+            f"{what} differs between processes 0 and {others[0]}, which start from the same weights and cases: "
+            "set --trainer.deterministic true, or run with --trainer.devices 1"
+        )
+
+
 def total(part: Tensor) -> Tensor:
     """The sum of all processes' tensors; the tensor itself is left as it is."""
     summed = part.clone()

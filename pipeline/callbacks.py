@@ -71,7 +71,7 @@ class EditCallback(Callback):
             self.editor = pl_module
         if self.editor:
             self.editor.check(pl_module.lm)  # before known_only scores the cases
-        if self.editor and self.schedule in ("each", "batch") and pl_module.perplexity:
+        if self.editor and self._differ and pl_module.perplexity:
             raise ValueError(
                 f"perplexity needs edits that stay active during the whole evaluation, which the schedule "
                 f"{self.schedule!r} does not have: set --edit.schedule epoch or stream, or leave out "
@@ -157,13 +157,18 @@ class EditCallback(Callback):
             handle = editor.edit(module.lm, edits)
         size = Cost(made=len(cases), touched=handle.num_parameters, bytes=handle.num_bytes)
         self.cost += watch.stop() + size + query_cost(module.lm, edits)
+        if not self._differ:
+            processes.require_alike(handle.digest(), f"the edit {name!r}")
         self._save(trainer, handle, name)
         return handle
 
+    @property
+    def _differ(self) -> bool:
+        """Whether every process makes edits of its own; otherwise all make the same."""
+        return self.schedule in ("each", "batch")
+
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
-        # Under these two schedules every process has edits of its own; otherwise all make the same.
-        differ = self.schedule in ("each", "batch")
-        if self.save_edits and (differ or trainer.is_global_zero):
+        if self.save_edits and (self._differ or trainer.is_global_zero):
             edit.save(Path(trainer.default_root_dir) / "edits" / f"{file_name(name)}.safetensors")
 
     # ------------------------------------------------------------------ validation
@@ -262,14 +267,14 @@ class EditCallback(Callback):
         Every process must call this, because processes that share the cases add up their costs.
         """
         cost = replace(self.cost, peak_gib=max(peak_gib(), self.cost.peak_gib))
-        if processes.are_several() and self.schedule in ("each", "batch"):
+        if processes.are_several() and self._differ:
             every = processes.gather(cost)
             cost = replace(sum(every, Cost()), prepare_seconds=cost.prepare_seconds)
         return replace(cost, counts=dict(self.editor.counts) if self.editor else {})
 
     def add_cost(self, earlier: Cost, is_global_zero: bool = True) -> None:
         """Adds the cost of an interrupted run; where processes add up their costs, to the first one only."""
-        if is_global_zero or self.schedule not in ("each", "batch"):
+        if is_global_zero or not self._differ:
             self.cost += earlier
             if self.editor:
                 self.editor.counts.update(earlier.counts)

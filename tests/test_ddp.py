@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.samples import ROOT, summary
 
@@ -19,7 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
-# Runs commands one after the other. In the run "broken" one loss of one process is not a number.
+# Runs commands one after the other. In the run "broken" one loss of one process is not a number, in "different"
+# one process makes a slightly larger edit.
 PROCESS = """
 import atexit, json, os, sys, torch
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(3))  # runs last: the group is left
@@ -31,14 +33,31 @@ def broken(self, *chosen):
     edit_loss, kl = losses(self, *chosen)
     steps.append(0)
     return edit_loss * (torch.nan if len(steps) == 2 and os.environ["LOCAL_RANK"] == "1" else 1), kl
+from corrigenda.modules.editors.rome import ROME
+propose = ROME.propose
+def different(self, *given):
+    delta = propose(self, *given)
+    return delta.scaled(1 + 1e-6) if os.environ["LOCAL_RANK"] == "1" else delta
 for name, command in json.loads(sys.argv[1]).items():
     MEND._losses = broken if name == "broken" else losses
+    ROME.propose = different if name == "different" else propose
     try:
         statuses[name] = cli.main(command)
     except SystemExit as end:
         statuses[name] = end.code
 print(json.dumps(statuses))
 """
+# A kind of handle each: weights, a memory beside the network, a memory of texts.
+KINDS = {
+    "ROME": {"layer": 0, "steps": 3, "contexts": [[3, 1]], "corpus": {"source": "TEXT", "tokens": 2000}},
+    "CaliNET": {"layers": [1], "slots": 4, "steps": 4, "contexts": [[3, 1]]},
+    "MemPrompt": {"encoder": "lm"},
+}  # fmt: skip
+EDITED = [
+    *(f"ROME-{schedule}" for schedule in ("each", "batch", "epoch", "stream")),
+    *(f"CaliNET-{schedule}" for schedule in ("each", "epoch", "stream")),
+    *(f"MemPrompt-{schedule}" for schedule in ("batch", "epoch", "stream")),
+]
 EDITORS = {
     "MEND": {"layers": [1], "rank": 4, "lr": 1e-2, "warm_up": 2, "alpha": 1e-2, "num_normalising": 4},
     "KE": {"layers": [1], "hidden": 4, "condition": 6, "lr": 1e-2, "warm_up": 2, "margin": 0.01},
@@ -49,7 +68,10 @@ EDITORS = {
 def config(name, lm, data, batch_size):
     """Six steps in epochs of three, a validation after every second step."""
     return {
-        "model": {"class_path": name, "init_args": {"lm": {"name": str(lm)}} | EDITORS.get(name, {})},
+        "model": {
+            "class_path": name if name in EDITORS else "EditingModule",
+            "init_args": {"lm": {"name": str(lm)}} | EDITORS.get(name, {}),
+        },
         "data": data | {"init_args": data["init_args"] | {"batch_size": batch_size}},
         "trainer": {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None,
                     "enable_progress_bar": False, "accelerator": "cpu", "log_every_n_steps": 1},
@@ -73,11 +95,17 @@ def write(folder, tiny_folder, data_files):
     training = {"path": data_files.zsre, "train_path": data_files.zsre_train, "val_fraction": 0.2}
 
     def file(name, batch_size):
-        kind = "CounterFact" if name == "EditingModule" else "ZsRE"
-        settings = {"path": str(sparse)} if name == "EditingModule" else training
+        kind = "ZsRE" if name in EDITORS else "CounterFact"
+        settings = {"path": str(sparse)} if kind == "CounterFact" else training
         data = {"class_path": kind, "init_args": settings}
         path = folder / f"{name}-{batch_size}.yaml"
-        path.write_text(yaml.safe_dump(config(name, tiny_folder("llama"), data, batch_size)))
+        content = config(name, tiny_folder("llama"), data, batch_size)
+        if name in KINDS:
+            settings = json.loads(json.dumps(KINDS[name]).replace("TEXT", data_files.text))
+            content["edit"] = {"editor": {"class_path": name, "init_args": settings}}
+            for name in ("max_steps", "val_check_interval", "check_val_every_n_epoch"):
+                del content["trainer"][name]
+        path.write_text(yaml.safe_dump(content))
         return str(path)
 
     return file
@@ -89,17 +117,24 @@ def commands(write, root, batch_size, *more):
     def run(verb, name, run_name, *args, size=batch_size):
         return [verb, "-c", write(name, size), "--run_dir", str(root / run_name), *more, *args]
 
-    checkpoint = str(root.with_name("one") / "mend/checkpoints/last.ckpt")
+    def edited(kind, schedule):
+        verb = "fit" if schedule == "stream" else "validate"
+        return run(verb, kind, f"{kind}-{schedule}", "--edit.schedule", schedule, size=2)
+
+    trained = ("--ckpt_path", str(root.with_name("one") / "mend/checkpoints/last.ckpt"))
     accumulated = ("--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "4")
     return {
         "mend": run("fit", "MEND", "mend"),
         "ke": run("fit", "KE", "ke"),
         "accumulated": run("fit", "MEND", "accumulated", *accumulated),
         "broken": run("fit", "MEND", "broken", "--trainer.limit_val_batches", "0"),
-        "evaluated": run("validate", "MEND", "evaluated", "--ckpt_path", checkpoint, size=1),
+        "evaluated": run("validate", "MEND", "evaluated", *trained, size=1),
         "sparse": run("validate", "EditingModule", "sparse", size=1),
         "refused": run("fit", "MALMEN", "refused"),
-    }
+        "different": run("validate", "ROME", "different", "--edit.schedule", "epoch"),
+        "mend-epoch": run("validate", "MEND", "mend-epoch", *trained, "--edit.schedule", "epoch", size=1),
+        **{name: edited(*name.split("-")) for name in EDITED},
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +169,7 @@ def run_all(every, ranks):
     ]  # fmt: skip
     ended = [process.communicate(timeout=1800) for process in running]
     assert all(process.returncode == 0 for process in running), ended
-    wanted = dict.fromkeys(every) | ({"refused": 2} if len(ranks) > 1 else {})
+    wanted = dict.fromkeys(every) | ({"refused": 2, "different": 2} if len(ranks) > 1 else {})
     assert [json.loads(out.splitlines()[-1]) for out, _ in ended] == [wanted] * len(ranks), ended
     return [err for _, err in ended]
 
@@ -189,6 +224,39 @@ def test_an_evaluation_is_bit_exact_with_one_and_two_processes(one, two, run, ca
     assert edits[0] == edits[1]
 
 
+def edits_of(root):
+    """Every tensor in the run's files of edits."""
+    return {(path.name, name): tensor for path in sorted(root.glob("edits/*"))
+            for name, tensor in load_file(path).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [*EDITED, "mend-epoch"])
+def test_every_editor_edits_as_in_one_process_under_every_schedule(one, two, run):
+    found, wanted = summary(two[0] / run), summary(one / run)
+    assert found["means"] == wanted["means"] and wanted["means"]["efficacy/accuracy"] is not None
+    assert found["budget"]["num_edits"] == wanted["budget"]["num_edits"]
+    assert found["budget"]["bytes_per_edit"] == wanted["budget"]["bytes_per_edit"]
+    lines, whole = ((root / run / "cases.jsonl").read_text() for root in (two[0], one))
+    assert lines == whole and whole.count("\n") >= 5
+    edits, same = edits_of(two[0] / run), edits_of(one / run)
+    assert edits.keys() == same.keys() and same
+    assert run.startswith("MemPrompt") or any(
+        tensor.float().abs().max() > 1e-3 for tensor in same.values()
+    )
+    for name, tensor in same.items():
+        torch.testing.assert_close(edits[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_process_that_edits_differently_stops_the_run_in_one_line(two):
+    for said in two[1]:
+        lines = [
+            line for line in said.splitlines() if line.startswith("corrigenda: error: the edit")
+        ]
+        assert len(lines) == 1 and "'all' differs between processes 0 and 1" in lines[0]
+        assert "--trainer.devices 1" in lines[0]
+    assert not (two[0] / "different/summary.json").exists()
+
+
 def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_all(two):
     state = saved(two[0] / "broken")
     assert state["global_step"] == 6 and state["state_dict"]["num_skipped"] == 1
@@ -199,7 +267,9 @@ def test_a_loss_that_is_no_number_in_one_process_is_skipped_by_all(two):
 
 def test_malmen_is_refused_in_one_line(two):
     for said in two[1]:
-        (line,) = (line for line in said.splitlines() if line.startswith("corrigenda: error"))
+        (line,) = (
+            line for line in said.splitlines() if line.startswith("corrigenda: error: MALMEN")
+        )
         assert (
             "combines several training cases in one update" in line
             and "--trainer.devices 1" in line

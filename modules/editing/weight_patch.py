@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrigenda.modules import files
 from corrigenda.modules.interrupts import uninterrupted
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta, EditError, add_deltas
@@ -134,6 +135,10 @@ class WeightPatch(EditHandle):
             "delta": self.delta.tensors(),
             "metadata": json.dumps(self.delta.metadata),
         }
+
+    def digest(self) -> str:
+        """That of the update: the weights under it are the same everywhere."""
+        return files.digest({name: tensor.cpu() for name, tensor in self.delta.tensors().items()})
 
     def _written(self, name: str) -> Tensor:
         """The parameter as this patch left it: active, or kept by the next patch that changed it."""

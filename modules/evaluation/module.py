@@ -27,7 +27,7 @@ from corrigenda.modules.evaluation.measures import (
 )
 from corrigenda.modules.evaluation.running_means import RunningMeans
 from corrigenda.modules.evaluation.unedited import UneditedScores
-from corrigenda.modules.lightning_internals import count_step
+from corrigenda.modules.lightning_internals import count_step, leave_unwrapped
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
@@ -129,6 +129,8 @@ class EditingModule(LightningModule):
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
         require_own_place(self.trainer, self)
+        if not self.trains:
+            leave_unwrapped(self.trainer)
         limit = self.lm.max_length
         if limit is not None and self.generate_tokens >= limit:
             raise ValueError(

@@ -9,6 +9,8 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +21,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from corrigenda.modules import files
 from corrigenda.modules.interrupts import uninterrupted
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.rows import TargetScores
@@ -166,6 +169,19 @@ class EditHandle(ABC):
     def state(self) -> dict[str, Any]:
         """Tensors and JSON values from which a resumed run restores the edit; empty if it cannot."""
         return {}
+
+    def digest(self) -> str:
+        """Hash of what the edit is; processes that have made the same edit agree on it."""
+        parts = self.state()
+        tensors = {
+            f"{part} {name}": tensor.cpu()
+            for part, value in parts.items()
+            if isinstance(value, dict)
+            for name, tensor in value.items()
+        }
+        others = {part: value for part, value in parts.items() if not isinstance(value, dict)}
+        text = json.dumps(others, sort_keys=True) + files.digest(tensors)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def can_absorb(self, newer: EditHandle) -> bool:
         """Whether :meth:`absorb` accepts this newer edit."""
