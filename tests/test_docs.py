@@ -135,8 +135,8 @@ class Reader:
         elif program == "make":
             unknown = {arg for arg in args if "=" not in arg} - {*TARGETS}
             assert not unknown, f"make has no target {unknown}"
-        elif words[:3] == ["python", "-m", "benchmarks"]:
-            self.benchmarks(args[2:])
+        elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks"):
+            self.benchmarks(words[2], args[2:])
         elif program in (".venv/bin/pytest", ".ci/run"):
             paths = [program, *args] if program == ".ci/run" else args
             missing = [p for p in paths if not p.startswith("-") and not (ROOT / p).exists()]
@@ -173,9 +173,13 @@ class Reader:
         if args[0] == "compare":
             assert any(Path(at, given.file).is_file() for at in (".", ROOT)), f"no {given.file}"
 
-    def benchmarks(self, args: list[str]) -> None:
+    def benchmarks(self, module: str, args: list[str]) -> None:
+        """The arguments of ``python -m benchmarks``, or of its script about memory and time."""
+        from benchmarks import scaling
         from benchmarks.__main__ import SCRIPTS, main
 
+        assert module in ("benchmarks", "benchmarks.scaling")
+        run = main if module == "benchmarks" else scaling.main
         original = argparse.ArgumentParser.parse_args
 
         def stop(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +189,7 @@ class Reader:
 
         with self.monkeypatch.context() as patch, pytest.raises(Parsed):
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-            main()
+            run()
 
 
 @pytest.fixture
