@@ -630,12 +630,14 @@ RUNS = {
     "LwF": ["--model", "LwF", "--model.answers", "true", "--model.method", "FT", "--model.method.layers", "[1]"],
     "Replay": ["--model", "Replay", "--model.rows", "1", "--model.method", "FT", "--model.method.layers", "[1]"],
     "OLoRA": ["--model", "OLoRA", "--model.method", "LoRA", "--model.method.layers", "[1]"],
+    "DoRA": ["--model", "PeftFineTune", "--model.adapter",
+             "{peft_type: LORA, use_dora: true, target_modules: [c_proj]}"],
     "LocFT": ["--model", "LocFT", "--model.method", "FT", "--model.method.layers", "[1]"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "step"), [
-    ("EWC", 6), ("OLoRA", 4), ("LwF", 6), ("Replay", 7), ("LocFT", 6),
+    ("EWC", 6), ("OLoRA", 4), ("LwF", 6), ("Replay", 7), ("LocFT", 6), ("DoRA", 6),
 ])  # fmt: skip
 def test_an_interrupted_task_resumes(
     corrigenda, tiny_folder, data_files, tmp_path, monkeypatch, name, step

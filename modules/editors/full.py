@@ -54,7 +54,7 @@ class FullFT(GradientEditor):
                 )
             module = lm.net.get_submodule(name.rpartition(".")[0])
             shape = to_storage(module, parameter).shape
-            leaves[name] = torch.zeros(count, *shape, device=lm.device, requires_grad=True)
+            leaves[name] = torch.zeros(count, *shape, device=parameter.device, requires_grad=True)
         return leaves
 
     def deltas(self, lm: LanguageModel, leaves: Mapping[str, Tensor]) -> list[Delta]:
