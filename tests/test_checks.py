@@ -140,6 +140,7 @@ def make(tiny_lm, tmp_path):
         "lm": lambda: tiny_lm("gpt2"), "layer": lambda: 0, "layers": lambda: [1],
         "pool": Facts, "editor": lambda: FT([1]), "method": lambda: FT([1]),
         "scope": lambda: str(checkpoint), "counterfactual": lambda: str(checkpoint),
+        "adapter": lambda: {"peft_type": "LORA", "target_modules": ["c_proj"]},
     }  # fmt: skip
 
     def make(cls, **changes):

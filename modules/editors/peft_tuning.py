@@ -59,7 +59,9 @@ class AdapterPatch(EditHandle):
 class _Inside(GradientEditor):
     """Learns nothing beside the network: the parameters are inside."""
 
-    layer = 0
+    def __init__(self, lr: float = 1e-3, weight_decay: float = 0.0, loss: Loss = "target") -> None:
+        super().__init__(1, lr, 0.0, weight_decay, loss)
+        self.layer = 0
 
     def lowest_layer(self, lm: LanguageModel) -> int:
         return self.layer
@@ -106,7 +108,7 @@ class PeftFineTune(FineTune):
         perplexity: Corpus | None = None,
     ) -> None:
         checks.seeds(seed=seed)
-        inside = _Inside(1, lr, 0.0, weight_decay, loss)
+        inside = _Inside(lr, weight_decay, loss)
         super().__init__(lm, inside, optimizer, generate_tokens, scheduler, perplexity)
         self.adapter = adapter
         self._modules_of_peft = _injected(lm, adapter, seed)
