@@ -34,8 +34,8 @@ class EditDataModule(LightningDataModule):
     the evaluation cases in order. Outside fit everything is evaluated on the evaluation cases.
 
     Args:
-        path: cases to edit and evaluate: .json, .jsonl, either with .gz, or a Hub dataset
-            (owner/name:split).
+        path: cases to edit and evaluate: .json, .jsonl, .csv, .tsv, these also with .gz, .parquet, or a Hub
+            dataset (owner/name:split).
         train_path: cases a learned editor is trained on; those about an evaluated subject are left
             out.
         batch_size: cases per batch.
@@ -82,6 +82,8 @@ class EditDataModule(LightningDataModule):
         self.val_limit = val_limit
         self.tasks = tasks
         self.eval_batch_size = eval_batch_size or batch_size
+        self.places: dict[str, str] = {}
+        """Where each case was read, by its id."""
         self._files: dict[str, list[EditCase]] = {}
         self._parts: dict[str, list[EditCase]] = {}
         self._evaluated: list[EditCase] | None = None
@@ -93,10 +95,14 @@ class EditDataModule(LightningDataModule):
         """The case of one record, or None to leave it out (see ``left_out``)."""
         raise NotImplementedError(f"{type(self).__name__} does not read files")
 
+    def report(self, error: DataError) -> None:
+        """Raises the error of a record that cannot be used; a subclass may leave such records out."""
+        raise error
+
     def read(self, path: str) -> list[EditCase]:
         """All cases of a file or Hub dataset, in its order; read once."""
         if path not in self._files:
-            self._files[path] = self._parse_all(path)
+            self._files[path] = self.parse_file(path)
         return self._files[path]
 
     def cases(self, split: Literal["train", "val", "test"]) -> list[EditCase]:
@@ -197,22 +203,28 @@ class EditDataModule(LightningDataModule):
         known = f" (public source: {self.source})" if self.source else ""
         return f"{type(self).__name__} has no {what}: give --data.{argument}{known}"
 
-    def _parse_all(self, path: str) -> list[EditCase]:
+    def parse_file(self, path: str) -> list[EditCase]:
+        """All cases of a file or Hub dataset; raises DataError if there are none."""
         places: dict[str, str] = {}
         cases = []
         num_rows = 0
-        for index, (where, fields) in enumerate(read_rows(path, self.source)):
+        for index, (where, fields) in enumerate(read_rows(path, self.source, self.report)):
             num_rows += 1
-            case = self.parse(Row(where, index, fields))
-            if case is None:
+            try:
+                case = self.parse(Row(where, index, fields))
+                if case is not None and case.case_id in places:
+                    raise DataError(
+                        f"{where}, field 'case_id': {case.case_id!r} was used at {places[case.case_id]}"
+                    )
+            except DataError as error:
+                self.report(error)
                 continue
-            if case.case_id in places:
-                first = places[case.case_id]
-                raise DataError(f"{where}, field 'case_id': {case.case_id!r} was used at {first}")
-            places[case.case_id] = where
-            cases.append(case)
+            if case is not None:
+                self.places[case.case_id] = places[case.case_id] = where
+                cases.append(case)
         if not cases:
-            raise DataError(f"{path}: no usable record among {num_rows}")
+            there = f"no usable record among {num_rows}" if num_rows else "no records"
+            raise DataError(f"{path}: {there}")
         if num_rows > len(cases):
             log.info("%s: left out %d: %s", path, num_rows - len(cases), self.left_out)
         counts = Counter(criterion for case in cases for criterion in case.probes)

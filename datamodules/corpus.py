@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from corrigenda.datamodules.files import LONGEST_LINE, Row, lines, read_rows, require_file
+from corrigenda.datamodules.files import Row, read_rows
+from corrigenda.datamodules.text_files import LONGEST_LINE, lines, require_file
 
 
 def texts(source: str) -> Iterator[str]:
@@ -13,8 +14,8 @@ def texts(source: str) -> Iterator[str]:
 
     Args:
         source: ``facts``, the statements that come with the project; a .txt file (also .txt.gz),
-            one text per line; or records with a field ``text``: .json, .jsonl, either with .gz, or
-            a Hub dataset (``owner/name:split`` or ``owner/name/config:split``).
+            one text per line; or records with a field ``text``: .json, .jsonl, .csv, .tsv, these
+            also with .gz, .parquet, or a Hub dataset (``owner/name:split`` or ``owner/name/config:split``).
     """
     if source == "facts":
         from corrigenda.datamodules.facts import statements

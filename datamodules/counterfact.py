@@ -27,11 +27,16 @@ class CounterFact(EditDataModule):
     left_out = "the new target is the true one"
 
     def parse(self, row: Row) -> EditCase | None:
-        full = row.has("requested_rewrite")
-        edit = row.record("requested_rewrite").rewrite() if full else _flat_edit(row)
-        if edit.target_new == edit.target_true:
-            return None
-        return _original(row, edit) if full else _flat(row, edit)
+        return counterfact_case(row)
+
+
+def counterfact_case(row: Row) -> EditCase | None:
+    """The case of a record in either form; None if the new target is the true one."""
+    full = row.has("requested_rewrite")
+    edit = row.record("requested_rewrite").rewrite() if full else _flat_edit(row)
+    if edit.target_new == edit.target_true:
+        return None
+    return _original(row, edit) if full else _flat(row, edit)
 
 
 def _original(row: Row, edit: Edit) -> EditCase:

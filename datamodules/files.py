@@ -2,111 +2,110 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
+import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
-from corrigenda.datamodules.records import SLOT, Edit, occurrences
+from corrigenda.datamodules.records import SLOT, Edit, located
+from corrigenda.datamodules.tables import TABLES, rows_of_parquet, rows_of_table
+from corrigenda.datamodules.text_files import (
+    DataError,
+    Report,
+    lines,
+    local,
+    no_file,
+    open_text,
+    refuse,
+    require_file,
+)
 from corrigenda.modules import hub
 from corrigenda.modules.interrupts import replaced
 
 T = TypeVar("T")
-LONGEST_LINE = 1 << 26  # characters
 LONGEST_TEXT = 1_000_000  # characters of one field; more than any context
-RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+RECORD_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", *TABLES, ".parquet")
 SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_ID = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>.+))?", re.ASCII
 )
 
 
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line: where, which field, what is wrong."""
-
-
-def read_rows(path: str, source: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: str, source: str = "", report: Report = refuse
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every record of ``path`` with its place, for error messages.
 
     Args:
-        path: a .json list or a .jsonl file, either also as .gz; otherwise a Hub dataset, written
-            ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``.
+        path: a file of records (.jsonl; .json with a list, a record of records, or a list under its one name; .csv
+            or .tsv; these also with .gz; .parquet); otherwise a Hub dataset, written ``owner/name``,
+            ``owner/name:split`` or ``owner/name/config:split``.
         source: where the dataset is published; named in the error if there is no such file.
+        report: takes the error of a single record that cannot be read.
     """
     if path.endswith(RECORD_FILES):
         require_file(path, source)
-        lines = path.removesuffix(".gz").endswith(".jsonl")
-        return _rows_of_lines(path) if lines else _rows_of_list(path)
-    if _local(path).exists():
+        if path.endswith(TABLES):
+            return rows_of_table(path, report)
+        if path.endswith(".parquet"):
+            return rows_of_parquet(str(local(path)))
+        by_line = path.removesuffix(".gz").endswith(".jsonl")
+        return _rows_of_lines(path, report) if by_line else _rows_of_json(path, report)
+    if local(path).exists():
         raise DataError(f"{path}: expected a file ending in {', '.join(RECORD_FILES)}")
     if hub_id := HUB_ID.fullmatch(path):
         return _rows_of_hub(path, *hub_id.group("name", "config", "split"))
-    raise _no_file(path, source)
+    raise no_file(path, source)
 
 
-def require_file(path: str, source: str = "") -> None:
-    """Raises FileNotFoundError unless ``path`` is a file."""
-    if not _local(path).is_file():
-        raise _no_file(path, source)
-
-
-def _local(path: str) -> Path:
-    """The path with ``~`` expanded, if there is a home folder."""
-    return Path(os.path.expanduser(path))
-
-
-def _no_file(path: str, source: str) -> FileNotFoundError:
-    found = "is a folder, not a file" if _local(path).is_dir() else "no such file"
-    return FileNotFoundError(f"{path}: {found}" + (f"; public source: {source}" if source else ""))
-
-
-@contextmanager
-def open_text(path: str) -> Iterator[TextIO]:
-    """A UTF-8 text file, decompressed if its name ends in .gz; raises DataError for invalid bytes."""
-    opener = gzip.open if path.endswith(".gz") else open
-    # Only "\n" ends a line: JSON text may contain other characters that Python treats as line ends.
-    file = opener(_local(path), "rt", encoding="utf-8-sig", newline="\n")
-    with file:
-        try:
-            yield file
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error.reason})") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: not a complete gzip file ({error})") from None
-
-
-def lines(path: str) -> Iterator[tuple[str, str]]:
-    """Every line of a text file with its place; raises DataError for one that is too long."""
-    with open_text(path) as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            where = f"{path}, line {number}"
-            if len(line) == LONGEST_LINE:
-                raise DataError(f"{where}: longer than {LONGEST_LINE:,} characters")
-            yield where, line
-
-
-def _rows_of_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of_lines(path: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in lines(path):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             yield where, _record(where, _parsed(where, line))
+        except DataError as error:
+            report(error)
 
 
-def _rows_of_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of_json(path: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_text(path) as file:
-        rows = _parsed(path, file.read())
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of records, got {_kind(rows)}")
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, record {number}"
-        yield where, _record(where, row)
+        text = file.read()
+    places = _places(text, found := _parsed(path, text))
+    for name, row in _listed(path, found):
+        where = f"{path}, record {name}{next(places, '')}"
+        try:
+            record = _record(where, row)
+            yield where, record if isinstance(name, int) else {"case_id": name, **record}
+        except DataError as error:
+            report(error)
+
+
+def _places(text: str, found: object) -> Iterator[str]:
+    """For each record of a list that stands on several lines, in which of them it begins."""
+    if not isinstance(found, list) or "\n" not in text.strip():
+        return
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    for _ in found:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        yield f" (line {text.count(chr(10), 0, at) + 1})"
+        _, at = decoder.raw_decode(text, at)
+
+
+def _listed(path: str, found: object) -> Iterator[tuple[int | str, Any]]:
+    """The records of a JSON value with their numbers or names."""
+    if isinstance(found, dict) and found:
+        values = list(found.values())
+        if len(values) == 1 and isinstance(values[0], list):
+            found = values[0]
+        elif all(isinstance(value, dict) for value in values):
+            yield from found.items()
+            return
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected a JSON list of records, got {_kind(found)}")
+    yield from enumerate(found, start=1)
 
 
 def _parsed(where: str, text: str) -> Any:  # noqa: ANN401
@@ -163,6 +162,15 @@ def _kind(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "a number"
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _flattened(value: object) -> Iterator[object]:
+    """The value, or all that is in a list of lists."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _flattened(part)
+    else:
+        yield value
 
 
 @dataclass(frozen=True)
@@ -262,21 +270,53 @@ class Row:
             raise self.error("case_id", f"expected a whole number or text, got {_kind(value)}")
         return self._plain("case_id", str(value))
 
-    def edit(self, name: str, target_new: str, **rest: str | None) -> Edit:
+    def answers(self, name: str, optional: bool = False) -> tuple[str, ...]:
+        """Acceptable answers: a text or number, or a list of those, lists of alternatives included.
+
+        None if the field is ``optional`` and absent, blank or empty.
+        """
+        if optional and (
+            not self.has(name) or self.fields[name] in ("", []) or self.is_blank(name)
+        ):
+            return ()
+        value = self._get(name, object, "an answer")
+        found = [self._answer(name, part) for part in _flattened(value)]
+        if not found and not optional:
+            raise self.error(name, "empty")
+        return tuple(dict.fromkeys(found))
+
+    def _answer(self, name: str, value: object) -> str:
+        if isinstance(value, str) and not value.strip():
+            raise self.error(name, "empty")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, str) and not (number and math.isfinite(value)):  # type: ignore[arg-type]
+            raise self.error(name, f"expected text or a number, got {_kind(value)}")
+        return self._plain(name, str(value))
+
+    def edit(self, name: str, target_new: str, unique: bool = False, **rest: str | None) -> Edit:
         """The edit whose prompt is field ``name``, which holds the subject or, in its place, ``{}``.
 
-        In a few published records the letter case of the subject differs from the prompt's. The model
-        reads the prompt, so the prompt's spelling is used.
+        Where the subject's letter case or Unicode form differs from the prompt's, the prompt's is used, since that
+        is what the model reads.
+
+        Args:
+            name: the field.
+            target_new: the answer to write.
+            unique: refuse a subject that occurs several times; otherwise the first occurrence counts.
+            **rest: further fields of the edit.
         """
         text, subject = self.text(name), self.text("subject").strip()
         try:
             if SLOT in text:
                 return Edit(text, subject, target_new, **rest)
-            if subject not in text:
-                found = occurrences(text, subject, ignore_case=True)
-                if not found:
-                    raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
-                subject = text[found[0] : found[0] + len(subject)]
+            text, subject, starts = located(text, subject)
+            if not starts:
+                raise ValueError(f"the subject {subject!r} does not occur in {text!r}")
+            if unique and len(starts) > 1:
+                raise ValueError(
+                    f"the subject {subject!r} occurs {len(starts)} times in {text!r}: write {{}} in its place to "
+                    "choose one"
+                )
             return Edit.from_text(text, subject, target_new, **rest)
         except ValueError as error:
             raise self.error(name, str(error)) from None

@@ -18,6 +18,7 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 SLOT = "{}"
+BLANKS = " \u00a0"
 REPHRASED = ("generality", "question")  # criteria whose prompts rephrase the edit
 Separator = Literal["auto", " ", ""]  # text between a prompt and its answer
 # Prefixes of the Unicode names of letters whose scripts put no spaces between words.
@@ -28,7 +29,7 @@ UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "TH
 def prompt_end(prompt: str) -> str:
     """The prompt without trailing spaces; a trailing line break or tab stays, with the spaces around it."""
     text = prompt.rstrip()
-    return prompt if prompt[len(text) :].strip(" \u00a0") else text
+    return prompt if prompt[len(text) :].strip(BLANKS) else text
 
 
 def joined(prompt: str, target: str, separator: Separator = "auto") -> str:
@@ -45,7 +46,7 @@ def joined(prompt: str, target: str, separator: Separator = "auto") -> str:
     """
     start, answer = prompt_end(prompt), target.strip()
     own = target[: len(target) - len(target.lstrip())]
-    if own.strip(" \u00a0"):
+    if own.strip(BLANKS):
         return start + own + answer
     if start != start.rstrip():
         return start + answer
@@ -61,6 +62,20 @@ def occurrences(text: str, subject: str, ignore_case: bool = False) -> list[int]
     starts = [found.start() for found in re.finditer(f"(?={re.escape(subject)})", text, flags)]
     whole = [s for s in starts if all(_is_boundary(text, i) for i in (s, s + len(subject)))]
     return whole or starts
+
+
+def located(text: str, subject: str) -> tuple[str, str, list[int]]:
+    """(text, subject, starts): where a subject occurs in a text, the subject spelled as it is there.
+
+    It is searched as it is written, then whatever its letter case, then with both in one Unicode form (NFC), in
+    which the text is then returned. There are no starts if it does not occur at all.
+    """
+    composed = (unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", subject))
+    for inside, part in ((text, subject), composed):
+        for ignore_case in (False, True):
+            if starts := occurrences(inside, part, ignore_case):
+                return inside, inside[starts[0] : starts[0] + len(part)], starts
+    return text, subject, []
 
 
 def _is_boundary(text: str, place: int) -> bool:
@@ -91,6 +106,8 @@ def _warn_ambiguous(text: str, subject: str, start: int) -> None:
 class Edit:
     """One fact to write: ``prompt`` with its slot filled by ``subject`` continues as ``target_new``.
 
+    Blanks around the subject and the targets are dropped; a line break before a target is a part of it.
+
     Args:
         prompt: template with exactly one ``{}`` for the subject; it may contain other braces.
         subject: what the fact is about, as it is spelled in the text.
@@ -118,6 +135,10 @@ class Edit:
         for name in ("subject", "target_new"):
             if not getattr(self, name).strip():
                 raise ValueError(f"an edit's {name} is empty (prompt {self.prompt!r})")
+        object.__setattr__(self, "subject", self.subject.strip())
+        for name in ("target_new", "target_true"):
+            if (target := getattr(self, name)) is not None:
+                object.__setattr__(self, name, target.lstrip(BLANKS).rstrip())
 
     @classmethod
     def from_text(cls, text: str, subject: str, target_new: str, **rest: str | None) -> Edit:

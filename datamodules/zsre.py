@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 from corrigenda.datamodules.base import EditDataModule
 from corrigenda.datamodules.files import Row
-from corrigenda.datamodules.records import EditCase, Probe
+from corrigenda.datamodules.records import Edit, EditCase, Probe
+
+Variant = Literal["M", "E", "P"]
 
 
 class ZsRE(EditDataModule):
     """zsRE with the fields of MEND's release, in one of three conventions.
 
     The fields are ``subject``, ``src``, ``rephrase``, ``alt``, ``answers``, ``loc``, ``loc_ans``;
-    EasyEdit adds ``portability``.
+    EasyEdit adds ``portability`` and, in two files of their own, ``inverse question`` and
+    ``alter_subject_question``.
 
     The locality probe is reported in two ways: ``accuracy`` is whether the model knows the answer
     (M; about .24 before any edit), ``agreement`` whether its answer is unchanged by editing (E, P).
@@ -43,7 +46,7 @@ class ZsRE(EditDataModule):
         self,
         path: str | None = None,
         train_path: str | None = None,
-        variant: Literal["M", "E", "P"] = "E",
+        variant: Variant = "E",
         **rest: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(path, train_path, **rest)
@@ -52,42 +55,56 @@ class ZsRE(EditDataModule):
         self.variant = variant
 
     def parse(self, row: Row) -> EditCase | None:
-        answers = self._answers(row)
-        writes_answer = self.variant == "M" and answers
-        if not writes_answer and row.is_blank("alt"):
-            return None  # the public training file has some
-        target = answers[0] if writes_answer else row.text("alt").strip()
-        true = answers[0] if answers and answers[0] != target else None
-        edit = row.edit("src", target, target_true=true)
+        return zsre_case(row, self.variant)
 
-        aliases = answers[1:] if writes_answer else ()
-        rephrased = Probe(row.text("rephrase"), target, aliases=aliases)
-        efficacy = rephrased if self.variant == "P" else Probe(edit.text, target, aliases=aliases)
-        probes: dict[str, tuple[Probe, ...]] = {"efficacy": (efficacy,), "generality": (rephrased,)}
-        probes |= self._locality(row) | self._portability(row)
-        return EditCase(row.case_id, (edit,), probes)
 
-    def _answers(self, row: Row) -> tuple[str, ...]:
-        if not row.has("answers"):
-            return ()
-        answers = tuple(answer.strip() for answer in row.texts("answers"))
-        if not answers:
-            raise row.error("answers", "expected at least one answer, got an empty list")
-        return answers
+def zsre_case(row: Row, variant: Variant = "E") -> EditCase | None:
+    """The case of a record in one of the conventions, see :class:`ZsRE`; None if there is no answer to write."""
+    answers = _answers(row)
+    writes_answer = variant == "M" and answers
+    if not writes_answer and row.is_blank("alt"):
+        return None  # the public training file has some
+    target = answers[0] if writes_answer else row.text("alt").strip()
+    true = answers[0] if answers and answers[0] != target else None
+    edit = row.edit("src", target, target_true=true)
 
-    def _locality(self, row: Row) -> dict[str, tuple[Probe, ...]]:
-        if not row.has("loc") and not row.has("loc_ans"):
-            return {}
-        prompt = row.text("loc")
-        if self.variant == "M" and not prompt.endswith("?"):
-            prompt += "?"
-        return {"locality": (Probe(prompt, row.text("loc_ans").strip()),)}
+    aliases = answers[1:] if writes_answer else ()
+    rephrased = Probe(row.text("rephrase"), target, aliases=aliases)
+    efficacy = rephrased if variant == "P" else Probe(edit.text, target, aliases=aliases)
+    probes: dict[str, tuple[Probe, ...]] = {"efficacy": (efficacy,), "generality": (rephrased,)}
+    probes |= _locality(row, variant)
+    if variant != "M":  # the questions follow from alt
+        probes |= _portability(row, edit)
+    return EditCase(row.case_id, (edit,), probes)
 
-    def _portability(self, row: Row) -> dict[str, tuple[Probe, ...]]:
-        # The questions follow from alt, which variant M does not write.
-        if self.variant == "M" or not row.fields.get("portability"):
-            return {}
+
+def _answers(row: Row) -> tuple[str, ...]:
+    if not row.has("answers"):
+        return ()
+    answers = tuple(answer.strip() for answer in row.texts("answers"))
+    if not answers:
+        raise row.error("answers", "expected at least one answer, got an empty list")
+    return answers
+
+
+def _locality(row: Row, variant: Variant) -> dict[str, tuple[Probe, ...]]:
+    if not row.has("loc") and not row.has("loc_ans"):
+        return {}
+    prompt = row.text("loc")
+    if variant == "M" and not prompt.endswith("?"):
+        prompt += "?"
+    return {"locality": (Probe(prompt, row.text("loc_ans").strip()),)}
+
+
+def _portability(row: Row, edit: Edit) -> dict[str, tuple[Probe, ...]]:
+    """EasyEdit's questions: what follows from the answer, the inverse relation, another name of the subject."""
+    probes = []
+    if row.fields.get("portability"):
         hop = row.record("portability")
-        if not hop.fields.get("New Question"):
-            return {}
-        return {"portability": (Probe(hop.text("New Question"), hop.text("New Answer").strip()),)}
+        if hop.fields.get("New Question"):
+            probes.append(Probe(hop.text("New Question"), hop.text("New Answer").strip()))
+    if row.has("inverse question"):
+        probes.append(Probe(row.text("inverse question"), edit.subject))
+    if row.has("alter_subject_question"):
+        probes.append(Probe(row.text("alter_subject_question"), edit.target_new))
+    return {"portability": tuple(probes)} if probes else {}

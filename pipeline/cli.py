@@ -34,6 +34,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
   edits      show, verify, apply, merge and export saved edits
   doctor     inspect a model: its structure, where to edit it, a test edit applied and removed
+  data       check a file of your own facts, and show how it is read
 
 Configuration files are merged in order; options override them:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
@@ -74,6 +75,7 @@ def _main(command: str, words: list[str]) -> None:
         "moments": _moments,
         "edits": _edits,
         "doctor": _doctor,
+        "data": _data,
     }
     try:
         words = [
@@ -238,6 +240,14 @@ def _edits(args: list[str]) -> None:
         options["lm_options"] = options.pop("lm")
     if getattr(edits, given.subcommand)(**options) is False:
         raise SystemExit(1)
+
+
+def _data(args: list[str]) -> None:
+    from corrigenda.pipeline.data import check
+
+    parser = _parser("data", check.__doc__)
+    parser.add_argument("file", type=str, help="a file of records, or a Hub dataset")
+    check(parser.parse_args(args).file)
 
 
 def _doctor(args: list[str]) -> None:

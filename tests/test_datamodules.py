@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from corrigenda.datamodules import base, corpus, files
+from corrigenda.datamodules import base, corpus, files, text_files
 from corrigenda.datamodules.base import EditDataModule, subjects
 from corrigenda.datamodules.counterfact import CounterFact
 from corrigenda.datamodules.files import DataError, read_rows
@@ -119,7 +119,9 @@ def test_rows_say_where_they_stand(tmp_path):
     Path(path).write_text('{"a": 1}\n\n{"a": 2}\r\n', encoding="utf-8")
     assert [where for where, _ in read_rows(path)] == [f"{path}, line 1", f"{path}, line 3"]
     path = write(tmp_path / "a.json", [{}, {}])
-    assert [where for where, _ in read_rows(path)] == [f"{path}, record 1", f"{path}, record 2"]
+    assert [where for where, _ in read_rows(path)] == [
+        f"{path}, record 1 (line 2)", f"{path}, record 2 (line 3)"
+    ]  # fmt: skip
 
 
 def test_missing_file_names_the_path_and_the_public_source(tmp_path):
@@ -140,7 +142,7 @@ def test_missing_file_names_the_path_and_the_public_source(tmp_path):
         ("a.jsonl", b'{"a": "\xff"}', "a.jsonl: not UTF-8 text"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: not a complete gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "a.jsonl.gz: not a complete gzip"),
-        ("a.csv", b"a,b", "a.csv: expected a file ending in .json, .jsonl, .json.gz, .jsonl.gz"),
+        ("a.yaml", b"a: b", "a.yaml: expected a file ending in .json, .jsonl, .json.gz, .jsonl.gz"),
     ],
 )
 def test_broken_files(tmp_path, name, content, message):
@@ -151,7 +153,7 @@ def test_broken_files(tmp_path, name, content, message):
 
 
 def test_empty_file(tmp_path):
-    with pytest.raises(DataError, match=r"a\.json: no usable record among 0"):
+    with pytest.raises(DataError, match=r"a\.json: no records"):
         ZsRE(write(tmp_path / "a.json", [])).cases("test")
 
 
@@ -279,7 +281,7 @@ def test_bad_counterfact_rows(tmp_path, change, message):
     path = write(tmp_path / "a.json", [row])
     with pytest.raises(DataError) as error:
         CounterFact(path).cases("test")
-    assert str(error.value).startswith(f"{path}, record 1, {message}")
+    assert str(error.value).startswith(f"{path}, record 1 (line 2), {message}")
 
 
 # zsRE
@@ -927,14 +929,14 @@ ROW = json.dumps(ZSRE_ROW)
         ("a.jsonl", ROW.replace("Ada", "\\ud800"), "field 'src': not Unicode"),
         ("a.jsonl", ROW.replace(" the Alps", "x" * 1_000_001), "'alt': 1,000,001 characters, at most 1,000,000"),
         ("a.jsonl", ROW.replace("Darwin", "x" * 10_000_000), "field 'loc_ans': 10,000,001 characters, at most"),
-        ("a.jsonl", "", "no usable record among 0"),
+        ("a.jsonl", "", "no records"),
         ("a.json", "", "not JSON"),
-        ("a.json", "[]", "no usable record among 0"),
+        ("a.json", "[]", "no records"),
         ("a.json", '{"a": 1}', "expected a JSON list of records, got a record"),
         ("a.jsonl", "3\n", "line 1: expected a record with named fields, got a number"),
         ("a.jsonl", ROW.replace('"src"', '"case_id": 1.5, "src"'), "a whole number or text, got a number"),
         ("a.jsonl", json.dumps({"k" * 10**6: 1}), "field 'answers'"),
-        ("a.csv", "a,b", "expected a file ending in .json"),
+        ("a.yaml", "a: b", "expected a file ending in .json"),
     ],
     ids=lambda value: None if len(value) > 60 else str(value)[:40],
 )  # fmt: skip
@@ -950,7 +952,7 @@ def test_files_of_strangers_are_one_line(tmp_path, name, content, message):
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_LINE", 2000)
+    monkeypatch.setattr(text_files, "LONGEST_LINE", 2000)
     file = tmp_path / "a.jsonl"
     file.write_text(f"{ROW}\n{' ' * 3000}{ROW}\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 2,000 characters"):

@@ -109,11 +109,12 @@ def join(
     values = {run.name: _values(run, case_ids) for run in runs}
     learned = {run.name: found for run in runs if (found := sequences.of_run(run))}
     estimates = {run.name: _estimates(run, case_ids) for run in runs}
+    measured = _measured(runs, estimates)
     return Comparison(
         runs=runs,
         case_ids=case_ids,
         baseline=baseline,
-        measured=_measured(runs, estimates),
+        measured=measured,
         estimates=estimates,
         differences={
             name: _differences(of_run, values[baseline])
@@ -125,7 +126,7 @@ def join(
             for name, of_run in estimates.items()
             if all(metric in of_run for metric in PREFERENCES)
         },
-        notes=notes,
+        notes=[*notes, *_without_probes(measured)],
         trainings=trainings,
         tasks={name: sequences.statistics(found) for name, found in learned.items()},
         task_differences={
@@ -135,6 +136,17 @@ def join(
         },
         matrices={name: sequences.mean_matrices(found) for name, found in learned.items()},
     )
+
+
+def _without_probes(measured: Sequence[str]) -> list[str]:
+    """Which criteria of the headline no case has probes for, in one line; none for runs that measure no edits."""
+    criteria = {metric.partition("/")[0] for metric in measured}
+    missing = [
+        name
+        for name in ("generality", "locality")
+        if "efficacy" in criteria and name not in criteria
+    ]
+    return [f"Not measured, as no case has probes for it: {', '.join(missing)}."] if missing else []
 
 
 def _require_same_probes(first: Run, other: Run, case_ids: Sequence[str]) -> None:

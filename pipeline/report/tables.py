@@ -43,7 +43,10 @@ def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
     rows = []
     for run in comparison.runs:
         of_run = comparison.estimates[run.name]
-        cells = [_percent(of_run.get(metric), interval=interval) for metric in metrics]
+        cells = [
+            _percent(of_run.get(metric), interval=interval, total=len(comparison.case_ids))
+            for metric in metrics
+        ]
         if scores:
             cells.append(f"{100 * scores[run.name]:.1f}" if run.name in scores else ABSENT)
         rows.append([run.name, *([f"{run.active_edits:,}"] if sized else []), *cells])
@@ -52,6 +55,8 @@ def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
         header.insert(1, "active edits")
     over_seeds = " ± standard deviation over seeds" if comparison.num_seeds > 1 else ""
     note = f"×100, mean over {len(comparison.case_ids)} cases{over_seeds} with 95 % interval."
+    if any("(n=" in cell for row in rows for cell in row):
+        note += " n: over so many of them, which have such probes."
     return Table("Headline", header, rows, note)
 
 
@@ -107,15 +112,21 @@ def _header(first: str, metrics: Sequence[str]) -> list[str]:
     return [first, *(metric.replace("/", " ") for metric in metrics)]
 
 
-def _percent(estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1f") -> str:
-    """An estimate ×100, with format strings for the mean and for the interval's ends ('' for no interval)."""
+def _percent(
+    estimate: Estimate | None, mean: str = "z.1f", interval: str = "z.1f", total: int = 0
+) -> str:
+    """An estimate ×100, with format strings for the mean and for the interval's ends ('' for no interval).
+
+    Where it is a mean over fewer than ``total`` cases, their number is added.
+    """
     if estimate is None:
         return ABSENT
     text = f"{100 * estimate.mean:{mean}}"
     if estimate.sd is not None:
         text += f" ± {100 * estimate.sd:.1f}"
-    ends = f" [{100 * estimate.low:{interval}}, {100 * estimate.high:{interval}}]"
-    return text + ends if interval else text
+    if interval:
+        text += f" [{100 * estimate.low:{interval}}, {100 * estimate.high:{interval}}]"
+    return text + (f" (n={estimate.n})" if 0 < estimate.n < total else "")
 
 
 def _budget_table(comparison: Comparison) -> Table:
