@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.finetune import FT
-from corrigenda.modules.evaluation.module import EditingModule, require_own_place
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.evaluation.requirements import require_place
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.lm import LanguageModel
 from tests.samples import ROOT
@@ -201,10 +202,12 @@ def test_training_through_offloaded_blocks_is_refused_at_setup(
 
 
 def test_several_processes_do_not_place_a_model_each(lm, folder):
-    trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn=TrainerFn.VALIDATING))
+    trainer = SimpleNamespace(
+        strategy=None, world_size=2, state=SimpleNamespace(fn=TrainerFn.VALIDATING)
+    )
     with pytest.raises(ValueError, match="every process would place the whole model"):
-        require_own_place(trainer, EditingModule(lm))
-    require_own_place(trainer, EditingModule(LanguageModel(folder, device_map="auto")))
+        require_place(trainer, EditingModule(lm))
+    require_place(trainer, EditingModule(LanguageModel(folder, device_map="auto")))
 
 
 def test_an_edited_layer_is_where_the_one_before_was():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -25,10 +25,10 @@ from corrigenda.modules.evaluation.measures import (
     measure_probes,
     reductions,
 )
+from corrigenda.modules.evaluation.requirements import require_own_dtype, require_place
 from corrigenda.modules.evaluation.running_means import RunningMeans
 from corrigenda.modules.evaluation.unedited import UneditedScores
 from corrigenda.modules.lightning_internals import count_step, leave_unwrapped
-from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import TargetScores
@@ -57,31 +57,6 @@ class Conditions:
     around_case: Callable[[EditCase], AbstractContextManager] | None = None
     only_cases: Set[str] | None = None
     edited: Set[str] = frozenset()
-
-
-def require_own_dtype(trainer: Trainer) -> None:
-    """Raises ValueError for a precision that would convert the model's weights."""
-    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-        raise ValueError(
-            f"--trainer.precision {trainer.precision} would convert the weights that edits and checkpoints are "
-            "made for: leave it out and set their type with --model.lm.dtype, or use bf16-mixed"
-        )
-
-
-def require_own_place(trainer: Trainer, module: EditingModule) -> None:
-    """Raises ValueError where a model that accelerate has placed cannot be run or trained so."""
-    net = module.lm.net
-    if placement.is_placed(net) and trainer.world_size > 1:
-        raise ValueError(
-            "with --model.lm.device_map every process would place the whole model over all devices: set "
-            "--trainer.devices 1, or leave device_map out"
-        )
-    if placement.is_offloaded(net) and trainer.state.fn == TrainerFn.FITTING and module.trains:
-        raise ValueError(
-            f"{type(module).__name__} trains through all blocks above the lowest edited one in every step, and "
-            "some of this model's are offloaded to the CPU or the disk: give --model.lm.device_map devices alone, "
-            "or train over a sharded base (docs/several-devices.md)"
-        )
 
 
 def warn_untrained(module: LightningModule) -> None:
@@ -128,7 +103,7 @@ class EditingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
-        require_own_place(self.trainer, self)
+        require_place(self.trainer, self)
         if not self.trains:
             leave_unwrapped(self.trainer)
         limit = self.lm.max_length

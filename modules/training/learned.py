@@ -29,18 +29,18 @@ from corrigenda.datamodules.records import Edit, EditCase, Probe
 from corrigenda.modules import checks
 from corrigenda.modules.editing.editor import WeightEditor
 from corrigenda.modules.evaluation.measures import LOCALITY_CRITERIA
-from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.lightning_internals import reset_train_loader
 from corrigenda.modules.model.delta import Delta, EditError, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.model.tail import Tail
 from corrigenda.modules.training.checkpoints import read_checkpoint
+from corrigenda.modules.training.sharding import TrainedModule
 
 log = logging.getLogger(__name__)
 
 
-class LearnedEditor(EditingModule, WeightEditor):
+class LearnedEditor(TrainedModule, WeightEditor):
     """An editor with trainable weights of its own, trained by ``fit``.
 
     Args:
@@ -186,7 +186,8 @@ class LearnedEditor(EditingModule, WeightEditor):
                 f"{type(self).__name__} combines several training cases in one update here, of which each process "
                 "would see only some: train it with --trainer.devices 1"
             )
-        self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
+        if not self.is_sharded:  # or a pass would be left out by some processes only
+            self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
 
     def on_fit_end(self) -> None:
         self.lm.reuse.drop()
@@ -206,6 +207,7 @@ class LearnedEditor(EditingModule, WeightEditor):
 
     def on_after_backward(self) -> None:
         """Also without a step, where gradients are accumulated."""
+        super().on_after_backward()
         self._count_time()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401

@@ -33,7 +33,8 @@ from torchmetrics.classification import BinaryAUROC
 
 from corrigenda.datamodules.records import EditCase
 from corrigenda.modules import checks
-from corrigenda.modules.evaluation.module import require_own_dtype, warn_untrained
+from corrigenda.modules.evaluation.module import warn_untrained
+from corrigenda.modules.evaluation.requirements import require_own_dtype, require_unsharded
 from corrigenda.modules.model.delta import EditError
 from corrigenda.modules.retrieval.encoder import TextEncoder
 from corrigenda.modules.retrieval.search import nearest
@@ -205,6 +206,7 @@ class ScopeClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
+        require_unsharded(self.trainer, self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         encoder = list(self.scorer.encoder.parameters())

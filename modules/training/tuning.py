@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.modules import checks
 from corrigenda.modules.editing.editor import WeightEditor
-from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.training.kept import Kept
 from corrigenda.modules.training.optimize import IndependentAdam
+from corrigenda.modules.training.sharding import TrainedModule
 from corrigenda.modules.training.target_rows import Loss, TargetRows
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _chunk_indices(rows: Rows) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------- training with fit
 
 
-class FineTune(EditingModule):
+class FineTune(TrainedModule):
     """Trains one update of a :class:`GradientEditor` on all edits with ``fit``, or on one task after the other.
 
     The base weights are never written: validation runs the learned update beside them, so locality compares with
