@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.finetune import FT
-from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.evaluation.requirements import require_place
 from corrigenda.modules.model import placement
 from corrigenda.modules.model.lm import LanguageModel
@@ -206,8 +205,9 @@ def test_several_processes_do_not_place_a_model_each(lm, folder):
         strategy=None, world_size=2, state=SimpleNamespace(fn=TrainerFn.VALIDATING)
     )
     with pytest.raises(ValueError, match="every process would place the whole model"):
-        require_place(trainer, EditingModule(lm))
-    require_place(trainer, EditingModule(LanguageModel(folder, device_map="auto")))
+        require_place(trainer, lm.net, "EditingModule", learns=False)
+    whole = LanguageModel(folder, device_map="auto")
+    require_place(trainer, whole.net, "EditingModule", learns=False)
 
 
 def test_an_edited_layer_is_where_the_one_before_was():

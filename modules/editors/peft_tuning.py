@@ -21,9 +21,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from corrigenda.modules import checks
-from corrigenda.modules.evaluation.requirements import require_unsharded
 from corrigenda.modules.interrupts import uninterrupted
-from corrigenda.modules.model import placement
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
@@ -94,6 +92,7 @@ class PeftFineTune(FineTune):
         perplexity: plain text whose perplexity is computed in every evaluation.
     """
 
+    replaces_layers = True
     num_steps: Tensor
 
     def __init__(
@@ -138,10 +137,6 @@ class PeftFineTune(FineTune):
         return AdapterPatch(self.lm, self._modules_of_peft)
 
     def setup(self, stage: str) -> None:
-        if placement.is_placed(self.lm.net):
-            raise ValueError("peft's adapters replace layers of a model on one device: leave out "
-                             "--model.lm.device_map")  # fmt: skip
-        require_unsharded(self.trainer, self)
         super().setup(stage)
         if self._patch is None:
             self._patch = self.edit()

@@ -103,7 +103,7 @@ class EditingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
-        require_place(self.trainer, self)
+        require_place(self.trainer, self.lm.net, type(self).__name__, self.trains)
         if not self.trains:
             leave_unwrapped(self.trainer)
         limit = self.lm.max_length

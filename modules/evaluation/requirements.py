@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.modules.model import placement
-
-if TYPE_CHECKING:
-    from corrigenda.modules.evaluation.module import EditingModule
 
 
 def require_own_dtype(trainer: Trainer) -> None:
@@ -23,18 +20,25 @@ def require_own_dtype(trainer: Trainer) -> None:
         )
 
 
-def require_unsharded(trainer: Trainer, module: LightningModule) -> None:
-    """Raises ValueError for a strategy that shards what this module cannot have sharded."""
+def require_unsharded(trainer: Trainer, module: str) -> None:
+    """Raises ValueError for a strategy that would shard the base model of a module of this name."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            f"--trainer.strategy sharded is for training beside a base model, which {type(module).__name__} does "
+            f"--trainer.strategy sharded is for training beside a base model, which {module} does "
             "not do here: use ddp, or --model.lm.device_map auto for a model larger than one device"
         )
 
 
-def require_place(trainer: Trainer, module: EditingModule) -> None:
-    """Raises ValueError where the places of a model's weights do not allow what is to be done."""
-    net, trains = module.lm.net, trainer.state.fn == TrainerFn.FITTING and module.trains
+def require_place(trainer: Trainer, net: Any, module: str, learns: bool) -> None:  # noqa: ANN401
+    """Raises ValueError where the places of a network's weights do not allow what is to be done.
+
+    Args:
+        trainer: what runs it.
+        net: the network.
+        module: name of the module that evaluates or trains.
+        learns: whether ``fit`` trains something.
+    """
+    trains = trainer.state.fn == TrainerFn.FITTING and learns
     if not trains:
         require_unsharded(trainer, module)
     if placement.is_placed(net) and trainer.world_size > 1:
@@ -44,7 +48,7 @@ def require_place(trainer: Trainer, module: EditingModule) -> None:
         )
     if placement.is_offloaded(net) and trains:
         raise ValueError(
-            f"{type(module).__name__} trains through all blocks above the lowest edited one in every step, and "
+            f"{module} trains through all blocks above the lowest edited one in every step, and "
             "some of this model's are offloaded to the CPU or the disk: give --model.lm.device_map devices alone, "
             "or train over a sharded base (--trainer.strategy sharded)"
         )

@@ -200,13 +200,13 @@ class ScopeClassifier(LightningModule):
         self.auc = BinaryAUROC()
         self.means: dict[str, float] = {}  # of the last finished validation
         self.method_name = type(self).__name__
-        self.trained = False
+        self.trains, self.trained = True, False
         self._related: Related = {}
         self._held_out: list[EditCase] = []  # of the validation that is running
 
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
-        require_unsharded(self.trainer, self)
+        require_unsharded(self.trainer, type(self).__name__)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         encoder = list(self.scorer.encoder.parameters())

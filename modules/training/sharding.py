@@ -10,7 +10,7 @@ evaluation, in which processes have different cases, is left to one process.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -18,6 +18,8 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.fsdp import fully_shard
 
 from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.evaluation.requirements import require_unsharded
+from corrigenda.modules.model import placement
 from corrigenda.modules.model.lm import LanguageModel
 
 
@@ -49,13 +51,22 @@ StrategyRegistry.register("sharded", Sharded, description=Sharded.__doc__ or "")
 class TrainedModule(EditingModule):
     """An EditingModule that learns something beside its frozen base model, which may be sharded."""
 
+    replaces_layers: ClassVar[bool] = (
+        False  # of the network, which must then be whole and in one place
+    )
+
     @property
     def is_sharded(self) -> bool:
         return self.device_mesh is not None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        strategy = self.trainer.strategy
+        strategy, name = self.trainer.strategy, type(self).__name__
+        if self.replaces_layers:
+            require_unsharded(self.trainer, name)
+            if placement.is_placed(self.lm.net):
+                raise ValueError(f"{name} replaces layers of a model on one device: leave out "
+                                 "--model.lm.device_map")  # fmt: skip
         if not isinstance(strategy, ModelParallelStrategy):
             return
         if not isinstance(strategy, Sharded):
