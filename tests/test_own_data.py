@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -72,9 +73,7 @@ def test_every_form_of_file_gives_the_same_case(tmp_path, name, content):
     assert case.edits == (Edit(**FRANCE),) and case.case_id == "0"
 
 
-def test_a_parquet_file(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_parquet_file(tmp_path):
     rows = [
         FRANCE | {"locality": [{"prompt": "The sea is", "target": "blue"}], "target_true": None}
     ]
@@ -330,6 +329,14 @@ def test_data_shows_how_a_file_is_read(corrigenda, tmp_path, capsys):
     assert corrigenda("data", write(tmp_path / "own.jsonl", rows[:1])) == 0
     assert corrigenda("data", tmp_path / "none.csv") == 2
     assert "none.csv: no such file" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_the_command_says(corrigenda, capsys):
+    page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    table, told = re.findall(r"^```text[^\n]*\n(.*?)^```$", page, re.M | re.S)
+    write(Path("facts.csv"), table)
+    assert corrigenda("data", "facts.csv") == 0
+    assert capsys.readouterr().out.strip() == told.strip()
 
 
 # ---------------------------------------------------------------------------- runs
