@@ -25,6 +25,7 @@ from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.loading import hash_weights
+from corrigenda.modules.training import tuning
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline import checkpointing
 from tests.samples import QUIET
@@ -594,6 +595,15 @@ def test_several_updates_of_everything_are_refused_in_one_line(lm):
         lm.score(PROMPTS[:2], TARGETS[:2], deltas, [0, 1])
 
 
+def test_a_sharded_base_has_no_full_update(lm, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuning, "require_unsharded", lambda trainer, name: asked.append(name))
+    train(FineTune(lm, ft()), tmp_path)
+    assert asked == []
+    train(FineTune(lm, FullFT()), tmp_path)
+    assert asked == ["FullFT"]
+
+
 def test_a_quantised_base_has_no_full_update(tiny_folder):
     pytest.importorskip("bitsandbytes")
     folder = str(tiny_folder("llama", hidden_size=64, intermediate_size=128))
@@ -627,7 +637,6 @@ def test_gradients_of_a_4_bit_base_reach_the_adapter_only(tiny_folder, tmp_path)
 
 RUNS = {
     "EWC": ["--model", "EWC", "--model.strength", "1e3", "--model.method", "FT", "--model.method.layers", "[1]"],
-    "LwF": ["--model", "LwF", "--model.answers", "true", "--model.method", "FT", "--model.method.layers", "[1]"],
     "Replay": ["--model", "Replay", "--model.rows", "1", "--model.method", "FT", "--model.method.layers", "[1]"],
     "OLoRA": ["--model", "OLoRA", "--model.method", "LoRA", "--model.method.layers", "[1]"],
     "DoRA": ["--model", "PeftFineTune", "--model.adapter",
@@ -637,7 +646,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("name", "step"), [
-    ("EWC", 6), ("OLoRA", 4), ("LwF", 6), ("Replay", 7), ("LocFT", 6), ("DoRA", 6),
+    ("EWC", 6), ("OLoRA", 4), ("Replay", 7), ("LocFT", 6), ("DoRA", 6),
 ])  # fmt: skip
 def test_an_interrupted_task_resumes(
     corrigenda, tiny_folder, data_files, tmp_path, monkeypatch, name, step

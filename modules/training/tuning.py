@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from corrigenda.datamodules.records import Edit, EditCase
 from corrigenda.modules import checks
 from corrigenda.modules.editing.editor import WeightEditor
+from corrigenda.modules.evaluation.requirements import require_unsharded
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
+from corrigenda.modules.model.substitution import needs_substitution
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.training.kept import Kept
 from corrigenda.modules.training.optimize import IndependentAdam
@@ -235,6 +237,11 @@ class FineTune(TrainedModule):
         self.learned = nn.ParameterDict(
             {name.replace(".", "/"): leaf.detach() for name, leaf in method.start(lm, 1).items()}
         )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if needs_substitution(self.lm.net, [self.own_delta()]):
+            require_unsharded(self.trainer, self.method_name)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
