@@ -14,6 +14,7 @@ _HOMES = {
     "EditCase": "datamodules.records",
     "Probe": "datamodules.records",
     "CounterFact": "datamodules.counterfact",
+    "Edits": "datamodules.own",
     "Facts": "datamodules.facts",
     "MQuAKE": "datamodules.mquake",
     "ZsRE": "datamodules.zsre",
@@ -50,6 +51,7 @@ _HOMES = {
     "SERAC": "modules.editors.serac",
     "TaskLoRA": "modules.editors.task_lora",
     "TPatcher": "modules.editors.t_patcher",
+    "Trained": "modules.editors.trained",
     "WISE": "modules.editors.wise",
 }
 

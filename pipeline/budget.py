@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from corrigenda.datamodules.tasks import TaskLoader
 from corrigenda.modules import checks
@@ -32,16 +32,21 @@ class Budget(Callback):
         self.seconds, self.steps = seconds, steps
         self._watch: Stopwatch | None = None
 
-    def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" and (self.seconds or self.steps):
             raise ValueError(
                 "a budget limits what fit learns, and validate learns nothing: leave --budget out"
             )
+        if (self.seconds or self.steps) and not isinstance(pl_module, EditingModule):
+            raise ValueError(
+                f"a budget counts a language model's work, and {type(pl_module).__name__} trains without one: "
+                "leave --budget out"
+            )
 
-    def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: EditingModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         edit = edit_callback(trainer)
         self._add(edit)
         self._start(trainer, pl_module)
@@ -61,20 +66,22 @@ class Budget(Callback):
             else:
                 trainer.should_stop = True
 
-    def on_validation_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._add(edit_callback(trainer))
 
-    def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or trainer.state.fn == "fit":
             self._start(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._add(edit_callback(trainer))
 
-    def on_exception(self, trainer: Trainer, pl_module: EditingModule, *_: object) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         self._add(edit_callback(trainer))
 
-    def _start(self, trainer: Trainer, module: EditingModule) -> None:
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, EditingModule):
+            return
         if edit_callback(trainer).schedule != "stream":  # whose edits are timed as they are made
             self._watch = Stopwatch(module.lm)
 

@@ -363,7 +363,7 @@ class EditCallback(Callback):
         if self._done:
             cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
             self._edited = _prompts([case for case in cases if case.case_id in self._done])
-        pl_module.conditions = self._stream_conditions(pl_module.trainer)
+            pl_module.conditions = self._stream_conditions(pl_module.trainer)
 
     def _restored_patch(self, pl_module: EditingModule, state: dict[str, Any]) -> EditHandle:
         if "edited" in state:

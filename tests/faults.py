@@ -52,7 +52,7 @@ KINDS = {
     "report": "report {inputs}/runs/ft {inputs}/runs/rome --out run",
 }
 TIMES = re.compile(
-    r"seconds|current_score|peak_gib|training_time|quer(y|ies)|_last_lr_time|bytes_kept"
+    r"seconds|tokens|current_score|peak_gib|training_time|quer(y|ies)|_last_lr_time|bytes_kept"
 )
 # What says that a run was interrupted, metrics.csv, which is compared by its values, and what may be forgotten.
 OWN = re.compile(

@@ -169,7 +169,7 @@ def test_a_checkpoint_holds_the_editor_alone_and_edits_as_it_did(
     capsys.readouterr()
     assert validate(tmp_path / "other", "--model.layers", "[0]") == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "set --model.layers" in message
+    assert message.count("\n") == 1 and "use the same --model.layers" in message
 
 
 def test_caching_of_texts_changes_no_number(name, run, tmp_path, monkeypatch):

@@ -132,8 +132,8 @@ def test_out_of_scope_the_base_is_bit_exact(lm, make, encoder_folder, tmp_path, 
     for name in ("logprob_BM", "greedy_BM", "full_BMV"):
         assert torch.equal(getattr(after, name)[outside], getattr(base, name)[outside])
     assert torch.equal(after.target_BM, base.target_BM) and torch.equal(after.mask_BM, base.mask_BM)
-    prompts = [in_front(edit, prompt) for edit, prompt in zip(EDITS, PROMPTS, strict=True)]
-    wanted = lm_scores_with(lm, editor, prompts, TARGETS)
+    in_scope = [in_front(edit, prompt) for edit, prompt in zip(EDITS, PROMPTS, strict=True)]
+    wanted = lm_scores_with(lm, editor, in_scope, TARGETS)
     width = wanted.full_BMV.shape[1]
     assert torch.equal(after.full_BMV[: len(EDITS), :width], wanted.full_BMV)
     assert not torch.equal(after.full_BMV[: len(EDITS)], base.full_BMV[: len(EDITS)])
@@ -141,7 +141,7 @@ def test_out_of_scope_the_base_is_bit_exact(lm, make, encoder_folder, tmp_path, 
     assert texts[len(EDITS) :] == said[len(EDITS) :]
     with lm.pristine():
         delta = editor.counterfactual.delta
-        assert texts[: len(EDITS)] == lm.generate(prompts, 4, [delta])
+        assert texts[: len(EDITS)] == lm.generate(in_scope, 4, [delta])
         assert equal(full(lm, prompts, targets), base)
     handle.remove()
     assert equal(full(lm, prompts, targets), base) and not lm.handles

@@ -203,6 +203,6 @@ def test_a_further_call_trains_further_slots(llama):
 def test_a_pass_is_over_every_prompt_in_every_context(llama):
     editor = calinet(batch_size=4)
     editor.prepare(llama)
-    pieces = editor._pieces(llama, EDITS, torch.Generator().manual_seed(0))
-    assert [len(piece.owner_R) for piece in pieces] == [4, 2]
+    batches = editor._batches(llama, EDITS, torch.Generator().manual_seed(0))
+    assert [len(batch.owner_R) for batch in batches] == [4, 2]
     assert len(editor._contexts) == 3 and editor._contexts[0] == ""
