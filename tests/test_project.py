@@ -57,7 +57,10 @@ def test_tested_versions_are_within_the_ranges() -> None:
 
 
 def test_all_that_is_installed_is_pinned() -> None:
-    """What our requirements require in turn, as far as this machine has it."""
+    """What our requirements require in turn, as far as this machine has it.
+
+    A build of torch for CUDA chooses the versions of CUDA's libraries itself.
+    """
     pins, left, seen = pinned(), required(), set()
     while left:
         requirement = left.pop()
@@ -73,7 +76,8 @@ def test_all_that_is_installed_is_pinned() -> None:
             lines = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        assert name in pins, f"constraints.txt does not pin {name}"
+        of_cuda = name.startswith(("nvidia-", "cuda-", "triton"))
+        assert name in pins or of_cuda, f"constraints.txt does not pin {name}"
         left += [Requirement(line) for line in lines]
     assert len(seen) > len(required())
 
