@@ -89,6 +89,18 @@ def test_every_make_target_has_a_help_text() -> None:
         assert re.search(rf"^{target}:.*## \w", MAKEFILE, re.M), f"make {target}: no '## text'"
 
 
+def test_the_lowest_coverage_is_the_documented_one() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    measured, reached, lines, least = (
+        int(number.replace(",", ""))
+        for number in re.search(
+            r"reach (\d+) % of the lines \(([\d,]+) of ([\d,]+),.*fails below\s(\d+) %", text, re.S
+        ).groups()
+    )
+    assert measured == 100 * reached // lines >= least
+    assert PYPROJECT["tool"]["coverage"]["report"]["fail_under"] == least >= 92
+
+
 def test_what_is_promised_is_written_down_and_linked() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert "docs/reliability.md" in (ROOT / "README.md").read_text(encoding="utf-8")
