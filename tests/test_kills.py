@@ -23,8 +23,9 @@ from tests.processes import Process, import_everything
 
 KILLS = int(os.environ.get("CORRIGENDA_KILLS", "1"))
 SEED = os.environ.get("CORRIGENDA_SEED", "0")
-# What is measured in time or memory, and a value that Lightning's ModelCheckpoint does not read again.
-CLOCK = re.compile(r"second|gib|quer|training_time|current_score")
+# What is measured in time or memory, tokens (states that a cache has are not computed again), and a value that
+# Lightning's ModelCheckpoint does not read again.
+CLOCK = re.compile(r"second|tokens|gib|quer|training_time|current_score")
 PLAIN = "--wandb off --trainer.accelerator cpu --trainer.enable_progress_bar false"
 MODEL = "--model EditingModule --model.lm.name {lm}"
 CASES = "--data CounterFact --data.path {counterfact} --data.batch_size 1"
