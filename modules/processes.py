@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,18 @@ def rank_and_number() -> tuple[int, int]:
     if are_several():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def number_started() -> int:
+    """How many processes torchrun or srun has started together; 1 if neither has started this one.
+
+    Under SLURM, an interactive shell and a batch script have no step of their own and are one process.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return int(env.get("WORLD_SIZE", 1))
+    is_step = "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return int(env.get("SLURM_NTASKS", 1)) if is_step else 1
 
 
 def gather(value: Value) -> list[Value]:

@@ -44,7 +44,9 @@ NOISE = (
 CONFIGS = Path(__file__).parents[1] / "configs"
 MIN_COLUMNS = 40
 # Environment variables that Lightning reads when it is imported.
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+RANKS = (
+    "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "SLURM_NTASKS"
+)  # fmt: skip
 
 
 def fit_or_validate(args: list[str]) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import SUPPRESS, Namespace
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from corrigenda.modules.processes import number_started
 from corrigenda.modules.training.checkpoints import read_checkpoint
 from corrigenda.pipeline.budget import Budget
 from corrigenda.pipeline.callbacks import EditCallback
@@ -131,8 +132,12 @@ class PipelineCLI(LightningCLI):
         given.plugins = [*_as_list(given.plugins), WholeCheckpoints()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except TypeError as error:  # raised for values that Lightning's type hints allow
+        except (
+            TypeError,
+            RuntimeError,
+        ) as error:  # raised for values that Lightning's type hints allow
             raise UserError(f"trainer: {error}") from error
+        _require_all_processes(trainer)
         seed = self.config[self.subcommand].seed_everything
         writer = RunWriter(self.run.path, self.subcommand, seed, self.run.depends_on)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -147,6 +152,19 @@ class PipelineCLI(LightningCLI):
     def _save_config(self) -> None:
         if self.trainer.is_global_zero:
             self.run.save_config()
+
+
+def _require_all_processes(trainer: Trainer) -> None:
+    """Raises UserError where processes that were started together would not run as one group.
+
+    Each would do the whole run, in the same folder.
+    """
+    if (started := number_started()) != trainer.world_size and started > 1:
+        raise UserError(
+            f"{started} processes were started together, and these settings make a group of {trainer.world_size}: "
+            "set --trainer.devices to the processes on each machine, --trainer.num_nodes to the machines, and "
+            "--trainer.strategy ddp"
+        )
 
 
 class _SignalHandlers(Callback):

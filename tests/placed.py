@@ -22,16 +22,19 @@ from test_editors import EDITORS as WEIGHT_EDITORS
 from test_editors import EDITS
 from test_memories import EDITORS as MEMORIES
 
-from corrigenda.datamodules.records import EditCase
+from corrigenda.datamodules.records import EditCase, Probe
 from corrigenda.modules.editing.editor import WeightEditor, editing_mode
 from corrigenda.modules.editors.ke import KE
 from corrigenda.modules.editors.memprompt import MemPrompt
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.statistics.tracing import causal_trace
+from corrigenda.modules.training.learned import LearnedEditor
 
 HERE, THERE = "cpu", f"{second_device.NAME}:0"
 PROMPTS = [edit.text for edit in EDITS] + ["He", "The sea was made in"]
+OUTER = [Probe(f"Tell me, {edit.text}", edit.target_new) for edit in EDITS]
+LOCAL = [Probe("The sea is", "deep"), Probe("He", "came to the house"), Probe("A", "cat")]
 TARGETS = [edit.target_new for edit in EDITS] + ["came to the house", "1984"]
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.layers.2",
          "model.norm", "lm_head")  # fmt: skip
@@ -117,6 +120,11 @@ def computed(lm, editor):
         with lm.reuse.shared(lm.edits.lowest_layer(deltas)):
             scores = lm.score(*texts, deltas, range(3))
         found["beside"] = digest(scores.logprob_BM)
+    if isinstance(editor, LearnedEditor):  # a training step
+        loss = editor.objective(*editor._losses(EDITS, OUTER, LOCAL))
+        loss.backward()
+        gradients = [p.grad for p in editor.parameters() if p.grad is not None]
+        found["loss"], found["gradients"] = digest(loss), [g.norm().item() for g in gradients]
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.evaluation.requirements import require_place
 from corrigenda.modules.model import placement
+from corrigenda.modules.model.hooks import first, hooked, replace_first
 from corrigenda.modules.model.lm import LanguageModel
 from tests.samples import ROOT
 
@@ -64,6 +66,8 @@ def test_an_edit_is_the_same_wherever_the_parts_are(found, where, editor):
     here, there = found["one device"][editor], found[where][editor]
     assert isinstance(here, dict), here
     assert isinstance(there, dict), there
+    gradients, same = (made.pop("gradients", []) for made in (there, here))  # of a training step
+    assert gradients == pytest.approx(same, rel=1e-4)
     assert here["restored"] and there["restored"]
     if (where, editor) in OTHER_ORDER:
         torch.testing.assert_close(
@@ -112,6 +116,32 @@ def test_an_edit_of_weights_on_disk_stays_through_a_checkpoint_and_comes_off(lm,
         restored = type(patch).restore(other, state)
         assert torch.equal(other.score([EDIT.text], [EDIT.target_new]).logprob_BM, edited)
         restored.remove()
+
+
+def test_the_model_s_own_file_stays_as_it_is(lm, folder):
+    (file,) = Path(folder).glob("*.safetensors")
+    before = file.read_bytes()
+    patch = FT([1], steps=2).edit(lm, [EDIT])
+    assert file.read_bytes() == before
+    patch.remove()
+    assert file.read_bytes() == before
+
+
+def test_gradients_keep_the_weights_of_offloaded_blocks(lm):
+    """As the documentation says: no memory is saved while a value is searched for."""
+    name, saved = lm.structure.out_name(1), []
+    rows = lm.tokens.rows([EDIT.text], [EDIT.target_new])
+    leaf = torch.zeros(lm.structure.width, requires_grad=True)
+    site = lm.net.get_submodule(lm.structure.block_name(0))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda _: None),
+        hooked([(site, lambda _m, _a, out: replace_first(out, first(out) + leaf))]),
+    ):
+        lm.reuse.tail(rows.without_last(), 0).logits(*rows.answer_positions())
+    weight = placement.read(lm.net.get_submodule(name), "weight")
+    assert any(t.shape in (weight.shape, weight.T.shape) and
+               torch.equal(t.sort().values, (weight if t.shape == weight.shape else weight.T).sort().values)
+               for t in saved)  # fmt: skip
 
 
 def test_auto_on_one_device_is_that_device(folder):

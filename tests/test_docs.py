@@ -128,6 +128,8 @@ class Reader:
         if not words:
             return
         program, *args = words
+        if program in ("torchrun", "srun"):  # what they start is a command like any other
+            program, *args = words[words.index("corrigenda") :]
         if program == "corrigenda" and args[:1] in (["fit"], ["validate"]):
             self.run(args)
         elif program == "corrigenda":

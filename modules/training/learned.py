@@ -180,12 +180,15 @@ class LearnedEditor(TrainedModule, WeightEditor):
 
     # ------------------------------------------------------------------ training
 
-    def on_fit_start(self) -> None:
-        if self._joins and self.trainer.world_size > 1:
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self._joins and self.trainer.world_size > 1:
             raise ValueError(
                 f"{type(self).__name__} combines several training cases in one update here, of which each process "
                 "would see only some: train it with --trainer.devices 1"
             )
+
+    def on_fit_start(self) -> None:
         if not self.is_sharded:  # or a pass would be left out by some processes only
             self.lm.reuse.keep(self.lowest_layer, self.lm.structure.num_layers)
 

@@ -207,6 +207,11 @@ class ScopeClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         require_own_dtype(self.trainer)
         require_unsharded(self.trainer, type(self).__name__)
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} relates the cases of a batch to each other, of which each process would "
+                "see only some: train it with --trainer.devices 1"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         encoder = list(self.scorer.encoder.parameters())
