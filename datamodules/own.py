@@ -195,18 +195,18 @@ def own_case(row: Row) -> EditCase:
     new, *others = row.answers("target_new")
     known = [answer for answer in row.answers("target_true", optional=True) if answer != NO_ANSWER]
     true = known[0].strip() if known else None
-    relation, task = (row.text(n) if row.has(n) else None for n in ("relation", "task"))
+    relation, task = (next(iter(row.answers(n, optional=True)), None) for n in ("relation", "task"))
     edit = row.edit("prompt", new, unique=True, target_true=true, relation=relation)
     rival = true if true != edit.target_new else None
     aliases = tuple(dict.fromkeys([*others, *row.answers("aliases", optional=True)]))
 
-    def asked(prompt: str) -> Probe:
+    def probe(prompt: str) -> Probe:
         return Probe(_filled(prompt, edit), edit.target_new, rival, aliases)
 
     rephrases = row.answers("rephrase", optional=True)
     probes = {
-        "efficacy": (asked(edit.text),),
-        "generality": tuple(map(asked, rephrases)),
+        "efficacy": (probe(edit.text),),
+        "generality": tuple(map(probe, rephrases)),
         "locality": _questions(row, "locality", edit),
         "portability": _questions(row, "portability", edit),
     }

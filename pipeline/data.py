@@ -113,13 +113,13 @@ def _example(case: EditCase, found: str) -> list[str]:
     lines = [f"{name:<13}{_one_line(text)}" for name, text in told.items() if text is not None]
     for criterion, probes in case.probes.items():
         for probe in probes[:SHOWN]:
-            lines.append(f"{criterion:<13}{_one_line(_asked(probe))}")
+            lines.append(f"{criterion:<13}{_one_line(_shown(probe))}")
         if len(probes) > SHOWN:
             lines.append(f"{'':<13}and {len(probes) - SHOWN} more")
     return lines
 
 
-def _asked(probe: Probe) -> str:
+def _shown(probe: Probe) -> str:
     aliases = f" (also {', '.join(probe.aliases)})" if probe.aliases else ""
     rival = f", not {probe.rival}" if probe.rival else ""
     return f"{probe.prompt} → {probe.target}{aliases}{rival}"

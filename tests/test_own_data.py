@@ -201,11 +201,11 @@ def test_questions_without_any_answer_are_left_out(cases):
 def test_names_of_published_files_are_known(cases):
     flat, wikibio = cases(
         FRANCE | {"ground_truth": "Paris", "rephrase_prompt": "a", "locality_prompt": "b",
-                  "locality_ground_truth": "c", "relation_id": "P36", "task": "europe", "cond": "x"},
+                  "locality_ground_truth": "c", "relation_id": "P36", "task": 3, "cond": "x"},
         {"text": "A passage about ada quill. ", "concept": "ada quill", "labels": "She was\nborn."},
     )  # fmt: skip
     assert probes(flat) == {"efficacy": 1, "generality": 1, "locality": 1}
-    assert flat.edits[0].relation == "P36" and flat.task == "europe"
+    assert flat.edits[0].relation == "P36" and flat.task == "3"
     assert wikibio.edits[0] == Edit("A passage about {}.", "ada quill", "She was\nborn.")
 
 
@@ -452,6 +452,13 @@ def test_rows_with_ids_of_all_kinds_have_a_file_each(validated):
     assert status == 0 and len(rows) == len(files) == 5
     assert {path.parent for path in files} == {Path("run/edits")}
     assert not list(Path().parent.glob("up*"))
+
+
+def test_all_criteria_of_the_row_from_easyedit_are_measured(validated):
+    status, rows, _ = validated(row("easyedit_flat.json"))
+    assert status == 0
+    measured = {"efficacy/exact", "generality/exact", "locality/agreement", "portability/exact"}
+    assert measured <= {*rows[0]["metrics"]}
 
 
 def test_the_row_without_a_subject_is_skipped_and_counted(validated, caplog):
