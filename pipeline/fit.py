@@ -44,14 +44,13 @@ NOISE = (
 CONFIGS = Path(__file__).parents[1] / "configs"
 MIN_COLUMNS = 40
 # Environment variables that Lightning reads when it is imported.
-RANKS = (
-    "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "SLURM_NTASKS"
-)  # fmt: skip
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE")
 
 
 def fit_or_validate(args: list[str]) -> None:
     """Runs ``fit`` or ``validate``; :func:`corrigenda.pipeline.cli.main` reports its errors."""
-    for name in RANKS:
+    # Outside a step of SLURM this process is the only one, whatever its job is allowed.
+    for name in (*RANKS, "SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else RANKS:
         if not (rank := os.environ.get(name, "0")).isdecimal():
             raise UserError(f"the environment variable {name} must be a whole number, got {rank!r}")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
