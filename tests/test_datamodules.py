@@ -757,6 +757,24 @@ def test_loader_refuses_the_state_of_other_data():
             other.load_state_dict(loader.state_dict())
 
 
+@pytest.mark.parametrize(("share", "seen"), [("even", 6), ("each_once", 6), ("same", 2)])
+def test_cases_that_some_process_has_seen_may_not_change(share, seen):
+    """After one batch of two in each of three processes."""
+    cases = numbered(18)
+    loaders = [CaseLoader(cases, 2, share=share, num_replicas=3, rank=rank) for rank in range(3)]
+    assert {repr(next(iter(loader)) and loader.state_dict()) for loader in loaders} == {
+        repr(loaders[0].state_dict())
+    }
+    for place in range(len(cases)):
+        changed = [*cases[:place], EditCase("other", cases[place].edits), *cases[place + 1 :]]
+        again = CaseLoader(changed, 2, share=share, num_replicas=3, rank=0)
+        if place < seen:
+            with pytest.raises(DataError, match="cannot resume in the middle of an epoch"):
+                again.load_state_dict(loaders[0].state_dict())
+        else:
+            again.load_state_dict(loaders[0].state_dict())
+
+
 def test_a_stream_may_grow_when_resumed():
     loader = CaseLoader(numbered(6), 2, share="same")
     next(iter(loader))

@@ -337,6 +337,22 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
         lm.perplexity(["a"], 1)
 
 
+def test_texts_are_cut_and_read_until_there_is_enough(tiny_lm, monkeypatch):
+    """At the model's positions or at 512 tokens; what follows is not even fetched."""
+    lm, long = tiny_lm("gpt2", max_position_embeddings=16), "The town is on the ice. " * 20
+
+    def texts():
+        yield from ("", long)
+        raise AssertionError("more text than needed is read")
+
+    assert lm.perplexity(["", long], 1000) == pytest.approx(text_by_hand(lm, [long], 16), rel=1e-5)
+    for limit in (15, 16, 17):  # one token is left of the last, which predicts nothing
+        by_hand = text_by_hand(lm, [long], min(limit, 16))
+        assert lm.perplexity(texts(), limit) == pytest.approx(by_hand, rel=1e-5)
+    monkeypatch.setattr("corrigenda.modules.model.scoring.TEXT_TOKENS", 8)
+    assert lm.perplexity([long], 1000) == pytest.approx(text_by_hand(lm, [long], 8), rel=1e-5)
+
+
 def test_a_collapsed_model_has_infinite_perplexity(lm):
     lm.net.get_input_embeddings().weight.data.fill_(float("nan"))
     assert lm.perplexity(["The town is on the ice."], 100) == math.inf
