@@ -730,6 +730,7 @@ def test_trainer_says_which_processes_share(split):
 
 def test_the_loader_resumes_from_its_state():
     loader = CaseLoader(numbered(10), 2, shuffle=True)
+    assert loader.state_dict()["position"] == loader.state_dict()["epoch"] == 0
     loader.set_epoch(4)
     batches = iter(loader)
     seen = [next(batches), next(batches)]

@@ -89,14 +89,16 @@ def test_an_unfinished_fit_is_resumed_or_refused(tmp_path, name, caplog):
     put(folder, name, "config.yaml", "config-resumed-1.yaml", "logs/version_0/metrics.csv", "mine")
     with pytest.raises(UserError, match="holds an unfinished run: resume it with --ckpt_path last"):
         begin()
-    put(folder, "interrupted-1/")
-    assert begin(ckpt_path="last").checkpoint is None
-    assert "a has no checkpoint to resume from" in caplog.text
-    assert "(earlier files are in a/interrupted-2)" in caplog.text
-    moved = [name.rstrip("/"), "config.yaml", "config-resumed-1.yaml", "logs"]
-    assert sorted(path.name for path in (folder / "interrupted-2").iterdir()) == sorted(moved)
+    put(tmp_path / "a", "interrupted-2/")
+    for number in (1, 3):
+        put(folder, "cases.jsonl")
+        assert begin(ckpt_path="last").checkpoint is None
+        assert "a has no checkpoint to resume from" in caplog.text
+        assert f"(earlier files are in a/interrupted-{number})" in caplog.text
+    moved = {"cases.jsonl", name.rstrip("/"), "config.yaml", "config-resumed-1.yaml", "logs"}
+    assert {path.name for path in (folder / "interrupted-1").iterdir()} == moved
     left = {path.name for path in folder.iterdir()} - {".lock"}
-    assert left == {"interrupted-1", "interrupted-2", "mine"}
+    assert left == {"interrupted-1", "interrupted-2", "interrupted-3", "mine"}
 
 
 def test_without_anything_to_resume_a_run_starts_and_says_so(tmp_path, caplog):
@@ -294,6 +296,7 @@ def without(name):
         (without("the content of x"), True),
         (BEFORE | {"the content of y": "1", "the set of cases": "2"}, True),
         (without("--a") | {CODE: "2", "--new": "1"}, False),  # the options of other code
+        (without("--a") | {CODE: "0", "--new": "1"}, False),
     ],
 )
 def test_the_same_run_is_resumed(tmp_path, now, code):
