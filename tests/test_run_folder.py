@@ -250,6 +250,10 @@ def test_settings_go_by_the_names_of_their_options():
     assert fit.keys() - others == {"--model.class_path", "--model.lm.name", "--seed_everything"}
     assert len(found[CODE]) == 16 and found[CODE] == fit[CODE]
     assert found["the version of torch"][0].isdigit()
+    one, other = (
+        dependencies(f"data: {{a: [{{{pair}}}]}}", "fit") for pair in ("b: 1, c: 2", "c: 2, b: 1")
+    )
+    assert one == other and one["--data.a"] == '[{"b": 1, "c": 2}]'
     with pytest.raises(ValueError, match="not settings"):
         dependencies("- a list", "fit")
 
