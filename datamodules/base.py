@@ -47,6 +47,7 @@ class EditDataModule(LightningDataModule):
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
         eval_batch_size: cases per batch when they are evaluated; by default batch_size.
+        max_probes: evaluate only the first so many probes of each criterion of a case; by default all.
     """
 
     source: ClassVar[str] = ""
@@ -66,10 +67,11 @@ class EditDataModule(LightningDataModule):
         val_limit: int | None = None,
         tasks: Tasks | None = None,
         eval_batch_size: int | None = None,
+        max_probes: int | None = None,
     ) -> None:
         super().__init__()
         checks.whole(1, batch_size=batch_size, limit=limit, val_limit=val_limit)
-        checks.whole(1, eval_batch_size=eval_batch_size)
+        checks.whole(1, eval_batch_size=eval_batch_size, max_probes=max_probes)
         checks.number("at least 0 and below 1", lambda x: 0 <= x < 1, val_fraction=val_fraction)
         checks.seeds(seed=seed)
         self.path = path
@@ -82,6 +84,7 @@ class EditDataModule(LightningDataModule):
         self.val_limit = val_limit
         self.tasks = tasks
         self.eval_batch_size = eval_batch_size or batch_size
+        self.max_probes = max_probes
         self.places: dict[str, str] = {}
         """Where each case was read, by its id."""
         self._files: dict[str, list[EditCase]] = {}
@@ -122,7 +125,7 @@ class EditDataModule(LightningDataModule):
             if self.known_only:
                 cases = self._known(cases)
                 self._known_ids = [case.case_id for case in cases]
-            cases = cases[: self._limit]
+            cases = self._with_probes(cases[: self._limit])
             self._evaluated = self.tasks.deal(cases) if self.tasks else cases
         return self._evaluated
 
@@ -156,7 +159,7 @@ class EditDataModule(LightningDataModule):
     def val_dataloader(self) -> CaseLoader:
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and self._trains_on == "train":
-            return self._loader(self.cases("val")[: self.val_limit])
+            return self._loader(self._with_probes(self.cases("val")[: self.val_limit]))
         return self._loader(self.evaluation_cases())
 
     def test_dataloader(self) -> CaseLoader:
@@ -180,6 +183,10 @@ class EditDataModule(LightningDataModule):
             self._known_ids = state_dict["known"]
 
     # ------------------------------------------------------------------ internals
+
+    def _with_probes(self, cases: Sequence[EditCase]) -> list[EditCase]:
+        """The cases with no more probes than ``max_probes``."""
+        return [case.with_probes(self.max_probes) for case in cases]
 
     @property
     def _trains_on(self) -> str:

@@ -98,6 +98,7 @@ class Facts(EditDataModule):
         tasks: how the evaluation cases become tasks that fit learns one after the other; by default they are
             one set.
         eval_batch_size: cases per batch when they are evaluated; by default batch_size.
+        max_probes: evaluate only the first so many probes of each criterion of a case; by default all.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Facts(EditDataModule):
         val_limit: int | None = None,
         tasks: Tasks | None = None,
         eval_batch_size: int | None = None,
+        max_probes: int | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -118,6 +120,7 @@ class Facts(EditDataModule):
             val_limit=val_limit,
             tasks=tasks,
             eval_batch_size=eval_batch_size,
+            max_probes=max_probes,
         )
         self._cases: dict[str, list[EditCase]] = {}
 

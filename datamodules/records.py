@@ -11,7 +11,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -210,6 +210,10 @@ class EditCase:
         edit = self.edits[0]
         others = [p for name in REPHRASED for p in self.probes.get(name, ())]
         return (Probe(edit.text, edit.target_new), *others)
+
+    def with_probes(self, most: int | None) -> EditCase:
+        """The case with at most so many probes of each criterion, the first ones; None: all."""
+        return replace(self, probes={name: probes[:most] for name, probes in self.probes.items()})
 
     @property
     def fingerprint(self) -> str:

@@ -15,8 +15,9 @@ from corrigenda.modules.editing.editor import Editor
 from corrigenda.modules.model import active_edits, lm
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import find_structure, sizes
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.learned import LearnedEditor
-from corrigenda.modules.training.tuning import FineTune, GradientEditor
+from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
 from tests.samples import ROOT

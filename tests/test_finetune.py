@@ -19,8 +19,9 @@ from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.hooks import hooked
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import is_linear
-from corrigenda.modules.training import tuning
-from corrigenda.modules.training.tuning import FineTune, TargetRows
+from corrigenda.modules.training import gradient_editor
+from corrigenda.modules.training.target_rows import TargetRows
+from corrigenda.modules.training.tuning import FineTune
 
 EDITS = [
     Edit("The capital of {} is", "Ruritania", "Strelsau"),
@@ -116,8 +117,8 @@ def test_the_shared_lower_blocks_change_nothing(tiny_folder, make):
 @every_editor
 def test_a_batch_in_pieces_is_the_same_batch(lm, make, monkeypatch):
     whole, each = make().propose(lm, EDITS), make().propose_each(lm, EACH)
-    monkeypatch.setattr(tuning, "CHUNK_TOKENS", 30)
-    monkeypatch.setattr(tuning, "MAX_ELEMENTS", 1)
+    monkeypatch.setattr(gradient_editor, "CHUNK_TOKENS", 30)
+    monkeypatch.setattr(gradient_editor, "MAX_ELEMENTS", 1)
     assert difference(make().propose(lm, EDITS), whole) < 1e-5
     for a, b in zip(make().propose_each(lm, EACH), each, strict=True):
         assert difference(a, b) < 1e-5
@@ -153,7 +154,7 @@ def test_edits_that_stop_at_different_times_do_not_meet(lm, make):
 
 @every_editor
 def test_the_loss_of_a_group_is_the_mean_of_its_edits(lm, make, monkeypatch):
-    monkeypatch.setattr(tuning, "CHUNK_TOKENS", 30)
+    monkeypatch.setattr(gradient_editor, "CHUNK_TOKENS", 30)
     editor = make()
     editor.steps = 1
     noted = [delta.metadata["notes"][0]["loss"] for delta in editor.propose_each(lm, EACH)]

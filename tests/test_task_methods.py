@@ -174,7 +174,8 @@ def test_every_task_starts_with_a_fresh_optimizer_and_schedule(lm, tmp_path):
     assert [o.param_groups[0]["lr"] for o in optimizers] == [0.1 * 0.5**4] * 3
 
 
-def test_a_task_can_have_an_empty_batch(lm, tmp_path):
+def test_a_task_can_have_an_empty_batch(lm, monkeypatch):
+    monkeypatch.setattr(FineTune, "batches_per_pass", 2)
     module = FineTune(lm, ft())
     before = learned(module)
     assert module.training_step([], 0) is None and same(learned(module), before)
@@ -531,6 +532,25 @@ def test_it_ends_with_the_first_pass_whose_mean_loss_is_low(lm, tmp_path, tasks,
     first, second = taken[:8], taken[8:]
     assert first == [(0, 1, 5.0), (0, 1, None), (0, 1, 0.015), (0, 1, None), *[(0, 0, None)] * 4]
     assert second[:4] == [(1, 1, 9.0), (1, 1, 9.0), (1, 1, 5.0), (1, 1, None)]
+
+
+def test_a_task_ends_early_once_a_pass_has_a_low_loss_also_when_resumed_within(lm, monkeypatch):
+    """Two batches per pass, each in a process of its own; a pass is judged by its mean loss."""
+    monkeypatch.setattr(FineTune, "batches_per_pass", 2)
+    monkeypatch.setattr(FineTune, "tasks", [CASES[:2]])
+    module, judged = FineTune(lm, ft(stop_loss=0.01)), []
+    for losses in ([5.0, 0.001], [0.017, 0.001]):
+        for idx, value in enumerate(losses):
+            monkeypatch.setattr(module, "loss", lambda *_, value=value: torch.tensor(value))
+            monkeypatch.setattr(module, "is_learned", lambda *given: judged.append(given))
+            module.training_step(CASES[idx : idx + 1], idx)
+            checkpoint = {"state_dict": module.state_dict()}
+            module.on_save_checkpoint(checkpoint)
+            module = FineTune(lm, ft(stop_loss=0.01))
+            module.on_load_checkpoint(checkpoint)
+    assert [passes for passes, _ in judged] == [1, 1]
+    assert [loss for _, loss in judged] == pytest.approx([2.5005, 0.009])
+    assert module.is_learned(2, 0.009) and not module.is_learned(1, 2.5)
 
 
 def test_it_makes_at_most_so_many_passes(lm, tmp_path):

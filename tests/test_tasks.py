@@ -118,6 +118,15 @@ def test_cases_may_be_evaluated_in_larger_batches_than_they_are_learned():
     assert [len(batch) for batch in Facts(limit=3, batch_size=2).val_dataloader()] == [2, 1]
 
 
+def test_of_every_criterion_only_the_first_probes_are_evaluated():
+    every = Facts(limit=3).evaluation_cases()
+    few = Facts(limit=3, max_probes=2).evaluation_cases()
+    assert ids(few) == ids(every)
+    for one, other in zip(few, every, strict=True):
+        assert one.probes == {name: probes[:2] for name, probes in other.probes.items()}
+        assert len(other.probes["locality"]) > 2
+
+
 # ---------------------------------------------------------------------------- loading
 
 

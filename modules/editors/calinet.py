@@ -26,7 +26,7 @@ from corrigenda.modules.editing.adapters import ModuleEditor
 from corrigenda.modules.editing.neurons import SideNeurons
 from corrigenda.modules.editors.key_value import sample_contexts
 from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.training.tuning import TargetRows
+from corrigenda.modules.training.target_rows import TargetRows
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from corrigenda.modules import checks
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.learned import mlp_matrices
 from corrigenda.modules.training.target_rows import Loss
-from corrigenda.modules.training.tuning import GradientEditor
 
 
 class FT(GradientEditor):

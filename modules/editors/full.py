@@ -15,8 +15,8 @@ from torch import Tensor
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import to_storage
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.target_rows import Loss
-from corrigenda.modules.training.tuning import GradientEditor
 
 
 class FullFT(GradientEditor):

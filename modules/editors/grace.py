@@ -46,7 +46,7 @@ from corrigenda.modules.statistics.states import (
     unrelated_prompts,
 )
 from corrigenda.modules.training.optimize import IndependentAdam
-from corrigenda.modules.training.tuning import TargetRows
+from corrigenda.modules.training.target_rows import TargetRows
 
 log = logging.getLogger(__name__)
 

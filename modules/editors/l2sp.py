@@ -18,9 +18,10 @@ from corrigenda.datamodules.records import EditCase
 from corrigenda.modules import checks
 from corrigenda.modules.model.delta import Delta, LowRank, add_deltas
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.kept import Kept
 from corrigenda.modules.training.target_rows import TargetRows
-from corrigenda.modules.training.tuning import FineTune, GradientEditor
+from corrigenda.modules.training.tuning import FineTune
 
 
 class L2SP(FineTune):

@@ -11,14 +11,10 @@ tuned with it; a skipped batch counts as one of the trainer's steps.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from corrigenda.datamodules.records import EditCase
-from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.training.tuning import FineTune, GradientEditor
+from corrigenda.modules.training.tuning import FineTune
 
 
 class LocFT(FineTune):
@@ -26,34 +22,13 @@ class LocFT(FineTune):
 
     Of ``method`` the ``steps`` are the most passes over a task, and ``stop_loss`` is the loss below which a batch
     is skipped and a task ends. Without tasks an epoch is a pass.
-
-    Args:
-        lm: the language model.
-        method: the parameters to learn and their loss.
-        **rest: further settings, of FineTune.
     """
 
     ends_targets = True
-    pass_loss: Tensor
-
-    def __init__(self, lm: LanguageModel, method: GradientEditor, **rest: Any) -> None:  # noqa: ANN401
-        super().__init__(lm, method, **rest)
-        # Sum of the losses of this pass, and the number of edits.
-        self.register_buffer("pass_loss", torch.zeros(2, dtype=torch.float64))
 
     def training_step(self, batch: list[EditCase], batch_idx: int) -> Tensor | None:
         loss = super().training_step(batch, batch_idx)
-        if loss is not None:
-            count = sum(len(case.edits) for case in batch)
-            self.pass_loss += torch.stack([count * loss.detach(), loss.new_tensor(count)])
-        passes, rest = divmod(batch_idx + 1, self.batches_per_pass)
-        if rest == 0:
-            self._end_pass(passes if self.tasks else self.current_epoch + 1)
         return None if loss is None or loss < self.method.stop_loss else loss
 
-    def _end_pass(self, passes: int) -> None:
-        """Ends the task when the mean loss is low or the passes are used up."""
-        total, count = self.pass_loss.tolist()
-        self.pass_loss.zero_()
-        if total / max(count, 1) < self.method.stop_loss or passes >= self.method.steps:
-            self.stop_task()
+    def is_learned(self, passes: int, loss: float) -> bool:
+        return loss < self.method.stop_loss or passes >= self.method.steps

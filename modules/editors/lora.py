@@ -23,8 +23,8 @@ from corrigenda.modules import checks
 from corrigenda.modules.model.delta import Delta, LowRank
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import is_linear, sizes
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.target_rows import Loss
-from corrigenda.modules.training.tuning import GradientEditor
 
 BETWEEN_TASKS = 1_000_003  # between the seeds of one task and the next
 

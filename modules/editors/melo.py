@@ -42,7 +42,7 @@ from corrigenda.modules.statistics.states import (
     neighbour_distance,
     unrelated_prompts,
 )
-from corrigenda.modules.training.tuning import TargetRows
+from corrigenda.modules.training.target_rows import TargetRows
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.statistics.corpus import Corpus
+from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.target_rows import Loss
-from corrigenda.modules.training.tuning import FineTune, GradientEditor
+from corrigenda.modules.training.tuning import FineTune
 
 UNSUITED = {
     "XLORA": "loads further adapters by name",

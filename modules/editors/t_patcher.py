@@ -38,7 +38,7 @@ from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import distances, read_states
 from corrigenda.modules.training.optimize import IndependentAdam
-from corrigenda.modules.training.tuning import TargetRows
+from corrigenda.modules.training.target_rows import TargetRows
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.statistics.states import read_states, unrelated_prompts
-from corrigenda.modules.training.tuning import TargetRows
+from corrigenda.modules.training.target_rows import TargetRows
 
 log = logging.getLogger(__name__)
 
