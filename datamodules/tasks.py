@@ -29,8 +29,8 @@ class Tasks:
         size: cases per task; with ``by: file`` at most so many, and all of them if not given.
         by: ``chunk`` deals out the first cases in a random order; ``relation`` makes each task of one relation
             that has enough cases; ``file`` takes the tasks that the records name.
-        passes: how often a task's cases are gone through at most, each time in another order. A method that edits rather
-            than trains needs 1.
+        passes: how often a task's cases are gone through at most, each time in another order. A method that edits
+            rather than trains needs 1.
         unrelated: further cases per task that are never edited: their prompts, with their true answers, are
             added to the task's cases as ``unrelated`` probes. 0 leaves the dataset's own.
         joint: learn all tasks at once in a single epoch, which is what learning them one by one is measured

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from statistics import median
 
 import pytest
 
@@ -182,3 +183,19 @@ def test_no_editor_knows_who_runs_it(file: str) -> None:
     words |= {word for name in imports(file) for word in name.split(".")}
     wrong = ", ".join(sorted(words & (outside | {"wandb"})))
     assert not wrong, f"{file} uses {wrong}: editors know neither trainer, logger nor data module"
+
+
+# ---------------------------------------------------------------------------- sizes
+
+
+def test_files_and_functions_are_short():
+    """No file of product code above 400 lines, no function above 60, and the median function at most 12."""
+    lengths = {}
+    for file in FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lengths[f"{file}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+    assert len(lengths) > 1000 and median(lengths.values()) <= 12

@@ -21,9 +21,9 @@ from torch import Tensor
 from corrigenda.datamodules.records import EditCase
 from corrigenda.modules import checks
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.modules.training.drift import drift
 from corrigenda.modules.training.gradient_editor import GradientEditor
 from corrigenda.modules.training.kept import Kept
-from corrigenda.modules.training.learned import drift
 from corrigenda.modules.training.target_rows import TargetRows
 from corrigenda.modules.training.tuning import FineTune
 

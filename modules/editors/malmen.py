@@ -41,8 +41,9 @@ from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows
 from corrigenda.modules.model.structure import sizes
 from corrigenda.modules.model.tail import Tail
+from corrigenda.modules.training.drift import drift
 from corrigenda.modules.training.gradients import PairNetwork, gradient_factors
-from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks, drift
+from corrigenda.modules.training.learned import LearnedEditor, chosen_blocks
 
 
 class Ridge:
