@@ -18,9 +18,12 @@ import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import Edit
+from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.finetune import FT
+from corrigenda.modules.editors.full import FullFT
 from corrigenda.modules.evaluation.requirements import require_place
 from corrigenda.modules.model import placement
+from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.hooks import first, hooked, replace_first
 from corrigenda.modules.model.lm import LanguageModel
 from tests.samples import ROOT
@@ -141,6 +144,20 @@ def test_gradients_keep_the_weights_of_offloaded_blocks(lm):
     assert any(t.shape in (weight.shape, weight.T.shape) and
                torch.equal(t.sort().values, (weight if t.shape == weight.shape else weight.T).sort().values)
                for t in saved)  # fmt: skip
+
+
+def test_an_update_of_every_weight_needs_them_on_devices(lm):
+    with pytest.raises(
+        ValueError, match="full fine-tuning adds to every weight, and transformer.wte"
+    ):
+        FullFT(steps=2).edit(lm, [EDIT])
+    norm = Delta({"transformer.ln_f.weight": torch.ones(lm.structure.width)})
+    with pytest.raises(EditError, match="transformer.ln_f.weight is offloaded"):
+        lm.score([EDIT.text], [EDIT.target_new], [norm])
+    plain = lm.score([EDIT.text], [EDIT.target_new]).logprob_BM
+    patch = WeightPatch(lm, norm)
+    assert not torch.equal(lm.score([EDIT.text], [EDIT.target_new]).logprob_BM, plain)
+    patch.remove()
 
 
 def test_auto_on_one_device_is_that_device(folder):

@@ -52,6 +52,11 @@ class FullFT(GradientEditor):
                     f"full fine-tuning adds to every weight, and {name} is quantised: load the model without "
                     "--model.lm.quantization, or tune LoRA on it"
                 )
+            if parameter.is_meta:
+                raise ValueError(
+                    f"full fine-tuning adds to every weight, and {name} is offloaded: give --model.lm.device_map "
+                    "devices alone, or tune LoRA on it"
+                )
             module = lm.net.get_submodule(name.rpartition(".")[0])
             shape = to_storage(module, parameter).shape
             leaves[name] = torch.zeros(count, *shape, device=parameter.device, requires_grad=True)

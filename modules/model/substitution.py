@@ -13,7 +13,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from corrigenda.modules.interrupts import Reversible
-from corrigenda.modules.model.delta import Delta, LowRank
+from corrigenda.modules.model.delta import Delta, EditError, LowRank
 from corrigenda.modules.model.structure import is_linear, to_storage
 
 
@@ -36,6 +36,11 @@ def substituted(net: nn.Module, delta: Delta) -> Reversible:
     changes: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
     for name, update in delta.updates.items():
         owner, parameter = net.get_submodule(name.rpartition(".")[0]), net.get_parameter(name)
+        if parameter.is_meta:
+            raise EditError(
+                f"{name} is offloaded, and an update beside it would not be: write it with WeightPatch, or give "
+                "--model.lm.device_map devices alone"
+            )
         dense = update.dense(update.left_Or.dtype) if isinstance(update, LowRank) else update
         total = (parameter.detach() + to_storage(owner, dense)).to(parameter.dtype)
         changes += [(module, kind, parameter, total) for module, kind in used_at[id(parameter)]]
