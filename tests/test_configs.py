@@ -120,7 +120,7 @@ SHAPES = {
     "gemma-2-2b": ("gemma2", {}),
 }  # fmt: skip
 MODELS = ("gpt2-xl", "llama-7b", "llama-2-7b", "llama-3-8b", "qwen2.5-7b")
-METHODS = ("mend", "serac", "ke", "malmen", "ft", "ft_m", "lora", "ike", "grace", "wise")
+METHODS = ("mend", "serac", "ke", "malmen", "ft", "ft_m", "lora", "ewc", "ike", "grace", "wise")
 
 
 @pytest.fixture(scope="module")
