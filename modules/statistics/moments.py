@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -219,7 +219,8 @@ class Moments:
         seen = 0
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("second moments", total=self.corpus.tokens)
-            for buffer in _batched(self.corpus.texts(self.lm), BUFFER_TEXTS):
+            texts = iter(self.corpus.texts(self.lm))
+            while buffer := list(islice(texts, BUFFER_TEXTS)):
                 ids = []
                 for row in self.lm.tokens.encode([text for text in buffer if text.strip()]):
                     row = row[: min(limit, self.corpus.tokens - seen)]
@@ -371,14 +372,3 @@ def padded_batches(lm: LanguageModel, ids: list[list[int]]) -> Iterator[Rows]:
 def _largest(number: int) -> int:
     """The maximum over all processes."""
     return max(processes.gather(number))
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

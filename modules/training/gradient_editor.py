@@ -88,10 +88,8 @@ class GradientEditor(WeightEditor):
     def propose_each(self, lm: LanguageModel, edits: Sequence[Sequence[Edit]]) -> list[Delta]:
         size = sum(leaf.numel() for leaf in self.start(lm, 1).values())
         count = max(1, min(self.parallel, MAX_ELEMENTS // size))
-        deltas: list[Delta] = []
-        for begin in range(0, len(edits), count):
-            deltas += self._learn(lm, edits[begin : begin + count])
-        return deltas
+        starts = range(0, len(edits), count)
+        return [d for start in starts for d in self._learn(lm, edits[start : start + count])]
 
     def _learn(self, lm: LanguageModel, groups: Sequence[Sequence[Edit]]) -> list[Delta]:
         """One update per group, each independent of the other groups."""
