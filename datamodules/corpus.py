@@ -18,7 +18,7 @@ def texts(source: str) -> Iterator[str]:
             also with .gz, .parquet, or a Hub dataset (``owner/name:split`` or ``owner/name/config:split``).
     """
     if source == "facts":
-        from corrigenda.datamodules.facts import statements
+        from corrigenda.datamodules.fact_tables import statements
 
         return iter(statements())
     if source.endswith((".txt", ".txt.gz")):

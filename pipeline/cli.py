@@ -6,13 +6,15 @@ import os
 import re
 import sys
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.fit import fit_or_validate
 from corrigenda.pipeline.signals import Terminated, interruptible, status_of
+from corrigenda.pipeline.stored_help import stored_help
 from corrigenda.pipeline.trust import (
     MAX_CHARACTERS,
     ONLY_KNOWN,
@@ -83,6 +85,9 @@ def _main(command: str, words: list[str]) -> None:
             for before, word in zip([command, *words], words, strict=False)
         ]
         if command in ("fit", "validate"):
+            if words in (["-h"], ["--help"]) and (text := stored_help(command)):
+                sys.stdout.write(text)
+                return
             fit_or_validate([command, *words])
         elif command in commands:
             commands[command](words)
@@ -209,14 +214,19 @@ def _moments(args: list[str]) -> None:
 
 def _edits(args: list[str]) -> None:
     """Exits with status 1 if ``edits verify`` fails."""
-    from corrigenda.modules.model.lm import LanguageModel
-    from corrigenda.pipeline import edits
+    from corrigenda.pipeline import edit_files
 
-    parser = _parser("edits", edits.__doc__)
+    functions: list[Callable[..., Any]] = [edit_files.show, edit_files.merge]
+    if args[:1] not in (["show"], ["merge"]):  # the others import model libraries, for seconds
+        from corrigenda.modules.model.lm import LanguageModel
+        from corrigenda.pipeline import edits
+
+        functions += [edits.verify, edits.apply, edits.export]
+    parser = _parser("edits", "Shows, verifies, applies, merges and exports saved edits.")
     verbs = parser.add_subcommands()
-    for verb in ("show", "verify", "apply", "merge", "export"):
-        function = getattr(edits, verb)
-        what = function.__doc__.partition("\n\n")[0]
+    by_name = {function.__name__: function for function in functions}
+    for verb, function in by_name.items():
+        what = str(function.__doc__).partition("\n\n")[0]
         part = _parser(f"edits {verb}", what)
         if verb in ("verify", "export"):
             part.add_argument("file", type=Path, help="edits (.safetensors)")
@@ -238,7 +248,7 @@ def _edits(args: list[str]) -> None:
     options = given[given.subcommand].as_dict()
     if "lm" in options:
         options["lm_options"] = options.pop("lm")
-    if getattr(edits, given.subcommand)(**options) is False:
+    if by_name[given.subcommand](**options) is False:
         raise SystemExit(1)
 
 

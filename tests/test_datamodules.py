@@ -440,9 +440,9 @@ def test_corpus_forms(tmp_path):
 
 
 def test_corpus_facts_are_the_projects_own(monkeypatch):
-    facts = types.ModuleType("corrigenda.datamodules.facts")
+    facts = types.ModuleType("corrigenda.datamodules.fact_tables")
     facts.statements = lambda: iter(["Water is wet."])
-    monkeypatch.setitem(sys.modules, "corrigenda.datamodules.facts", facts)
+    monkeypatch.setitem(sys.modules, "corrigenda.datamodules.fact_tables", facts)
     assert list(corpus.texts("facts")) == ["Water is wet."]
 
 

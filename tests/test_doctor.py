@@ -8,7 +8,8 @@ import torch
 import transformers
 import yaml
 
-from corrigenda.datamodules.facts import Fact, Facts, Relation
+from corrigenda.datamodules.fact_tables import Fact, Relation
+from corrigenda.datamodules.facts import Facts
 from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.editors.mend import MEND
 from corrigenda.modules.editors.rome import ROME

@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 
 from corrigenda.datamodules.base import subjects
-from corrigenda.datamodules.facts import FOLDER, NUM_SEEN, Facts, all_facts, statements
+from corrigenda.datamodules.fact_tables import FOLDER, all_facts, statements
+from corrigenda.datamodules.facts import NUM_SEEN, Facts
 
 SPLITS = ("train", "val", "test")
 FACTS = all_facts()

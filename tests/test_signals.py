@@ -89,7 +89,7 @@ def test_a_second_ctrl_c_ends_a_run_that_is_stopping(corrigenda, tiny, monkeypat
         (["report", "a", "--out", "b"], "corrigenda.pipeline.report.read_runs"),
         (["moments", "--layers", "0"], "corrigenda.modules.model.lm.load_model"),
         (["doctor", "a"], "corrigenda.modules.model.lm.load_model"),
-        (["edits", "show", "a.safetensors"], "corrigenda.pipeline.edits.file_format"),
+        (["edits", "show", "a.safetensors"], "corrigenda.pipeline.edit_files.file_format"),
         (["compare", "s.yaml"], "corrigenda.pipeline.compare.run_child"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

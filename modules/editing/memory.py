@@ -10,7 +10,7 @@ import json
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,22 +20,15 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, Separator, joined
 from corrigenda.modules.editing.editor import Editor
+from corrigenda.modules.editing.saved_memory import FORMAT, SavedMemory
 from corrigenda.modules.editing.text_patch import TextPatch, set_aside
 from corrigenda.modules.files import write_tensors
 from corrigenda.modules.interrupts import Reversible, uninterrupted
-from corrigenda.modules.model.delta import EditError, read_origin, read_tensors
+from corrigenda.modules.model.delta import EditError
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
-from corrigenda.modules.retrieval.retriever import (
-    Encoder,
-    Retriever,
-    as_tensor,
-    find_encoder,
-    from_tensor,
-    require_vectors,
-)
-
-FORMAT = "corrigenda-remembered-1"
+from corrigenda.modules.retrieval.retriever import Encoder, Retriever, find_encoder
+from corrigenda.modules.retrieval.vectors import as_tensor
 
 
 def sentence(edit: Edit, separator: Separator = "auto") -> str:
@@ -250,36 +243,6 @@ class MemoryPatch(TextPatch):
             {"edits": as_tensor(state["edits"]), **known},
             {"format": FORMAT, "memory": json.dumps(header)},
         )
-
-
-@dataclass(frozen=True)
-class SavedMemory:
-    """The content of a file that :meth:`MemoryPatch.save` wrote.
-
-    Attributes:
-        edits: in the order they were made.
-        known: the vectors of their keys and the index over them; empty if the file has none.
-        metadata: editor, model, hashes of its weights and of the vectors' encoder.
-    """
-
-    edits: list[Edit]
-    known: dict[str, Tensor]
-    metadata: dict[str, Any]
-
-    @classmethod
-    def load(cls, path: str | Path) -> SavedMemory:
-        """The edits of a file; raises EditError for any other file."""
-        tensors, header = read_tensors(path, FORMAT, "memory of edits")
-        try:
-            edits = [Edit(**fields) for fields in from_tensor(tensors.pop("edits"))]
-            metadata = read_origin(header["memory"])
-            if not edits or not {"editor", "base"} <= metadata.keys():
-                raise ValueError("it does not name its editor, its base model or any edit")
-            if tensors or "encoder" in metadata:
-                require_vectors(tensors, len(edits))
-            return cls(edits, tensors, metadata)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise EditError(f"{path}: a damaged memory file ({error})") from None
 
 
 class MemoryEditor(Editor):
