@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,8 @@ class EditDataModule(LightningDataModule):
             one set.
         eval_batch_size: cases per batch when they are evaluated; by default batch_size.
         max_probes: evaluate only the first so many probes of each criterion of a case; by default all.
+        order_seed: random seed of the order in which the evaluation cases are edited, 0 for that of the run; by
+            default they keep the order of the dataset. The cases are the same for every seed.
     """
 
     source: ClassVar[str] = ""
@@ -68,12 +71,17 @@ class EditDataModule(LightningDataModule):
         tasks: Tasks | None = None,
         eval_batch_size: int | None = None,
         max_probes: int | None = None,
+        order_seed: int | None = None,
     ) -> None:
         super().__init__()
         checks.whole(1, batch_size=batch_size, limit=limit, val_limit=val_limit)
         checks.whole(1, eval_batch_size=eval_batch_size, max_probes=max_probes)
         checks.number("at least 0 and below 1", lambda x: 0 <= x < 1, val_fraction=val_fraction)
-        checks.seeds(seed=seed)
+        checks.seeds(seed=seed, order_seed=order_seed)
+        if tasks is not None and order_seed is not None:
+            raise ValueError(
+                "the order of tasks depends on --data.tasks.seed: leave out --data.order_seed"
+            )
         self.path = path
         self.train_path = train_path
         self.batch_size = batch_size
@@ -85,6 +93,7 @@ class EditDataModule(LightningDataModule):
         self.tasks = tasks
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_probes = max_probes
+        self.order_seed = order_seed
         self.places: dict[str, str] = {}
         """Where each case was read, by its id."""
         self._files: dict[str, list[EditCase]] = {}
@@ -126,6 +135,8 @@ class EditDataModule(LightningDataModule):
                 cases = self._known(cases)
                 self._known_ids = [case.case_id for case in cases]
             cases = self._with_probes(cases[: self._limit])
+            if self.order_seed is not None:
+                cases = random.Random(f"order {self.order_seed}").sample(cases, len(cases))
             self._evaluated = self.tasks.deal(cases) if self.tasks else cases
         return self._evaluated
 

@@ -43,6 +43,8 @@ class Facts(EditDataModule):
             one set.
         eval_batch_size: cases per batch when they are evaluated; by default batch_size.
         max_probes: evaluate only the first so many probes of each criterion of a case; by default all.
+        order_seed: random seed of the order in which the cases are edited, 0 for that of the run; by default
+            they keep the order of the dataset.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Facts(EditDataModule):
         tasks: Tasks | None = None,
         eval_batch_size: int | None = None,
         max_probes: int | None = None,
+        order_seed: int | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -65,6 +68,7 @@ class Facts(EditDataModule):
             tasks=tasks,
             eval_batch_size=eval_batch_size,
             max_probes=max_probes,
+            order_seed=order_seed,
         )
         self._cases: dict[str, list[EditCase]] = {}
 

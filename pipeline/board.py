@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, cast
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 8.0
+OF_A_STREAM = ("val/", "current/", "guard/", "forgetting/")  # metrics over the number of edits
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,3 +83,38 @@ def _require_connection(url: str) -> None:
         urlopen(url, timeout=SECONDS_TO_CONNECT).close()
     except HTTPError:  # the server has responded
         return
+
+
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """The W&B loggers; none in processes that do not write."""
+    boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    return boards if trainer.is_global_zero else []
+
+
+class Axes:
+    """What W&B plots metrics over: those of a stream over its number of edits, others over the trainer's steps.
+
+    Metrics are declared one by one: W&B's versions differ in which of several matching patterns wins.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def choose(self, trainer: Trainer, is_stream: bool, names: Iterable[str]) -> None:
+        """Declares the metrics among ``names`` that are new."""
+        boards = wandb_loggers(trainer)
+        new = set(names) - self._known if boards else set()
+        self._known |= new
+        for name in sorted(new):
+            counted = is_stream and name.startswith(OF_A_STREAM)
+            axis = "edit/num_edits" if counted else "trainer/global_step"
+            for board in boards:
+                with suppress(Exception):  # the logger reports its own failures
+                    board.experiment.define_metric(name, step_metric=axis)
+
+
+def log_beside(trainer: Trainer, axes: Axes, values: dict[str, float], num_edits: int) -> None:
+    """Logs values of a stream at once, whatever ``log_every_n_steps`` is."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        logger.log_metrics(values | {"edit/num_edits": float(num_edits)}, trainer.global_step)
+    axes.choose(trainer, True, values)

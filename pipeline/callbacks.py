@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.datamodules.records import EditCase
@@ -28,7 +27,9 @@ from corrigenda.modules.lightning_internals import epochs_started
 from corrigenda.modules.metrics import FactsForgotten
 from corrigenda.modules.model.delta import Delta, EditError
 from corrigenda.modules.model.handle import EditHandle
+from corrigenda.pipeline.board import Axes
 from corrigenda.pipeline.cost import Cost, Stopwatch, peak_gib, query_cost
+from corrigenda.pipeline.schedules import INDEPENDENT, Schedule, require_one_pass, require_possible
 from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
@@ -49,18 +50,23 @@ class EditCallback(Callback):
     def __init__(
         self,
         editor: Editor | None = None,
-        schedule: Literal["each", "batch", "epoch", "stream"] = "each",
+        schedule: Schedule = "each",
         save_edits: bool = True,
     ) -> None:
         self.editor, self.schedule, self.save_edits = editor, schedule, save_edits
         self.num_edits = 0  # active on the evaluated model
         self.cost = Cost()  # of this process, and of those before it was interrupted
         self.current: list[CaseResult] = []  # results of the stream's last step
+        self.accepts: Callable[[list[EditCase]], bool] = lambda _: (
+            True
+        )  # decides on a stream's step
+        self.undone: list[EditCase] = []  # cases of the stream's last step, if it was not accepted
+        self._num_undone = 0
         self._handles: list[EditHandle] = []
         self._done: dict[str, None] = {}  # case ids edited so far, in order
         self._edited: frozenset[str] = frozenset()  # their prompts
         self._forgotten = FactsForgotten()
-        self._with_axis: set[str] = set()  # metrics whose x axis W&B knows
+        self._axes = Axes()
         self._restored: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -71,33 +77,16 @@ class EditCallback(Callback):
             self.editor = pl_module
         if self.editor:
             self.editor.check(pl_module.lm)  # before known_only scores the cases
-        if self.editor and self._differ and pl_module.perplexity:
-            raise ValueError(
-                f"perplexity needs edits that stay active during the whole evaluation, which the schedule "
-                f"{self.schedule!r} does not have: set --edit.schedule epoch or stream, or leave out "
-                "--model.perplexity"
-            )
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if self.schedule != "stream" and fitting and not pl_module.trains:
-            raise ValueError(f"fit has nothing to train with the schedule {self.schedule!r}: run validate, "
-                             "or set --edit.schedule stream")  # fmt: skip
+        require_possible(self.schedule, self.editor, pl_module, fitting)
         if self.schedule == "stream":
-            if not fitting:
-                raise ValueError("the schedule 'stream' edits step by step: run fit")
-            if self.editor is None:
-                raise ValueError("the schedule 'stream' needs an editor: set --edit.editor")
-            if pl_module.trains_on != "edits":
-                raise ValueError("the schedule 'stream' does not train: use --model EditingModule, with the "
-                                 "trained editor as --edit.editor")  # fmt: skip
             tasks = tasks_of(trainer)
             if tasks is None:
                 pl_module.conditions = Conditions(only_cases=self._done.keys())
                 # Without a limit Lightning would start further epochs and repeat all edits.
                 trainer.fit_loop.max_epochs = 1
-            elif tasks.passes > 1:
-                raise ValueError(
-                    "the schedule 'stream' edits each case once: leave out --data.tasks.passes"
-                )
+            else:
+                require_one_pass(tasks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         try:
@@ -151,6 +140,11 @@ class EditCallback(Callback):
     def _edit(
         self, trainer: Trainer, module: EditingModule, cases: list[EditCase], name: str
     ) -> EditHandle:
+        handle = self._make(module, cases, name)
+        self._save(trainer, handle, name)
+        return handle
+
+    def _make(self, module: EditingModule, cases: list[EditCase], name: str) -> EditHandle:
         editor = self._prepare(module)
         edits = [edit for case in cases for edit in case.edits]
         with Stopwatch(module.lm) as watch, editing_mode():
@@ -159,13 +153,12 @@ class EditCallback(Callback):
         self.cost += watch.stop() + size + query_cost(module.lm, edits)
         if not self._differ:
             processes.require_alike(handle.digest(), f"the edit {name!r}")
-        self._save(trainer, handle, name)
         return handle
 
     @property
     def _differ(self) -> bool:
         """Whether every process makes edits of its own; otherwise all make the same."""
-        return self.schedule in ("each", "batch")
+        return self.schedule in INDEPENDENT
 
     def _save(self, trainer: Trainer, edit: Delta | EditHandle, name: str) -> None:
         if self.save_edits and (self._differ or trainer.is_global_zero):
@@ -239,22 +232,18 @@ class EditCallback(Callback):
             pl_module.log("val/efficacy/forgotten", self._forgotten.compute())
 
     def on_validation_end(self, trainer: Trainer, pl_module: EditingModule) -> None:
-        self._choose_axes(trainer)
+        self._axes.choose(trainer, self.schedule == "stream", trainer.callback_metrics)
 
-    def _choose_axes(self, trainer: Trainer) -> None:
-        """W&B plots a stream over its number of edits, everything else over the trainer's steps.
+    @property
+    def done(self) -> list[str]:
+        """Ids of the cases that a stream has edited so far, in order."""
+        return list(self._done)
 
-        Metrics are declared one by one: W&B's versions differ in which of several matching patterns wins.
-        """
-        boards = wandb_loggers(trainer)
-        new = set(trainer.callback_metrics) - self._with_axis if boards else set()
-        self._with_axis |= new
-        for name in sorted(new):
-            counted = self.schedule == "stream" and name.startswith(("val/", "current/"))
-            axis = "edit/num_edits" if counted else "trainer/global_step"
-            for board in boards:
-                with suppress(Exception):  # the logger reports its own failures
-                    board.experiment.define_metric(name, step_metric=axis)
+    @property
+    def accepted(self) -> float | None:
+        """Share of a stream's edits that were accepted; None without a stream."""
+        made = len(self._done) + self._num_undone
+        return len(self._done) / made if self.schedule == "stream" and made else None
 
     @property
     def active(self) -> list[EditHandle]:
@@ -290,10 +279,17 @@ class EditCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: EditingModule, batch: list[EditCase], batch_idx: int
     ) -> None:
-        self.current = []
+        self.current, self.undone = [], []
         if self.schedule != "stream" or not batch:  # a task may have fewer batches than others
             return
-        new = self._edit(trainer, pl_module, batch, f"step-{trainer.global_step:06d}")
+        name = f"step-{trainer.global_step:06d}"
+        new = self._make(pl_module, batch, name)
+        if not self.accepts(batch):  # before it becomes one with the earlier ones
+            new.remove()
+            self.undone = batch
+            self._num_undone += len(batch)
+            return
+        self._save(trainer, new, name)
         last = self._handles[-1] if self._handles else None
         if last is not None and last.can_absorb(new):
             last.absorb(new)
@@ -316,7 +312,7 @@ class EditCallback(Callback):
         is_last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         if self.schedule == "stream" and (is_last or trainer.global_step == trainer.max_steps):
             trainer.should_stop = True
-        self._choose_axes(trainer)
+        self._axes.choose(trainer, self.schedule == "stream", trainer.callback_metrics)
 
     def _stream_conditions(self, trainer: Trainer) -> Conditions:
         """Of tasks all cases are evaluated, and always the same probes of them."""
@@ -337,12 +333,13 @@ class EditCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: costs so far, and a stream's edits (bit-exact) and forgotten facts."""
         state = self.total_cost().state()
-        if self.schedule != "stream" or not self._handles:
+        if self.schedule != "stream":
             return state
         patches = [handle.state() for handle in self._handles]
         return state | {
             "patches": patches,
             "done": list(self._done),
+            "undone": self._num_undone,
             "forgotten": self._forgotten.state_dict(),
         }
 
@@ -358,7 +355,7 @@ class EditCallback(Callback):
             return
         self._handles = [self._restored_patch(pl_module, patch) for patch in state["patches"]]
         self._done = dict.fromkeys(state["done"])
-        self.num_edits = len(self._done)
+        self.num_edits, self._num_undone = len(self._done), state.get("undone", 0)
         self._forgotten.load_state_dict(state["forgotten"])
         if self._done:
             cases = pl_module.trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
@@ -386,12 +383,6 @@ def edit_callback(trainer: Trainer) -> EditCallback:
     """The trainer's EditCallback."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(c for c in callbacks if isinstance(c, EditCallback))
-
-
-def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """The W&B loggers; none in processes that do not write."""
-    boards = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    return boards if trainer.is_global_zero else []
 
 
 def _prompts(cases: Sequence[EditCase]) -> frozenset[str]:

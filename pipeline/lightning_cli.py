@@ -19,6 +19,8 @@ from corrigenda.pipeline.budget import Budget
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.forgetting import Forgetting
+from corrigenda.pipeline.guard import Guard
 from corrigenda.pipeline.lightning_parts import WholeCheckpoints
 from corrigenda.pipeline.run_folder import open_run
 from corrigenda.pipeline.run_writer import RunWriter
@@ -78,6 +80,8 @@ class PipelineCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EditCallback, "edit")
         parser.add_lightning_class_args(Budget, "budget")
+        parser.add_lightning_class_args(Guard, "guard")
+        parser.add_lightning_class_args(Forgetting, "forgetting")
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -252,13 +256,14 @@ def _as_list(callbacks: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _pass_on_seed(config: Namespace) -> None:
-    """A ``seed`` of 0 of an editor or of tasks becomes the run's; the data's own decides what is evaluated."""
+    """A ``seed`` of 0 of an editor, of tasks or of the order of cases becomes the run's.
+
+    The data's own decides what is evaluated.
+    """
     for name, value in list(config.items()):
-        if (
-            name.startswith(("model.", "edit.", "data.init_args.tasks."))
-            and name.endswith(".init_args.seed")
-            and value == 0
-        ):
+        own = name.startswith(("model.", "edit.", "data.init_args.tasks."))
+        is_seed = own and name.endswith(".init_args.seed")
+        if (is_seed or name == "data.init_args.order_seed") and value == 0:
             config[name] = int(config.seed_everything)
 
 

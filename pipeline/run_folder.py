@@ -29,12 +29,13 @@ from corrigenda.pipeline.report.records import parse
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+    from lightning.pytorch import Trainer
 
 log = logging.getLogger(__name__)
 
 NAMED_RUN = "CORRIGENDA_RUN_DIR"  # passes the name of the run from the first process to the others
 LOCK = ".lock"
-RESULTS = ("summary.json", "cases.jsonl", "checkpoints", "edits")
+RESULTS = ("summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl")
 OF_A_FIT = ("model", "data", "edit", "seed_everything")  # settings that a resumed fit cannot change
 LARGE = 2**30  # bytes; larger files are identified by size and modification time
 PROJECT = Path(__file__).parents[1]
@@ -113,6 +114,12 @@ def _last(config: Namespace) -> Path | None:
 def last_checkpoint(folder: Path) -> Path:
     """The checkpoint that :class:`~corrigenda.pipeline.checkpointing.LastCheckpoint` saves."""
     return folder / "checkpoints" / "last.ckpt"
+
+
+def continues(trainer: Trainer, folder: Path) -> bool:
+    """Whether a run continues the one in its folder, rather than starts from another one's checkpoint."""
+    given = trainer.ckpt_path
+    return bool(given) and Path(str(given)).resolve() == last_checkpoint(folder).resolve()
 
 
 def _checkpoint(folder: Path, config: Namespace, text: str) -> Path | None:

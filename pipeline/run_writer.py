@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
-import os
 import time
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -21,12 +18,14 @@ from corrigenda.modules import processes
 from corrigenda.modules.evaluation.measures import PROTOCOLS, CaseResult
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.files import write_text
-from corrigenda.pipeline.callbacks import EditCallback, edit_callback, wandb_loggers
+from corrigenda.pipeline.board import wandb_loggers
+from corrigenda.pipeline.callbacks import EditCallback, edit_callback
 from corrigenda.pipeline.cost import Cost
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.json_lines import JsonLines, as_json
 from corrigenda.pipeline.report.logs import read_training
 from corrigenda.pipeline.report.records import parse
-from corrigenda.pipeline.run_folder import last_checkpoint, read_progress, require_same
+from corrigenda.pipeline.run_folder import continues, read_progress, require_same
 from corrigenda.pipeline.tasks import tasks_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,7 @@ class RunWriter(Callback):
         depends_on: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.verb, self.seed = run_dir, verb, seed
+        self._cases = JsonLines(run_dir / "cases.jsonl")
         # What results depend on; weights and cases are added once they are known.
         self._depends_on = dict(depends_on or {})
         # With several processes: rows of this process by batch, gathered when the evaluation ends.
@@ -56,40 +56,21 @@ class RunWriter(Callback):
         self._was_finished = False
 
     @property
-    def _cases(self) -> Path:
-        return self.folder / "cases.jsonl"
-
-    @property
-    def _size(self) -> int:
-        """Bytes of cases.jsonl."""
-        return self._cases.stat().st_size if self._cases.exists() else 0
-
-    @property
     def _run_seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
 
     def setup(self, trainer: Trainer, pl_module: EditingModule, stage: str) -> None:
         self._was_finished = (self.folder / "summary.json").exists()
-        if trainer.is_global_zero and self._cases.exists():
-            self._drop_partial_line()
+        if trainer.is_global_zero:
+            self._cases.drop_partial_line()
         trainer.strategy.barrier("cases.jsonl")
-
-    def _drop_partial_line(self) -> None:
-        """Removes a last line that a killed run has written only in part."""
-        with open(self._cases, "rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                whole = self._cases.read_bytes()
-                file.truncate(whole.rfind(b"\n") + 1)
 
     # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed ``fit`` needs: the size of cases.jsonl in bytes, and what the run depends on."""
         return {
-            "cases": self._size,
+            "cases": self._cases.size,
             "run_seconds": self._run_seconds,
             "depends_on": self._depends_on,
         }
@@ -100,24 +81,18 @@ class RunWriter(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         """A resumed run drops the rows written after its checkpoint, because it repeats those steps."""
         state, self._restored = self._restored, {}
-        given = Path(trainer.ckpt_path or "").resolve()
-        if not state or given != last_checkpoint(self.folder).resolve():
+        if not state or not continues(trainer, self.folder):
             return
         require_same(self.folder, state["depends_on"], self._depends_on, code=False)
         self._seconds_before = state["run_seconds"]
         if trainer.is_global_zero:
-            self._truncate_cases(state["cases"])
-
-    def _truncate_cases(self, size: int) -> None:
-        """Drops the rows written after the state that the run resumes from."""
-        if self._size < size:
-            raise UserError(f"{self._cases} is missing rows that it had when the run was interrupted: "
-                            "restore the file, or choose another --run_dir")  # fmt: skip
-        if self._size > size:
-            os.truncate(self._cases, size)
+            self._cases.truncate(state["cases"])
 
     def on_train_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         self._first_step = trainer.global_step
+        if trainer.is_global_zero and edit_callback(trainer).schedule == "stream":
+            cases = trainer.datamodule.evaluation_cases()  # type: ignore[attr-defined]
+            write_text(self.folder / "order.json", as_json([case.case_id for case in cases]) + "\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: EditingModule) -> None:
         """A resumed validation reuses the cases that were evaluated before."""
@@ -129,7 +104,7 @@ class RunWriter(Callback):
             "the model's weights": pl_module.lm.weights_hash,
             "the set of cases": hashlib.sha256(text.encode()).hexdigest()[:16],
         }
-        if self._size:
+        if self._cases.size:
             self._reuse_cases(trainer, pl_module)
         self._write_progress(trainer)
 
@@ -137,11 +112,11 @@ class RunWriter(Callback):
         progress = read_progress(self.folder)
         require_same(self.folder, progress.get("depends_on"), self._depends_on)
         if trainer.is_global_zero:
-            self._truncate_cases(progress["cases"])
+            self._cases.truncate(progress["cases"])
         trainer.strategy.barrier("cases.jsonl")
         pl_module.measured = self._measured()
         log.warning("%d cases in %s were evaluated before and are not evaluated again",
-                    len(pl_module.measured), self._cases)  # fmt: skip
+                    len(pl_module.measured), self._cases.path)  # fmt: skip
         budget = progress["budget"]
         self._seconds_before = budget["run_seconds"]
         edit = edit_callback(trainer)
@@ -151,7 +126,7 @@ class RunWriter(Callback):
     def _measured(self) -> dict[str, dict[str, float | None]]:
         """Case means in cases.jsonl, by fingerprint; None where one was not finite."""
         measured = {}
-        for number, line in enumerate(self._cases.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(self._cases.path.read_text("utf-8").splitlines(), start=1):
             try:
                 row = parse(line)
                 values = {
@@ -159,7 +134,7 @@ class RunWriter(Callback):
                 }
                 measured[str(row["fingerprint"])] = values
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self._cases}:{number}: this version cannot read the row: remove the line, "
+                raise UserError(f"{self._cases.path}:{number}: this version cannot read the row: remove the line, "
                                 "or choose another --run_dir") from None  # fmt: skip
         return measured
 
@@ -167,8 +142,8 @@ class RunWriter(Callback):
         """Writes what an interrupted validation needs to resume: what it depends on, and its cost so far."""
         budget = edit_callback(trainer).total_cost().state() | {"run_seconds": self._run_seconds}
         if trainer.is_global_zero:
-            progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._size}
-            write_text(self.folder / "progress.json", _json(progress, indent=1))
+            progress = {"depends_on": self._depends_on, "budget": budget, "cases": self._cases.size}
+            write_text(self.folder / "progress.json", as_json(progress, indent=1))
 
     # ------------------------------------------------------------------ cases
 
@@ -184,7 +159,9 @@ class RunWriter(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         """The EditCallback, which runs before this one, has just made and scored the edits of a stream's step."""
-        self._write(trainer, edit_callback(trainer).current, "current")
+        edit = edit_callback(trainer)
+        self._write(trainer, edit.current, "current")
+        self._write(trainer, [CaseResult(case) for case in edit.undone], "rolled_back")
 
     def _write(self, trainer: Trainer, results: list[CaseResult], phase: str) -> None:
         num_edits = edit_callback(trainer).num_edits
@@ -203,11 +180,7 @@ class RunWriter(Callback):
 
     def _append(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._cases, "a", encoding="utf-8") as file:
-                file.writelines(_json(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())  # progress and checkpoints refer to these rows
+            self._cases.append(rows)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._write_progress(trainer)
 
@@ -242,7 +215,7 @@ class RunWriter(Callback):
     def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
         summary = self._summary(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_text(self.folder / "summary.json", _json(summary, indent=1))
+            write_text(self.folder / "summary.json", as_json(summary, indent=1))
 
     def _summary(self, trainer: Trainer, module: EditingModule) -> dict[str, Any]:
         edit = edit_callback(trainer)
@@ -271,6 +244,7 @@ class RunWriter(Callback):
                 "run_seconds": self._run_seconds,
             },
             "numbers": edit.editor.numbers() if edit.editor else {},
+            **({} if edit.accepted is None else {"accepted": edit.accepted}),
         }
 
 
@@ -290,16 +264,3 @@ def _kept(module: EditingModule, edit: EditCallback) -> dict[str, float | None]:
     if trained and not edit.cost.touched:  # else it says what an edit touches
         kept["parameters_touched"] = trained
     return kept
-
-
-def _json(value: Any, indent: int | None = None) -> str:  # noqa: ANN401
-    """Strict JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -350,7 +350,7 @@ def writer(tmp_path):
 )
 def test_half_a_line_is_dropped(writer, tmp_path, content, kept):
     (tmp_path / "cases.jsonl").write_text(content)
-    writer._drop_partial_line()
+    writer._cases.drop_partial_line()
     assert (tmp_path / "cases.jsonl").read_text() == kept
 
 
@@ -358,12 +358,12 @@ def test_rows_after_the_checkpoint_are_dropped(writer, tmp_path):
     file = tmp_path / "cases.jsonl"
     file.write_text("one\ntwo\n")
     assert writer.state_dict()["cases"] == 8
-    writer._truncate_cases(8)
+    writer._cases.truncate(8)
     assert file.read_text() == "one\ntwo\n"
-    writer._truncate_cases(4)
+    writer._cases.truncate(4)
     assert file.read_text() == "one\n"
     with pytest.raises(UserError, match=r"cases\.jsonl is missing rows that it had"):
-        writer._truncate_cases(5)
+        writer._cases.truncate(5)
     file.unlink()
     assert writer.state_dict()["cases"] == 0
 

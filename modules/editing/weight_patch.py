@@ -144,12 +144,8 @@ class WeightPatch(EditHandle):
         """The parameter as this patch left it: active, or kept by the next patch that changed it."""
         for later in self.lm.handles[self.lm.handles.index(self) + 1 :]:
             if isinstance(later, WeightPatch) and name in later._spare:
-                kept = later._spare[name]
-                return read_weight(kept) if isinstance(kept, nn.Module) else kept
-        module = self.lm.net.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".weight") and is_quantised(module):
-            return read_weight(module)
-        return placement.read(module, name.rpartition(".")[2])
+                return _values(later._spare[name])
+        return _present(self.lm, name)
 
     @classmethod
     def restore(cls, lm: LanguageModel, state: dict[str, Any]) -> WeightPatch:
@@ -172,6 +168,38 @@ class WeightPatch(EditHandle):
             self.lowest_layer = min(self.lowest_layer, newer.lowest_layer)
             self.delta = delta
             self.lm.handles.pop()
+
+
+def edited_weights(
+    lm: LanguageModel, newest: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(before, now) of every parameter that active edits have changed, by name, both of one shape.
+
+    Empty where no edit changes weights, as with memories. Quantised weights are dequantised.
+
+    Args:
+        lm: the language model.
+        newest: only what the newest handles, so many, have changed; by default all, so before is unedited.
+    """
+    unedited: dict[str, Tensor | nn.Module] = {}
+    for handle in lm.handles[-newest if newest else 0 :]:
+        if isinstance(handle, WeightPatch):
+            for name, spare in handle._spare.items():
+                unedited.setdefault(name, spare)
+    before = {name: _values(spare) for name, spare in unedited.items()}
+    return {name: (old, _present(lm, name).to(old.device)) for name, old in before.items()}
+
+
+def _values(spare: Tensor | nn.Module) -> Tensor:
+    return read_weight(spare) if isinstance(spare, nn.Module) else spare
+
+
+def _present(lm: LanguageModel, name: str) -> Tensor:
+    """The parameter as the model has it now."""
+    module = lm.net.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and is_quantised(module):
+        return read_weight(module)
+    return placement.read(module, name.rpartition(".")[2])
 
 
 def _named_once(lm: LanguageModel, delta: Delta) -> Delta:

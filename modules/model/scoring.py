@@ -122,7 +122,7 @@ class Scorer:
 
     def perplexity(self, texts: Iterable[str], max_tokens: int, delta: Delta | None) -> float:
         """See :meth:`LanguageModel.perplexity`."""
-        ids = self._read(texts, max_tokens)
+        ids = read_ids(self.tokens, texts, max_tokens)
         if not ids:
             raise ValueError("perplexity needs text of at least two tokens, and there is none")
         rows = self.tokens.pad(ids, [1] * len(ids))
@@ -139,16 +139,17 @@ class Scorer:
         mean = total / count
         return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
-    def _read(self, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
-        """Token ids of texts, cut, until there are ``max_tokens`` of them."""
-        limit = min(TEXT_TOKENS, self.tokens.max_length or TEXT_TOKENS)
-        ids: list[list[int]] = []
-        left = max_tokens
-        for text in texts:
-            row = self.tokens.encode([text])[0][: min(limit, left)]
-            if len(row) > 1:
-                ids.append(row)
-                left -= len(row)
-            if left < 2:
-                break
-        return ids
+
+def read_ids(tokens: Tokens, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of texts, each cut at 512 and at the model's limit, until there are ``max_tokens`` of them."""
+    limit = min(TEXT_TOKENS, tokens.max_length or TEXT_TOKENS)
+    ids: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        row = tokens.encode([text])[0][: min(limit, left)]
+        if len(row) > 1:
+            ids.append(row)
+            left -= len(row)
+        if left < 2:
+            break
+    return ids

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -140,6 +140,17 @@ class Tokens:
         if token is None:
             raise ValueError(f"the tokenizer of {self.name!r} has no token that ends a text")
         return int(token)
+
+    def first_texts(self, texts: Iterable[str], max_tokens: int) -> list[str]:
+        """The first texts, as many as have ``max_tokens`` tokens together; each is cut by whoever runs it."""
+        found: list[str] = []
+        total = 0
+        for text in texts:
+            found.append(text)
+            total += len(self.encode([text])[0])
+            if total >= max_tokens:
+                break
+        return found
 
     def pad(self, ids: Sequence[list[int]], starts: Sequence[int]) -> Rows:
         """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""

@@ -5,15 +5,16 @@ Shapes: R rows, T tokens, H width of the state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from corrigenda.modules.model.hooks import capture
+from corrigenda.modules.model.hooks import capture, first
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.modules.model.rows import Rows, batches
+from corrigenda.modules.model.scoring import read_ids
 from corrigenda.modules.statistics.corpus import Corpus
 
 MAX_WORDS = 32  # of an unrelated prompt
@@ -47,6 +48,35 @@ def last_states(
         found.append(states_RTH[torch.arange(len(row_R), device=lm.device), at_R])
         order.append(row_R)
     return torch.cat(found)[torch.cat(order).argsort()]
+
+
+@torch.no_grad()
+def block_outputs(
+    lm: LanguageModel, texts: Iterable[str], max_tokens: int, layers: Iterable[int]
+) -> dict[int, Tensor]:
+    """states_ND by block: hidden states after these blocks, at every token of plain texts, under the active edits.
+
+    Args:
+        lm: the language model.
+        texts: each is cut at 512 tokens and at the model's limit.
+        max_tokens: total number of tokens, N.
+        layers: blocks, from 0.
+    """
+    ids = read_ids(lm.tokens, texts, max_tokens)
+    rows = lm.tokens.pad(ids, [len(row) for row in ids])
+    names = {lm.structure.block_name(layer): layer for layer in layers}
+    sites = {name: lm.net.get_submodule(name) for name in names}
+    found: dict[int, list[Tensor]] = {layer: [] for layer in names.values()}
+    for row_R in batches(rows):
+        part = rows.select(row_R)
+        with lm.edits.announce(part.prompt_BT), capture(sites, stop=True) as seen:
+            lm.net.get_decoder()(
+                input_ids=part.ids_BT, attention_mask=part.mask_BT, use_cache=False
+            )
+        for name, layer in names.items():
+            states_BTD = first(seen[name][1]).view(*part.ids_BT.shape, -1)
+            found[layer].append(states_BTD[part.mask_BT.bool().to(states_BTD.device)].float())
+    return {layer: torch.cat(states) for layer, states in found.items()}
 
 
 def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str]:
