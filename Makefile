@@ -61,6 +61,6 @@ $(STAMP):
 	  echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; fi
 	@rm -f .venv/.installed-* && touch $(BUSY)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev,docs,quantization,peft]'
+	$(PIP) install -c constraints.txt -e '.[dev,docs,quantization,peft,abilities]'
 	$(PIP) install -c constraints.txt --no-deps $(EMBEDDED)
 	@mv $(BUSY) $@

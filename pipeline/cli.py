@@ -35,6 +35,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   report     compare finished runs case by case: tables, confidence intervals, plots
   moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
   edits      show, verify, apply, merge and export saved edits
+  abilities  ask a model with saved edits tasks of lm-evaluation-harness
   doctor     inspect a model: its structure, where to edit it, a test edit applied and removed
   data       check a file of your own facts, and show how it is read
 
@@ -76,6 +77,7 @@ def _main(command: str, words: list[str]) -> None:
         "report": _report,
         "moments": _moments,
         "edits": _edits,
+        "abilities": _abilities,
         "doctor": _doctor,
         "data": _data,
     }
@@ -250,6 +252,32 @@ def _edits(args: list[str]) -> None:
         options["lm_options"] = options.pop("lm")
     if by_name[given.subcommand](**options) is False:
         raise SystemExit(1)
+
+
+def _abilities(args: list[str]) -> None:
+    import transformers
+
+    from corrigenda.modules.editing.memory import MemoryEditor
+    from corrigenda.modules.model.lm import LanguageModel
+    from corrigenda.pipeline.abilities.command import abilities
+    from corrigenda.pipeline.fit import import_methods
+    from corrigenda.pipeline.trust import known_classes
+
+    transformers.logging.disable_progress_bar()
+    import_methods()
+    parser = _parser("abilities", abilities.__doc__)
+    restrict_parsing(known_classes(args))
+    parser.add_argument("--tasks", type=str, nargs="+", required=True, help="names of tasks")
+    parser.add_argument("--edits", type=Path, nargs="+", default=[], help="files of saved edits")
+    parser.add_class_arguments(LanguageModel, "lm", skip={"name"}, instantiate=False)
+    parser.add_argument(
+        "--lm.name", type=str | None, help="the model (default: that of the files, or smollm2)"
+    )
+    parser.add_subclass_arguments(MemoryEditor, "editor", required=False)
+    skip: set[str | int] = {"lm_options", "tasks", "edits", "editor"}
+    parser.add_function_arguments(abilities, skip=skip, as_group=False)
+    given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    abilities(lm_options=given.pop("lm"), **given)
 
 
 def _data(args: list[str]) -> None:

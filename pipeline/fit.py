@@ -64,7 +64,7 @@ def fit_or_validate(args: list[str]) -> None:
     _prepare_libraries()
     plugins, args = take_plugins(args)
     args = [args[0], *_files_first(args[1:])]
-    _import_methods()
+    import_methods()
     import_plugins(plugins)
     restrict_parsing(known_classes([*args, *_contents(args)]), plugins)
 
@@ -95,7 +95,7 @@ def _prepare_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _import_methods() -> None:
+def import_methods() -> None:
     """Imports all editors and data modules, so that YAML can name classes without their path."""
     for package in ("corrigenda.modules.editors", "corrigenda.datamodules"):
         folder = importlib.import_module(package).__path__

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from corrigenda.modules.processes import number_started
 from corrigenda.modules.training.checkpoints import read_checkpoint
+from corrigenda.pipeline.abilities.callback import Abilities
 from corrigenda.pipeline.budget import Budget
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.checkpointing import LastCheckpoint
@@ -82,6 +83,7 @@ class PipelineCLI(LightningCLI):
         parser.add_lightning_class_args(Budget, "budget")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Forgetting, "forgetting")
+        parser.add_lightning_class_args(Abilities, "abilities")
         parser.add_argument(
             "--run_dir",
             type=str | None,

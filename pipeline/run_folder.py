@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 
 NAMED_RUN = "CORRIGENDA_RUN_DIR"  # passes the name of the run from the first process to the others
 LOCK = ".lock"
-RESULTS = ("summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl")
+RESULTS = (
+    "summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl", "abilities",
+    "abilities.jsonl",
+)  # fmt: skip
 OF_A_FIT = ("model", "data", "edit", "seed_everything")  # settings that a resumed fit cannot change
 LARGE = 2**30  # bytes; larger files are identified by size and modification time
 PROJECT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ def import_everything() -> None:
     import corrigenda.pipeline.fit
     import corrigenda.pipeline.report  # noqa: F401
 
-    corrigenda.pipeline.fit._import_methods()
+    corrigenda.pipeline.fit.import_methods()
     torch.set_num_threads(1)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from corrigenda.datamodules.records import prompt_end
 from corrigenda.modules.model.active_edits import ActiveEdits
 from corrigenda.modules.model.handle import GenerationRequest
 from corrigenda.modules.model.kv_cache import empty_cache, first_tokens, preallocated, select_rows
@@ -37,7 +36,7 @@ class Generator:
 
     def generate(self, request: GenerationRequest) -> list[str]:
         """See :meth:`LanguageModel.generate`; prompts run in batches of similar length."""
-        prompts = [prompt_end(prompt) for prompt in request.prompts]
+        prompts = [self.tokens.question(prompt) for prompt in request.prompts]
         ids = self.tokens.encode_whole(prompts, request.max_new_tokens)
         owner_B = request.owner_B
         prefix = None

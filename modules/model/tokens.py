@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, Separator, joined, prompt_end
+from corrigenda.modules.interrupts import Reversible, replaced
 from corrigenda.modules.model.loading import ModelError
 from corrigenda.modules.model.placement import device_of
 from corrigenda.modules.model.rows import Rows, common_prefix
@@ -38,6 +39,7 @@ class Tokens:
         self.tokenizer, self.net, self.name = tokenizer, net, name
         self.separator: Separator = separator
         self.num_boundary_merges = 0  # rows in which a token spans the end of the prompt
+        self._as_written = False  # see :meth:`as_written`
 
     @property
     def max_length(self) -> int | None:
@@ -103,9 +105,21 @@ class Tokens:
         """Whether the tokenizer appends a special token to a text."""
         return self.tokenizer("a").input_ids[-1] in self.tokenizer.all_special_ids
 
+    def as_written(self) -> Reversible:
+        """Inside, texts are taken character by character, as lm-evaluation-harness takes them.
+
+        No separator is added and no blank is dropped. A target begins after as many tokens as its prompt has when
+        encoded alone, without the whitespace at its end.
+        """
+        return replaced(self, _as_written=True)
+
     def join(self, prompt: str, target: str) -> str:
         """A prompt and its target as one text, see :func:`corrigenda.datamodules.records.joined`."""
-        return joined(prompt, target, self.separator)
+        return prompt + target if self._as_written else joined(prompt, target, self.separator)
+
+    def question(self, prompt: str) -> str:
+        """A prompt as it is encoded where text is to follow it."""
+        return prompt if self._as_written else prompt_end(prompt)
 
     def rows(
         self, prompts: Sequence[str], targets: Sequence[str] | None = None, end: bool = False
@@ -116,22 +130,25 @@ class Tokens:
         tokenizer without an end-of-text token where it is wanted.
         """
         ending = [self.end_token] if end else []
-        prompts = [prompt_end(prompt) for prompt in prompts]
+        prompts = [self.question(prompt) for prompt in prompts]
         if targets is None:
             ids = self.encode_whole(prompts)
             return self.pad(ids, [len(row) for row in ids])
         joint = [self.join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-        encoded = self.encode_whole(prompts + joint, len(ending))
-        alone, ids = encoded[: len(prompts)], encoded[len(prompts) :]
-        starts = []
-        for prompt, target, left, row in zip(prompts, targets, alone, ids, strict=True):
+        before = [prompt.rstrip() for prompt in prompts] if self._as_written else prompts
+        encoded = self.encode_whole(before + joint, len(ending))
+        rows, starts = [], []
+        for left, row in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
             start = common_prefix(left, row)
             self.num_boundary_merges += start < len(left)
-            start = max(start, 1)  # nothing predicts a row's first token
-            if start >= len(row) or not target.strip():
+            if self._as_written:
+                start, row = len(left), left + row[len(left) :]
+            starts.append(max(start, 1))  # nothing predicts a row's first token
+            rows.append(row + ending)
+        for prompt, target, start, row in zip(prompts, targets, starts, rows, strict=True):
+            if start >= len(row) - len(ending) or not (self._as_written or target.strip()):
                 raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
-            starts.append(start)
-        return self.pad([row + ending for row in ids], starts)
+        return self.pad(rows, starts)
 
     @property
     def end_token(self) -> int:

@@ -1,0 +1,1 @@
+"""General abilities of an edited model, through lm-evaluation-harness."""

@@ -1,0 +1,76 @@
+"""What a model has answered, in files: a row for each task and count of edits, and every answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corrigenda.modules.files import file_name, write_text
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.records import parse
+
+ROWS, ANSWERS = "abilities.jsonl", "abilities"
+ASKED = ("model", "edits", "task", "form", "profile")  # name a row
+
+
+class AnswerFiles:
+    """``abilities.jsonl`` of a folder, and a file of answers for each of its rows.
+
+    The answers are written before their row, both in one step, so that a row is complete however a run ends.
+
+    Raises UserError for a damaged file.
+
+    Args:
+        folder: of a run, or of the command ``abilities``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = _read(folder / ROWS)
+
+    def find(self, **asked: object) -> dict[str, Any] | None:
+        """The row that was asked like this; None if there is none yet."""
+        return next(
+            (row for row in self.rows if all(row[name] == asked[name] for name in ASKED)), None
+        )
+
+    def add(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Writes a row and its answers; returns the row."""
+        name = file_name("-".join(str(row[part]) for part in ASKED[1:]))
+        folder = self.folder / ANSWERS / str(row["model"])
+        write_text(folder / f"{name}.jsonl", "".join(map(_line, examples)))
+        self.rows.append(dict(row))
+        write_text(self.folder / ROWS, "".join(map(_line, self.rows)))
+        return self.rows[-1]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        rows = [parse(line) for line in file.read_text("utf-8").splitlines()]
+        if not all(set(ASKED) <= row.keys() for row in rows):
+            raise ValueError(f"a row lacks one of {', '.join(ASKED)}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: damaged ({error}): restore it, or remove it to ask again"
+        ) from None
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if hasattr(value, "item"):
+        value = value.item()  # of numpy
+    return None if isinstance(value, float) and not math.isfinite(value) else value

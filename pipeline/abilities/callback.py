@@ -1,0 +1,122 @@
+"""General abilities while edits are made: at chosen counts of a stream, or with all edits of a validation."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from corrigenda.modules import checks
+from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.pipeline.abilities.answers import AnswerFiles
+from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
+from corrigenda.pipeline.abilities.questions import Questions
+from corrigenda.pipeline.callbacks import edit_callback, wandb_loggers
+
+LOGGED = ("score", "stderr", "invalid")
+
+
+class Abilities(Callback):
+    """Asks tasks of lm-evaluation-harness while edits are active; see docs/abilities.md.
+
+    Args:
+        tasks: names of tasks; none by default.
+        at: numbers of edits at which a stream is asked; 0 is the unedited model, the last number is always
+            asked. A batch that passes one of them is asked after the batch.
+        profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
+        form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
+        data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
+        text: plain text whose perplexity stands beside the scores, as for a corpus.
+        batch_size: texts that are continued together.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str] | None = None,
+        at: list[int] | None = None,
+        profile: Profile = "fast",
+        form: Form = "strict",
+        data: str | None = None,
+        text: str = "facts",
+        batch_size: int = 32,
+    ) -> None:
+        self.at = [0] if at is None else at
+        for count in self.at:
+            checks.whole(0, at=count)
+        self.questions = Questions(tasks, profile, form, data, text, batch_size) if tasks else None
+        self._passed = 0  # edits of the stream that need no further questions
+        self._files: AnswerFiles | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.questions is None:
+            return
+        wanted = "stream" if trainer.state.fn == TrainerFn.FITTING else "epoch"
+        if not isinstance(pl_module, EditingModule) or edit_callback(trainer).schedule != wanted:
+            raise ValueError(
+                "abilities need edits that stay active: fit with --edit.schedule stream, or validate with "
+                "--edit.schedule epoch, or leave --abilities.tasks out"
+            )
+        self._files = AnswerFiles(Path(trainer.default_root_dir))
+        if trainer.is_global_zero:
+            _ = self.questions.tasks  # rows that are missing end a run before its first edit
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if 0 in self.at:
+            self._ask_unedited(trainer, pl_module)
+        self._ask_if_due(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        self._ask_if_due(trainer, pl_module, is_last=trainer.should_stop)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The EditCallback, which comes before this one, has made the edits."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            if 0 in self.at:
+                self._ask_unedited(trainer, pl_module)
+            self._ask(trainer, pl_module, edit_callback(trainer).num_edits)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passed": self._passed} if self.questions else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._passed = int(state_dict.get("passed", 0))
+
+    # ------------------------------------------------------------------ asking
+
+    def _ask_unedited(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.questions and isinstance(module, EditingModule):
+            with module.lm.pristine():
+                self._ask(trainer, module, 0)
+
+    def _ask_if_due(self, trainer: Trainer, module: LightningModule, is_last: bool = False) -> None:
+        if self.questions is None:
+            return
+        count = edit_callback(trainer).num_edits
+        if count > self._passed:
+            if is_last or any(self._passed < each <= count for each in self.at):
+                self._ask(trainer, module, count)
+            self._passed = count
+
+    def _ask(self, trainer: Trainer, module: LightningModule, count: int) -> None:
+        """The first process asks; with several, the others wait."""
+        if self.questions is None or self._files is None:
+            return
+        if trainer.is_global_zero:
+            lm: Any = module.lm
+            for row in self.questions.put(lm, self._files, count, lm.weights_hash):
+                _log(trainer, row)
+        trainer.strategy.barrier("abilities")
+
+
+def _log(trainer: Trainer, row: dict[str, Any]) -> None:
+    values = {f"abilities/{row['task']}/{name}": row[name] for name in LOGGED}
+    values |= {"abilities/perplexity": row["perplexity"], "edit/num_edits": float(row["edits"])}
+    for board in wandb_loggers(trainer):
+        for name in values:
+            with suppress(Exception):  # the logger reports its own failures
+                board.experiment.define_metric(name, step_metric="edit/num_edits")
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)

@@ -1,0 +1,116 @@
+"""``corrigenda abilities``: tasks of lm-evaluation-harness, asked of a model with edits that were saved."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corrigenda.modules.editing.adapters import MEMORY_FORMAT, ModulePatch
+from corrigenda.modules.editing.memory import FORMAT as MEMORY_OF_EDITS
+from corrigenda.modules.editing.memory import MemoryEditor
+from corrigenda.modules.editing.weight_patch import WeightPatch
+from corrigenda.modules.files import locked, read_metadata, remove_unfinished
+from corrigenda.modules.model.delta import FORMAT as DELTA
+from corrigenda.modules.model.delta import Delta, file_format
+from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.pipeline.abilities.answers import AnswerFiles
+from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
+from corrigenda.pipeline.abilities.questions import Questions
+from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.report.records import parse
+
+HEADERS = {DELTA: "delta", MEMORY_FORMAT: "metadata", MEMORY_OF_EDITS: "memory"}  # by format
+
+
+def abilities(
+    tasks: Sequence[str],
+    out: Path,
+    lm_options: Mapping[str, Any],
+    edits: Sequence[Path] = (),
+    editor: MemoryEditor | None = None,
+    profile: Profile = "fast",
+    form: Form = "strict",
+    data: str | None = None,
+    text: str = "facts",
+    batch_size: int = 32,
+) -> None:
+    """Asks a model tasks of lm-evaluation-harness, first without and then with saved edits; resumes if killed.
+
+    Args:
+        tasks: names of tasks; ours are gsm8k, rte, nq_open, boolq, mutual, samsum, conll2003, sst2, cola, mrpc.
+        out: folder for abilities.jsonl and the answers; what is answered there is not asked again.
+        lm_options: options of the language model; its default name is that in the files.
+        edits: files of edits (.safetensors), all active together, applied in this order.
+        editor: for files of a text memory (IKE, MemPrompt, MeLLo, SERAC): the editor that wrote them.
+        profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
+        form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
+        data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
+        text: plain text whose perplexity stands beside the scores, as for a corpus.
+        batch_size: texts that are continued together.
+    """
+    questions = Questions(tasks, profile, form, data, text, batch_size)
+    names = [_metadata(file, editor).get("model") for file in edits]
+    name = lm_options.get("name") or next(filter(None, names), "smollm2")
+    _ = questions.tasks  # rows that are missing end the command before a model is loaded
+    lm = LanguageModel(**{**lm_options, "name": name})
+    with locked(out / ".lock", f"the folder {out}"):
+        remove_unfinished(out)
+        files = AnswerFiles(out)
+        _show(questions, lm, files, 0, lm.weights_hash)
+        if edits:
+            count = sum(_apply(lm, file, editor) for file in edits)
+            _show(questions, lm, files, count, _identity(lm, edits))
+
+
+def _show(
+    questions: Questions, lm: LanguageModel, files: AnswerFiles, count: int, model: str
+) -> None:
+    """Asks what is left, and prints a line for each task."""
+    for row in questions.put(lm, files, count, model, progress=True):
+        if row["task"] == questions.names[0]:
+            _print(f"{count} edits, perplexity of plain text {row['perplexity']:.4g}")
+        _print(f"  {row['task']:10} {row['metric']:12} {row['score']:.3f} ± {row['stderr']:.3f}  "
+               f"invalid {row['invalid']:.3f}  n {row['n']}  {row['seconds']:.1f} s")  # fmt: skip
+
+
+def _metadata(file: Path, editor: MemoryEditor | None) -> dict[str, Any]:
+    """What a file of edits says of itself; raises UserError for other files, and without a memory's editor."""
+    header = read_metadata(file)
+    kind = header.get("format", "")
+    if kind not in HEADERS:
+        raise UserError(f"{file} is not a file of edits that this project wrote")
+    try:
+        found = parse(header[HEADERS[kind]])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+    if kind == MEMORY_OF_EDITS and editor is None:
+        raise UserError(
+            f"{file} is a text memory of {found.get('editor')}: give that editor with --editor"
+        )
+    return found
+
+
+def _apply(lm: LanguageModel, file: Path, editor: MemoryEditor | None) -> int:
+    """Activates the edits of a file; returns how many they are, or 1 if it does not list them."""
+    kind = file_format(file)
+    if kind == MEMORY_OF_EDITS and editor is not None:
+        return len(editor.restore(lm, file).edits)
+    if kind == MEMORY_FORMAT:
+        metadata = ModulePatch.load(lm, file).metadata
+    else:
+        metadata = WeightPatch(lm, Delta.load(file)).delta.metadata
+    return len(metadata.get("edits", [])) or 1
+
+
+def _identity(lm: LanguageModel, edits: Sequence[Path]) -> str:
+    """Names the model with these edits by the content of their files."""
+    content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in edits]
+    return hashlib.sha256(" ".join([lm.weights_hash, *content]).encode()).hexdigest()[:16]
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
