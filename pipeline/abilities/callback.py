@@ -14,7 +14,8 @@ from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.pipeline.abilities.answers import AnswerFiles
 from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
 from corrigenda.pipeline.abilities.questions import Questions
-from corrigenda.pipeline.callbacks import edit_callback, wandb_loggers
+from corrigenda.pipeline.board import wandb_loggers
+from corrigenda.pipeline.callbacks import edit_callback
 
 LOGGED = ("score", "stderr", "invalid")
 
