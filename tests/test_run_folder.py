@@ -12,7 +12,6 @@ from corrigenda.modules.files import locked
 from corrigenda.pipeline import run_folder
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.run_folder import CODE, RunFolder, dependencies, open_run, require_same
-from corrigenda.pipeline.run_writer import RunWriter
 
 SETTINGS = {
     "model": {"class_path": "EditingModule", "init_args": {"lm": {"name": "lm"}}},
@@ -334,55 +333,3 @@ def test_where_versions_may_change_they_are_named(tmp_path, caplog):
     caplog.clear()
     require_same(tmp_path, BEFORE, BEFORE, code=False)
     assert not caplog.messages
-
-
-# ---------------------------------------------------------------------------- cases.jsonl
-
-
-@pytest.fixture
-def writer(tmp_path):
-    return RunWriter(tmp_path, "validate")
-
-
-@pytest.mark.parametrize(
-    ("content", "kept"),
-    [("", ""), ("one\n", "one\n"), ("one\ntw", "one\n"), ("one\ntwo\n", "one\ntwo\n"), ("o", "")],
-)
-def test_half_a_line_is_dropped(writer, tmp_path, content, kept):
-    (tmp_path / "cases.jsonl").write_text(content)
-    writer._cases.drop_partial_line()
-    assert (tmp_path / "cases.jsonl").read_text() == kept
-
-
-def test_rows_after_the_checkpoint_are_dropped(writer, tmp_path):
-    file = tmp_path / "cases.jsonl"
-    file.write_text("one\ntwo\n")
-    assert writer.state_dict()["cases"] == 8
-    writer._cases.truncate(8)
-    assert file.read_text() == "one\ntwo\n"
-    writer._cases.truncate(4)
-    assert file.read_text() == "one\n"
-    with pytest.raises(UserError, match=r"cases\.jsonl is missing rows that it had"):
-        writer._cases.truncate(5)
-    file.unlink()
-    assert writer.state_dict()["cases"] == 0
-
-
-def test_cases_are_read_as_they_stand(writer, tmp_path):
-    rows = [{"fingerprint": "a", "metrics": {"x": 1, "y": None}}, {"fingerprint": 2, "metrics": {}}]
-    file = tmp_path / "cases.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    measured = writer._measured()
-    assert measured == {"a": {"x": 1.0, "y": None}, "2": {}}
-    assert isinstance(measured["a"]["x"], float)
-    file.write_text(file.read_text() + "{}\n")
-    with pytest.raises(UserError, match=r"cases\.jsonl:3: this version cannot read the row"):
-        writer._measured()
-
-
-def test_time_adds_up(writer, monkeypatch):
-    start = writer._started
-    monkeypatch.setattr("corrigenda.pipeline.run_writer.time.perf_counter", lambda: start + 3.0)
-    assert writer.state_dict()["run_seconds"] == 3.0
-    writer._seconds_before = 4.0
-    assert writer.state_dict()["run_seconds"] == 7.0
