@@ -333,8 +333,9 @@ def test_perplexity_is_what_the_logits_say(lm, monkeypatch):
     assert beside == pytest.approx(written, rel=1e-4) == lm.perplexity(texts, 10_000)
     patch.remove()
     assert abs(written / lm.perplexity(texts, 10_000) - 1) > 5e-3
-    with pytest.raises(ValueError, match="at least two tokens"):
-        lm.perplexity(["a"], 1)
+    for text, limit in (("a", 1), ("", 9)):
+        with pytest.raises(ValueError, match="at least two tokens"):
+            lm.perplexity([text], limit)
 
 
 def test_texts_are_cut_and_read_until_there_is_enough(tiny_lm, monkeypatch):

@@ -531,6 +531,22 @@ def test_beams_are_those_of_each_prompt_alone(family, tiny_lm, own):
         assert lm.generate(PROMPTS[:1], 6, deltas, num_beams=3, owners=[0]) == expected[:1]
 
 
+def test_beams_that_end_early_do_so_for_themselves(tiny_lm):
+    """A prompt whose beams have ended waits for the others, whatever they are."""
+    lm = tiny_lm("gpt2")
+    (text,) = lm.generate(PROMPTS[:1], 6, num_beams=3)
+    for end in sorted(set(lm.tokenizer(text).input_ids)):
+        lm.tokenizer.eos_token = lm.tokenizer.convert_ids_to_tokens(end)
+        expected = []
+        for ids in lm.tokens.encode(PROMPTS):
+            out = lm.net.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), num_beams=3, do_sample=False,
+                max_new_tokens=6, pad_token_id=end, eos_token_id=end,
+            )  # fmt: skip
+            expected.append(lm.tokens.decode(out[0, len(ids) :]))
+        assert lm.generate(PROMPTS, 6, num_beams=3) == expected
+
+
 def test_the_longest_text_is_the_networks_own(tiny_lm):
     assert tiny_lm("gpt2", max_position_embeddings=64).max_length == 64
     assert tiny_lm("llama").max_length == 128
@@ -567,11 +583,19 @@ def test_a_common_start_changes_no_generated_token(tiny_lm, family):
     lm = tiny_lm(family)
     text = "Ada Quill was the first to see Lake Onna. "
     prompts = [text + end for end in ("She was born in", "Her house is the", "It is", "It")]
-    plain = lm.generate(prompts, 6)
+    plain, shapes = lm.generate(prompts, 6), []
+    lm.net.get_submodule(lm.structure.block_name(0)).register_forward_hook(
+        lambda _m, args, _o: shapes.append(tuple(args[0].shape[:2]))
+    )
     with lm.reuse.common_prefix():
         assert lm.generate(prompts, 6) == plain
+        if family in ("gpt2", "llama"):  # without sliding windows or running states
+            assert shapes[0][0] == 1 and shapes[0][1] > 20 > max(width for _, width in shapes[1:])
         assert lm.generate(prompts[1:2], 6) == plain[1:2]
         assert lm.generate(prompts[::-1], 6, batch_size=3) == plain[::-1]
+        shapes.clear()
+        lm.generate(prompts, 1, num_beams=2)
+        assert shapes[0][1] > 20, "beams do not share it"
 
 
 def test_a_common_prefix_is_cached_while_the_network_is_unchanged(tiny_lm):

@@ -390,6 +390,56 @@ def test_what_rows_begin_with_is_run_once(lm, make):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def tokens_run(gpt2):
+    """``tokens_run(edits, contexts)``: the rows, and how many tokens the means over their contexts run."""
+    tokens = []
+    block = gpt2.net.get_submodule(gpt2.structure.block_name(0))
+    name = gpt2.structure.out_name(1)
+
+    def run(edits, contexts):
+        tokens.clear()
+        weights = torch.full((len(contexts),), 1 / len(contexts))
+        rows = SubjectRows.of(gpt2, edits, contexts, weights)
+        group_N = torch.zeros(len(edits), dtype=torch.long)
+        with hooked([(block, lambda _m, _a, output: tokens.append(first(output).shape[:2]))]):
+            rows.means(gpt2, name, [Delta({})], group_N)
+        return rows, sum(count.numel() for count in tokens)
+
+    return run
+
+
+def test_a_common_start_is_run_apart_if_it_is_one(gpt2, tokens_run, monkeypatch):
+    """Not for one edit, whose rows have different contexts, nor where adapters need whole rows."""
+    contexts = ["He said that it was on the table. ", "The town is not on the ice. "]
+    rows, count = tokens_run(EDITS[:1], contexts)
+    assert count == rows.rows.ids_BT.numel() == rows.rows.ids_BT.shape[1] * 2
+    rows, shared = tokens_run(EDITS, contexts)
+    every, expected = torch.arange(len(rows.rows.ids_BT)).view(-1, 2), 0
+    for part in (rows.rows.select(row_n) for row_n in every.T):
+        start, width = part.common_start(), part.ids_BT.shape[1]
+        assert start > 5
+        expected += start + len(EDITS) * (width - start)
+    assert shared == expected
+    monkeypatch.setattr(type(gpt2.edits), "need_whole_rows", True)
+    assert tokens_run(EDITS, contexts)[1] == rows.rows.ids_BT.numel() > shared
+
+
+def test_the_reference_path_finds_the_same_means(gpt2, monkeypatch):
+    """It runs whole rows of one edit at a time, through the whole network."""
+    name, weights = gpt2.structure.out_name(1), torch.tensor([0.5, 0.3, 0.2])
+    rows = SubjectRows.of(gpt2, EDITS, ["", "The town is on ice. ", "He was not. "], weights)
+    group_N = torch.zeros(len(EDITS), dtype=torch.long)
+    means = rows.means(gpt2, name, [Delta({})], group_N)
+    monkeypatch.setattr(gpt2.reuse, "enabled", False)
+    sizes_run = []
+    with hooked([(gpt2.net, lambda _m, _a, output: sizes_run.append(len(output.logits)))]):
+        plain = rows.means(gpt2, name, [Delta({})], group_N)
+    assert sizes_run == [3] * len(EDITS)
+    for a, b in zip(means, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_batches_of_rows_do_not_matter(gpt2, make, monkeypatch):
     editor = make()
     whole = editor.propose(gpt2, EDITS)

@@ -2,7 +2,9 @@
 
 import logging
 import random
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +217,24 @@ def test_contexts_are_sampled_once_from_the_unedited_model(loaded, make):
     assert sample_contexts(lm, default, seed=1) == contexts
     patch.remove()
     assert sample_contexts(lm, default, seed=2) != contexts
+
+
+def test_contexts_have_their_length_and_number():
+    """Openings in turn, without braces, line breaks and what ends a sentence; the opening is one token."""
+    calls = []
+
+    def generate(prompts, tokens, top_k):
+        calls.append((prompts, tokens, top_k))
+        return [f" {{a}}\n b{n}.. " for n in range(len(prompts))]
+
+    lm = SimpleNamespace(pristine=nullcontext, generate=generate)
+    contexts = sample_contexts(lm, [(10, 2), (3, 6)])
+    starts = ["The", "Therefore", "Because", "I", "You", "The"]
+    assert calls == [(starts[:2], 9, 5), (starts, 2, 5)]
+    expected = [
+        f"{start} a b{n}. " for part in (starts[:2], starts) for n, start in enumerate(part)
+    ]
+    assert contexts == ["", *expected]
 
 
 def test_preparing_again_does_nothing(gpt2, make, monkeypatch):
