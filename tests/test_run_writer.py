@@ -24,7 +24,7 @@ class PlainTrainer(SimpleNamespace):
     def __init__(self, fn=TrainerFn.VALIDATING, schedule="each", **values):
         self.costs = []
         self.edit = SimpleNamespace(
-            schedule=schedule, num_edits=7, current=[], add_cost=self.costs.append,
+            schedule=schedule, num_edits=7, current=[], undone=[], add_cost=self.costs.append,
             total_cost=lambda: sum(self.costs, Cost(made=1)),
         )  # fmt: skip
         super().__init__(
@@ -142,7 +142,7 @@ def test_rows_of_several_processes_are_written_in_turn(writer, file, monkeypatch
 
 def test_numbers_that_are_not_finite_become_null():
     value = {"a": [math.inf, (-math.inf, 1)], "b": math.nan, "c": "ü", "d": True, "e": 2.5}
-    assert run_writer._json(value) == (
+    assert run_writer.as_json(value) == (
         '{"a": [null, [null, 1]], "b": null, "c": "ü", "d": true, "e": 2.5}'
     )
 
