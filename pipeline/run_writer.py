@@ -196,21 +196,25 @@ class RunWriter(Callback):
             )
         if not trainer.interrupted:
             self._finish(trainer, pl_module)
-            self._draw_learning_curves(trainer)
+            self._log_pictures(trainer)
 
-    def _draw_learning_curves(self, trainer: Trainer) -> None:
-        """Logs the learning curves that a report draws to W&B."""
+    def _log_pictures(self, trainer: Trainer) -> None:
+        """Logs the figures of a single run that a report draws to W&B: learning curves, forgetting."""
         boards = wandb_loggers(trainer)
         if not boards:
             return
         from corrigenda.pipeline.report.curves import learning_picture  # matplotlib takes a second
+        from corrigenda.pipeline.report.forgetting import stream_pictures
 
         for logger in trainer.loggers:
             logger.save()
         training = read_training(self.folder)
-        picture = training and learning_picture(training)
-        for board in boards if picture else ():
-            board.log_image("learning curves", [picture])
+        pictures = stream_pictures(self.folder, self.folder.name)
+        if training and (learned := learning_picture(training)):
+            pictures["learning curves"] = learned
+        for board in boards:
+            for title, picture in pictures.items():
+                board.log_image(title, [picture])
 
     def _finish(self, trainer: Trainer, pl_module: EditingModule) -> None:
         summary = self._summary(trainer, pl_module)

@@ -175,8 +175,8 @@ def test_methods_without_weights_have_no_distances(run, tmp_path, editor):
 def test_scores_of_tasks_that_were_written_beside_it_count(run, tmp_path):
     (tmp_path / "run").mkdir()
     scores = [(0, 0.9), (3, 0.1), (5, 0.1)]
-    rows = [{"num_edits": n, "task": "sst2", "score": s} for n, s in scores]
-    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"num_edits": 5, "ta'
+    rows = [{"edits": n, "task": "sst2", "score": s} for n, s in scores]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"edits": 5, "ta'
     (tmp_path / "run" / "abilities.jsonl").write_text(text)
     run(ft(), at=[5])
     assert found(tmp_path / "run")["detected"]["T_down"] == 3

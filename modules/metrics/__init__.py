@@ -1,6 +1,7 @@
 """Measures of edits: pure functions of tensors and strings, and torchmetrics classes over them.
 
-`probes`: teacher forced; `texts`: freely generated; `summaries`: of whole runs; `classes`: with state.
+`probes`: teacher forced; `texts`: freely generated; `summaries`: of whole runs; `collapse`: of streams of edits;
+`classes`: with state.
 """
 
 from corrigenda.modules.metrics.classes import (
@@ -27,6 +28,7 @@ from corrigenda.modules.metrics.summaries import (
     facts_forgotten,
     harmonic_score,
     paired_difference,
+    share_interval,
     trailing_mean,
 )
 from corrigenda.modules.metrics.texts import (
@@ -36,6 +38,7 @@ from corrigenda.modules.metrics.texts import (
     wild_exact,
     wild_f1,
     wild_prefix,
+    word_entropy,
 )
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "normalise_answer",
     "paired_difference",
     "preference",
+    "share_interval",
     "token_accuracy",
     "trailing_mean",
     "wild_answer",
@@ -65,4 +69,5 @@ __all__ = [
     "wild_exact",
     "wild_f1",
     "wild_prefix",
+    "word_entropy",
 ]

@@ -54,6 +54,16 @@ def trailing_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of ``count`` cases, which also holds near 0 and 1; NaN without cases."""
+    if not count or math.isnan(share):
+        return math.nan, math.nan
+    spread = 1.96**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = 1.96 / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray, seed: int, level: float = 0.95, num_resamples: int = 2000
 ) -> tuple[float, float]:

@@ -20,7 +20,11 @@ __all__ = ["is_finished", "report"]
 
 
 def report(
-    dirs: list[Path], out: Path, baseline: str | None = None, training: Sequence[Path] = ()
+    dirs: list[Path],
+    out: Path,
+    baseline: str | None = None,
+    training: Sequence[Path] = (),
+    figures: bool = False,
 ) -> None:
     """Compares finished runs case by case; writes report.html, report.md and report.csv, and prints a table.
 
@@ -29,11 +33,13 @@ def report(
         out: folder for the three files; an earlier report there is replaced.
         baseline: name of the run that differences are relative to.
         training: folders of further runs, of which only learning curves are drawn.
+        figures: also write every figure into the folder ``figures`` of the report, as SVG and as PNG.
     """
     runs, unreported, notes = read_runs(dirs)
     # Torch and matplotlib take seconds to import, so mistakes in the folders are reported first.
     from corrigenda.modules.files import write_text
     from corrigenda.pipeline.report.comparison import join
+    from corrigenda.pipeline.report.figures import write_pictures
     from corrigenda.pipeline.report.page import as_html
     from corrigenda.pipeline.report.tables import as_csv, as_markdown, print_headline
 
@@ -51,5 +57,7 @@ def report(
         raise UserError(f"--out {out} is a file; give a folder for the report") from None
     for name, text in texts.items():
         write_text(out / name, text)
+    if figures:
+        write_pictures(comparison, out / "figures")
     print_headline(comparison, sys.stdout)
     sys.stdout.write(f"\nreport: {out / 'report.html'} (also report.md and report.csv)\n")

@@ -33,7 +33,8 @@ def read_abilities(folder: Path) -> dict[str, dict[int, Score]]:
         with suppress(ValueError, KeyError, TypeError):
             row = parse(line)
             score = Score(*(_number(row, key) for key in ("score", "stderr", "invalid")))
-            found.setdefault(str(row["task"]), {})[int(row["num_edits"])] = score
+            task, count = str(row["task"]), int(row["edits"])
+            found.setdefault(task, {})[count] = score
     return {task: dict(sorted(scores.items())) for task, scores in found.items()}
 
 

@@ -1,16 +1,19 @@
-"""The figures of a report, as SVG elements."""
+"""The figures of a report: as SVG elements of its page, and as files."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from corrigenda.modules.files import replacing
 from corrigenda.pipeline.report.comparison import PANELS, Comparison, Estimate
 from corrigenda.pipeline.report.curves import (
     SMOOTH,
@@ -19,16 +22,44 @@ from corrigenda.pipeline.report.curves import (
     retention_figure,
     size_figure,
 )
+from corrigenda.pipeline.report.forgetting import (
+    abilities_figure,
+    age_figure,
+    kept_figure,
+    norms_figure,
+    retention_by_count_figure,
+)
 from corrigenda.pipeline.report.heat_maps import task_figure
-from corrigenda.pipeline.report.style import INK, STYLE, Colours, palette, words
+from corrigenda.pipeline.report.style import INK, MARKERS, STYLE, Colours, palette, words
 from corrigenda.pipeline.report.tables import ABSENT, BUDGET, budget_text
 
+FILES: dict[str, Any] = {  # kinds of picture files, and how they are written
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+    "png": {"dpi": 200, "transparent": False, "facecolor": "white"},
+}
 MISSING = Estimate(math.nan)  # draws nothing
-MARKERS = "osD^vPX*<>"
 
 
 def pictures(comparison: Comparison) -> list[tuple[str, str]]:
     """(caption, SVG) of every figure that these runs have data for."""
+    with matplotlib.rc_context(STYLE):
+        return [
+            (caption, _as_svg(figure, prefix=f"f{index}"))
+            for index, (_, caption, figure) in enumerate(_drawn(comparison))
+        ]
+
+
+def write_pictures(comparison: Comparison, folder: Path) -> None:
+    """Writes every figure into the folder, as SVG and as PNG (white background, 200 dots per inch)."""
+    with matplotlib.rc_context(STYLE):
+        for name, _, figure in _drawn(comparison):
+            for kind, more in FILES.items():
+                with replacing(folder / f"{name}.{kind}") as part:
+                    figure.savefig(part, format=kind, **more)
+
+
+def _drawn(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
+    """(name, caption, figure) of every figure that these runs have data for."""
     makers = {
         _headline_figure: "Mean and 95 % interval over the cases.",
         _trade_off_figure: "Up and right is better: paraphrases follow the edit, other facts stay unchanged.",
@@ -39,17 +70,20 @@ def pictures(comparison: Comparison) -> list[tuple[str, str]]:
         "are the tasks learned so far, above it those to come.",
         size_figure: "The same cases with an increasing number of active edits. "
         "Bands: 95 % intervals over the cases.",
+        abilities_figure: "General abilities: scores of tasks and their 95 % intervals.",
+        retention_by_count_figure: "All edits made so far, a line per order of edits; bands: 95 % intervals. "
+        "A fact forgotten once stays counted, also if it is recalled later.",
+        age_figure: "Edits that hold, by when they were made (columns) and when they were measured (rows).",
+        norms_figure: "How far edited weights have moved, as the norm of all changes; dotted: a jump (T_dist).",
+        kept_figure: "Up and right is better: edits hold, and tasks are answered as before.",
         learning_figure: "Training. Losses: every logged step (faint) and the trailing mean over "
         f"{SMOOTH}. Criteria: on the validation cases; a star marks the best checkpoint.",
     }
     names = [run.name for run in comparison.runs] + [one.name for one in comparison.trainings]
     colours = palette(names, grey=comparison.baseline)
-    drawn: list[tuple[str, str]] = []
-    with matplotlib.rc_context(STYLE):
-        for make, caption in makers.items():
-            if figure := make(comparison, colours):
-                drawn.append((caption, _as_svg(figure, prefix=f"f{len(drawn)}")))
-    return drawn
+    for make, caption in makers.items():
+        if figure := make(comparison, colours):
+            yield make.__name__.strip("_").removesuffix("_figure"), caption, figure
 
 
 def _headline_figure(comparison: Comparison, colours: Colours) -> Figure | None:

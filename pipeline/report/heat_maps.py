@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from torch import Tensor
 
 from corrigenda.pipeline.report.comparison import Comparison
 from corrigenda.pipeline.report.sequences import KNOWN
@@ -30,16 +32,17 @@ def task_figure(comparison: Comparison, colours: Colours) -> Figure | None:
             if metric not in matrices:
                 axes.set_axis_off()
                 continue
-            image = _draw(axes, 100 * matrices[metric])
+            image = draw_matrix(axes, (100 * matrices[metric]).tolist())
         line[0].set_ylabel(run)
     assert image is not None
     figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / len(found)), aspect=30)
     return figure
 
 
-def _draw(axes: Axes, percent_ET: Tensor) -> AxesImage:
-    evaluations, tasks = percent_ET.shape
-    image = axes.imshow(percent_ET.numpy(), cmap="cividis", vmin=0, vmax=100, aspect="auto")
+def draw_matrix(axes: Axes, percent_ET: Sequence[Sequence[float]]) -> AxesImage:
+    """Draws E rows of T numbers from 0 to 100; nothing where one is NaN."""
+    evaluations, tasks = len(percent_ET), len(percent_ET[0])
+    image = axes.imshow(percent_ET, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     axes.grid(visible=False)
     axes.set_xticks(range(tasks), [str(task + 1) for task in range(tasks)], fontsize=7)
     axes.set_yticks(range(evaluations), [str(row) for row in range(evaluations)], fontsize=7)
@@ -47,7 +50,9 @@ def _draw(axes: Axes, percent_ET: Tensor) -> AxesImage:
     if tasks <= MOST_NUMBERED:
         for row in range(evaluations):
             for task in range(tasks):
-                value = float(percent_ET[row, task])
+                value = percent_ET[row][task]
+                if math.isnan(value):
+                    continue
                 ink = "white" if value < 55 else "black"
                 axes.text(
                     task, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink

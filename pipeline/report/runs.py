@@ -124,7 +124,7 @@ def _pool(runs: Sequence[Run]) -> Run:
                 "rename one folder (runs of the same name may only differ in their seed)"
             )
     first = runs[0]
-    tables = [{(row.case_id, row.phase, row.num_edits): row for row in run.rows} for run in runs]
+    tables = [{_place(run, row): row for row in run.rows} for run in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     rows = [
         replace(tables[0][key], metrics=_means([table[key].metrics for table in tables]))
@@ -133,6 +133,15 @@ def _pool(runs: Sequence[Run]) -> Run:
     means = {k: _means([run.summary.get(k) or {} for run in runs]) for k in ("means", "budget")}
     seeds = [replace(run, name=f"{run.name}, seed {run.seed}") for run in runs]
     return Run(first.name, first.path, {**first.summary, **means}, rows, seeds)
+
+
+def _place(run: Run, row: Row) -> tuple[str, str, int | None]:
+    """What seeds have in common: a case's last evaluation, or those after the same number of edits.
+
+    A stream that undoes edits ends with other numbers of edits under other seeds.
+    """
+    is_last = run.last.get(row.case_id) is row
+    return row.case_id, row.phase, None if is_last else row.num_edits
 
 
 def _means(mappings: Sequence[Mapping[K, Any]]) -> dict[K, float]:

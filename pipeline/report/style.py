@@ -8,6 +8,7 @@ from typing import Any
 Colours = Mapping[str, str]  # by name of a run
 INK = "#0b0c0e"  # replaced by the page's text colour, for dark mode
 FAINT = "#8a919b"
+MARKERS = "osD^vPX*<>"
 COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
 STYLE: Any = {
     **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
