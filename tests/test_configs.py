@@ -22,7 +22,7 @@ from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
 from tests.samples import ROOT
 
-APART = ("compare", "tasks")
+APART = ("compare", "tasks", "ids")
 FILES = sorted(
     p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in APART
 )

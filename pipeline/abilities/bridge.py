@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
 from rich.progress import Progress
 
 from corrigenda.modules.model.lm import LanguageModel
@@ -108,7 +109,11 @@ class EditedModel(TemplateLM):
         return found
 
     def _bar(self) -> Progress:
-        return Progress(disable=not self.progress, transient=True)
+        """How far it is, on a terminal."""
+        screen = Console(stderr=True)
+        return Progress(
+            console=screen, disable=not (self.progress and screen.is_terminal), transient=True
+        )
 
     def _generate(
         self, contexts: Sequence[str], options: dict[str, Any], bar: Progress

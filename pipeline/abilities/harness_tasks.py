@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
+log = logging.getLogger(__name__)
+
 TASKS = Path(__file__).parents[2] / "configs" / "tasks"
 OURS = ("gsm8k", "rte", "nq_open", "boolq", "mutual", "samsum", "conll2003", "sst2", "cola", "mrpc")
 QUESTIONS = {"smoke": 8, "fast": FAST, "full": None}  # of each profile
@@ -155,5 +157,14 @@ def _select(task: ConfigurableTask, profile: Profile, name: str) -> None:
     """Leaves only the rows of a profile."""
     split = task.config.test_split or task.config.validation_split
     if (count := QUESTIONS[profile]) is not None:
-        rows = task.dataset[split]
-        task.dataset[split] = rows.select(listed(name, split).places(rows, count))
+        rows, known = task.dataset[split], listed(name, split)
+        places = known.places(rows, count)
+        task.dataset[split] = rows.select(places)
+        if (found := len(places) * known.questions) < count:
+            log.warning(
+                "the task %r has %d questions in the profile %r, not %d",
+                name,
+                found,
+                profile,
+                count,
+            )

@@ -35,13 +35,18 @@ class Listed:
     questions: int = 1
 
     def places(self, rows: Any, questions: int) -> list[int]:  # noqa: ANN401  a Dataset
-        """Indices, in their order in ``rows``, of the rows for so many questions; without a list, by hash."""
+        """Indices, in their order in ``rows``, of the rows for so many questions.
+
+        Rows on the list that the data lacks, or all without a list, are replaced by others, chosen by hash.
+        """
         names = (
             rows[self.id] if self.id else [json.dumps(r, sort_keys=True, default=str) for r in rows]
         )
         place = {row_id(name): index for index, name in enumerate(names)}
-        ids = self.ids or chosen(list(place), [0] * len(place))
-        return sorted(place[row] for row in ids[: questions // self.questions] if row in place)
+        known = [row for row in self.ids if row in place]
+        others = chosen(list(place.keys() - set(known)), [0] * (len(place) - len(known)))
+        known += others[: (len(self.ids) or FAST) - len(known)]
+        return sorted(place[row] for row in known[: questions // self.questions])
 
 
 def listed(name: str, split: str) -> Listed:
