@@ -661,6 +661,10 @@ def test_order_is_a_function_of_seed_and_epoch():
     orders = [order(0, 0), order(0, 1), order(1, 0)]
     assert len({tuple(one) for one in orders}) == 3
     assert all(sorted(one, key=int) == ids(numbered(20)) for one in orders)
+    loader = CaseLoader(numbered(20), 3, shuffle=True)
+    for epoch in (1, 0):  # a second fit begins with the first epoch again
+        loader.set_epoch(epoch)
+        assert loader.state_dict()["position"] == 0 and served(loader) == order(0, epoch)
 
 
 def test_training_order_goes_by_the_seed_of_the_run(split):
