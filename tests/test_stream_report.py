@@ -224,6 +224,35 @@ def test_of_repeated_scores_the_last_counts_and_half_a_line_is_left_out(tmp_path
     assert read_abilities(tmp_path / "nowhere") == {}
 
 
+def test_the_table_of_collapse(stream, tmp_path):
+    """A row per order, and the medians over those in which a detector has fired."""
+    folders = [
+        stream("seed-1/rome", record(), seed=1, accepted=0.8),
+        stream("seed-2/rome", record(detected={"T_dist": 8, "T_edit": 7}), seed=2),
+        stream("base"),
+    ]
+    report(folders, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    table = text[text.index("Forgetting and collapse") :]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| rome")][:3]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["rome, seed 1", "8", "25.0", "75.0", "80.0", "–", "–", "–", "4", "–"],
+        ["rome, seed 2", "8", "25.0", "75.0", "–", "7", "–", "–", "8", "–"],
+        ["rome, median", "", "", "", "", "7 (1 of 2)", "–", "–", "6 (2 of 2)", "–"],
+    ]
+    report([folders[2]], tmp_path / "other")
+    assert "Forgetting" not in (tmp_path / "other" / "report.md").read_text()
+
+
+def test_runs_differ_by_their_markers_too(stream):
+    comparison = compared(stream("rome", record()), stream("ft", record()))
+    figure = forgetting.retention_by_count_figure(comparison, colours(comparison))
+    lines = figure.axes[0].get_lines()
+    assert (
+        len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 2
+    )
+
+
 def test_orders_that_undo_other_edits_are_pooled(stream):
     """Streams that end with other numbers of edits have the last evaluation of each case in common."""
     folders = [

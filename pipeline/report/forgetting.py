@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from corrigenda.modules.metrics import share_interval
 from corrigenda.pipeline.report.comparison import Comparison
@@ -97,6 +98,11 @@ def stream_pictures(folder: Path, name: str) -> dict[str, Figure]:
 Found = Mapping[str, Sequence[Stream]]  # streams of every run, by its name
 
 
+def _markers(found: Found) -> dict[str, str]:
+    """A marker for each run, so that lines differ without their colours, too."""
+    return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(found)}
+
+
 def _of_runs(comparison: Comparison) -> Found:
     return {run.name: found for run in comparison.runs if (found := streams(run))}
 
@@ -107,6 +113,7 @@ def _abilities(found: Found, colours: Colours) -> Figure | None:
     if not tasks:
         return None
     figure, panels = _grid(len(tasks))
+    markers = _markers(found)
     for task, axes in zip(tasks, panels, strict=True):
         for of, name, label, scores in lines:
             if of == task:
@@ -114,11 +121,13 @@ def _abilities(found: Found, colours: Colours) -> Figure | None:
                 values = [100 * scores[count].value for count in counts]
                 errors = [1.96 * 100 * scores[count].error for count in counts]
                 bars = [0.0 if math.isnan(error) else error for error in errors]
-                axes.errorbar(counts, values, bars, fmt="o-", color=colours[name], label=label,
+                axes.errorbar(counts, values, bars, fmt=f"{markers[name]}-", color=colours[name], label=label,
                               markersize=3.5, linewidth=1.2, elinewidth=0.8, capsize=2)  # fmt: skip
         axes.set(title=words(task), xlabel="edits", ylim=(-4, 104))
-        if max(count for of, *_, scores in lines if of == task for count in scores) > 100:
+        if any("@" in name for of, name, *_ in lines if of == task):  # sizes differ by factors
             axes.set_xscale("symlog", linthresh=10)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.margins(x=0.08)
     return _with_legend(figure, panels)
 
 
@@ -145,31 +154,30 @@ def _retention(found: Found, colours: Colours) -> Figure | None:
         return None
     titles = ("edits that hold, %", "targets likelier than rivals, %", "facts forgotten, %")
     figure, panels = _grid(len(titles))
+    markers = _markers(found)
     for axes, title, key in zip(
         panels, titles, ("retained", "preferred", "forgotten"), strict=True
     ):
         for name, of_run in measured.items():
             for stream in of_run:
-                _share_line(axes, stream, getattr(stream, key), colours[name], name)
+                line = _share_line(axes, stream, getattr(stream, key), colours[name])
+                line.set(marker=markers[name], label=name)
         axes.set(title=title, xlabel="edits", ylim=(-4, 104))
     return _with_legend(figure, panels)
 
 
-def _share_line(
-    axes: Axes, stream: Stream, values: Sequence[float], colour: str, label: str
-) -> None:
+def _share_line(axes: Axes, stream: Stream, values: Sequence[float], colour: str) -> Line2D:
     """A share of the edits over their number, with its 95 % interval as a band."""
     bands = [
         share_interval(value, count) for value, count in zip(values, stream.counts, strict=True)
     ]
     low, high = zip(*bands, strict=True)
-    axes.plot(
-        stream.counts, [100 * v for v in values], "o-", color=colour, markersize=3.5, label=label
-    )
     axes.fill_between(
         stream.counts, [100 * v for v in low], [100 * v for v in high],
         color=colour, alpha=0.12, linewidth=0,
     )  # fmt: skip
+    (line,) = axes.plot(stream.counts, [100 * v for v in values], color=colour, markersize=3.5)
+    return line
 
 
 def _ages(found: Found) -> Figure | None:
@@ -209,6 +217,8 @@ def _norms(found: Found) -> Figure | None:
         if detected is not None:
             axes.axvline(detected, color=FAINT, linestyle=":", linewidth=1.2)
         axes.set(title=name, xlabel="edits", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.legend(fontsize=6.5)
     panels[0].set_ylabel("norm of all changes")
     return figure

@@ -9,7 +9,8 @@ Colours = Mapping[str, str]  # by name of a run
 INK = "#0b0c0e"  # replaced by the page's text colour, for dark mode
 FAINT = "#8a919b"
 MARKERS = "osD^vPX*<>"
-COLOURS = ("#4c8dd6", "#e0812f", "#3fa66a", "#d65a6f", "#9a72c9", "#2fa8b5", "#b89b2e", "#d070b0")
+# Those of Okabe and Ito, which colour-blind readers can tell apart, and a brown in place of the yellow.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a6d3b")
 STYLE: Any = {
     **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),

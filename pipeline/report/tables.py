@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 from typing import TextIO
 
 from corrigenda.pipeline.report.comparison import HEADLINE, Comparison, Estimate
 from corrigenda.pipeline.report.runs import Run
 from corrigenda.pipeline.report.sequences import Interval
+from corrigenda.pipeline.report.streams import Stream, read_stream
 
+DETECTORS = ("T_edit", "T_forget", "T_down", "T_dist", "inflection")
 MAX_CURVE_ROWS = 20
 ABSENT = "–"
 
@@ -30,10 +34,45 @@ def all_tables(comparison: Comparison) -> list[Table]:
     """All tables that have content: the headline first, all metrics last."""
     tables = [headline_table(comparison)]
     tables += [_difference_table(comparison)] if comparison.differences else []
-    tables += _task_tables(comparison)
+    tables += _task_tables(comparison) + _collapse_tables(comparison)
     tables += [_budget_table(comparison), _run_table(comparison)]
     tables += [_curve_table(comparison)] if comparison.repeated_runs else []
     return [*tables, _metric_table(comparison)]
+
+
+def _collapse_tables(comparison: Comparison) -> list[Table]:
+    """What streams have forgotten and where they collapse: a row per order of edits, and the medians."""
+    rows = []
+    for run in comparison.runs:
+        orders = [one for one in run.seeds or [run] if read_stream(one.path, run.name).counts]
+        found = [read_stream(one.path, run.name) for one in orders]
+        for one, stream in zip(orders, found, strict=True):
+            accepted = one.summary.get("accepted")
+            shares = [stream.retained[-1], stream.forgotten[-1]]
+            shares += [math.nan if accepted is None else float(accepted)]
+            cells = [ABSENT if math.isnan(share) else f"{100 * share:.1f}" for share in shares]
+            fired = [_fired(name, stream) for name in DETECTORS]
+            rows.append([one.name, f"{stream.counts[-1]:,}", *cells, *fired])
+        if len(found) > 1:
+            medians = [_median_fired(found, name) for name in DETECTORS]
+            rows.append([f"{run.name}, median", "", "", "", "", *medians])
+    header = ["run", "edits", "hold", "forgotten", "accepted", *DETECTORS]
+    note = (
+        "hold, forgotten, accepted: ×100. T: number of edits at which a detector has fired first. T_edit: new "
+        "edits fail, T_forget: many facts are forgotten at once, T_down: a task is lost, T_dist: a weight jumps. "
+        "inflection: where retention bends down. Medians are over the orders in which it has fired."
+    )
+    return [Table("Forgetting and collapse", header, rows, note)] if rows else []
+
+
+def _fired(name: str, stream: Stream) -> str:
+    count = (stream.detected or {}).get(name)
+    return ABSENT if count is None else f"{count:,}"
+
+
+def _median_fired(found: Sequence[Stream], name: str) -> str:
+    counts = [n for one in found if (n := (one.detected or {}).get(name)) is not None]
+    return f"{median(counts):g} ({len(counts)} of {len(found)})" if counts else ABSENT
 
 
 def headline_table(comparison: Comparison, interval: str = "z.1f") -> Table:
