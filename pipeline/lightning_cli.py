@@ -25,6 +25,7 @@ from corrigenda.pipeline.guard import Guard
 from corrigenda.pipeline.lightning_parts import WholeCheckpoints
 from corrigenda.pipeline.run_folder import open_run
 from corrigenda.pipeline.run_writer import RunWriter
+from corrigenda.pipeline.screen import Screen
 from corrigenda.pipeline.signals import listen
 from corrigenda.pipeline.tasks import TaskMatrices
 
@@ -83,6 +84,7 @@ class PipelineCLI(LightningCLI):
         parser.add_lightning_class_args(Budget, "budget")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Forgetting, "forgetting")
+        parser.add_lightning_class_args(Screen, "screen")
         parser.add_lightning_class_args(Abilities, "abilities")
         parser.add_argument(
             "--run_dir",

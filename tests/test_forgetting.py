@@ -16,6 +16,7 @@ from corrigenda.modules.editors.grace import GRACE
 from corrigenda.modules.editors.memprompt import MemPrompt
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.evaluation.retention import retained
+from corrigenda.modules.metrics import word_entropy
 from corrigenda.modules.model.delta import Delta
 from corrigenda.modules.model.loading import hash_weights
 from corrigenda.modules.statistics.corpus import Corpus
@@ -25,6 +26,7 @@ from corrigenda.pipeline.checkpointing import LastCheckpoint
 from corrigenda.pipeline.forgetting import Forgetting
 from corrigenda.pipeline.guard import Guard
 from corrigenda.pipeline.run_writer import RunWriter
+from corrigenda.pipeline.screen import Screen
 from tests.conftest import SUBJECTS
 from tests.samples import QUIET, summary
 
@@ -298,6 +300,80 @@ def test_nothing_is_watched_by_default(run, tmp_path):
     run(ft())
     assert not any((tmp_path / "run" / n).exists() for n in ("guard.jsonl", "forgetting.json"))
     assert summary(tmp_path / "run")["accepted"] == 1
+
+
+# ---------------------------------------------------------------------------- single edits
+
+
+@pytest.fixture
+def screened(tiny_lm, data, tmp_path):
+    """``screened(editor)``: the screen of five single edits, in batches of two."""
+
+    def run(editor, schedule="each"):
+        data.batch_size = data.eval_batch_size = 2
+        trainer = Trainer(
+            accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+            callbacks=[EditCallback(editor, schedule), Screen(tokens=6, calibration=3)],
+            inference_mode=False,
+        )  # fmt: skip
+        trainer.callbacks.append(RunWriter(tmp_path, "validate"))
+        trainer.validate(EditingModule(tiny_lm("gpt2")), datamodule=data, verbose=False)
+        return json.loads((tmp_path / "screen.json").read_text())
+
+    return run
+
+
+class Large(FT):
+    """FT whose last edit is a hundred times as large."""
+
+    def propose_each(self, lm, edits):
+        return [
+            delta.scaled(100) if group[0].subject == "Count Sable" else delta
+            for delta, group in zip(super().propose_each(lm, edits), edits, strict=True)
+        ]
+
+
+def test_single_edits_with_large_updates_are_found(screened, data, tiny_lm):
+    found = screened(Large([1], steps=2, lr=1e-3))
+    assert "112" in found["disabling"]
+    assert [row["case_id"] for row in found["cases"]] == ["108", "109", "110", "111", "112"]
+    case, lm = data.evaluation_cases()[0], tiny_lm("gpt2")
+    handle = FT([1], steps=2, lr=1e-3).edit(lm, list(case.edits))
+    norms = [
+        handle.delta.dense(n).norm() / handle.delta.dense(n).numel() for n in handle.delta.updates
+    ]
+    assert found["cases"][0]["norm"] == pytest.approx(float(max(norms)))
+    prompts = [case.edits[0].text, *(probe.prompt for probe in case.probes["generality"])]
+    assert found["cases"][0]["entropy"] == pytest.approx(word_entropy(lm.generate(prompts, 6)))
+    weak = [row["case_id"] for row in found["cases"] if row["entropy"] < 0.7]
+    assert set(found["disabling"]) == {"112", *weak}
+
+
+def test_an_interrupted_screen_goes_on(screened, tmp_path, monkeypatch):
+    whole = screened(ft())
+    for name in ("screen.json", "screen.jsonl", "cases.jsonl", "progress.json", "summary.json"):
+        (tmp_path / name).unlink()
+    calls, evaluate = [], EditingModule.evaluate
+
+    def stop(self, cases):
+        calls.append(len(cases))
+        if len(calls) == 2:
+            raise RuntimeError("on purpose")
+        return evaluate(self, cases)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+        patch.setattr(EditingModule, "evaluate", stop)
+        screened(ft())
+    assert screened(ft()) == whole
+
+
+@pytest.mark.parametrize(
+    ("editor", "schedule", "message"),
+    [(ft(), "batch", "--edit.schedule each"), (MemPrompt("lm"), "each", "updates of weights")],
+)
+def test_a_screen_needs_single_updates(screened, editor, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        screened(editor, schedule)
 
 
 # ---------------------------------------------------------------------------- options
