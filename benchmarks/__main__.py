@@ -14,7 +14,17 @@ import sys
 
 import torch
 
-from benchmarks import evaluation, generation, learned, memit, moments, neurons, retrieval, values
+from benchmarks import (
+    abilities,
+    evaluation,
+    generation,
+    learned,
+    memit,
+    moments,
+    neurons,
+    retrieval,
+    values,
+)
 from benchmarks.shapes import SHAPES, RandomModel
 from benchmarks.side_by_side import HEADER
 from corrigenda.datamodules.facts import Facts
@@ -29,6 +39,7 @@ SCRIPTS = {
     "evaluation": evaluation,
     "generation": generation,
     "retrieval": retrieval,
+    "abilities": abilities,
 }
 
 
