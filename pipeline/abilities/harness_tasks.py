@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from corrigenda.datamodules.files import read_rows
 from corrigenda.pipeline.abilities.ids import FAST, listed
 from corrigenda.pipeline.errors import UserError
 
@@ -51,7 +51,6 @@ def load_task(
         profile: how many rows.
         data: a folder with a folder for each data set, see :func:`local_rows`; by default rows are downloaded.
     """
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     file = definition(name, form)
@@ -62,13 +61,28 @@ def load_task(
         raise UserError(f"the task {name!r} is a Python class of the harness; give one in YAML")
     if data is not None:
         config = _with_local_rows(config, data)
+    task = _built(config, f"the rows of the task {name!r} cannot be used")
+    _select(task, profile, name)
+    return task
+
+
+def _built(config: dict[str, Any], problem: str) -> ConfigurableTask:
+    """The task with all its rows; raises UserError if there are none, or if the first lacks a field."""
+    from jinja2 import TemplateError
+    from lm_eval.api.task import ConfigurableTask
+
     try:
         with quiet():
             task = ConfigurableTask(config=config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        where = f"in {data}" if data else "on the Hugging Face Hub (or give a folder with data)"
-        raise UserError(f"the rows of the task {name!r} cannot be read {where}: {error}") from error
-    _select(task, profile, name)
+            row = next(iter(task.eval_docs))
+            if task.OUTPUT_TYPE == "multiple_choice":
+                task.process_results(row, [(-1.0, False)] * len(task.doc_to_choice(row)))
+            elif task.OUTPUT_TYPE == "generate_until":
+                task.process_results(row, [""])
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, TemplateError) as error:
+        raise UserError(f"{problem}: {type(error).__name__}: {error}") from error
     return task
 
 
@@ -115,16 +129,11 @@ def local_rows(folder: Path) -> DatasetDict:
     """The rows of a folder with a JSON Lines file for each split."""
     from datasets import Dataset, DatasetDict
 
-    def read(file: Path) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{file}: line {number} is not JSON ({error})") from None
-
     return DatasetDict(
-        {file.stem: Dataset.from_list(list(read(file))) for file in sorted(folder.glob("*.jsonl"))}
+        {
+            file.stem: Dataset.from_list([fields for _, fields in read_rows(str(file))])
+            for file in sorted(folder.glob("*.jsonl"))
+        }
     )
 
 
