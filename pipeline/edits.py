@@ -201,4 +201,5 @@ def base_model(deltas: Sequence[Delta], options: Mapping[str, Any]) -> LanguageM
     name = options.get("name") or deltas[0].metadata.get("model")
     if not name:
         raise UserError("the file does not name its base model: give --lm.name")
-    return LanguageModel(**{**options, "name": name})
+    chat = bool(options.get("chat") or "chat" in deltas[0].metadata)
+    return LanguageModel(**{**options, "name": name, "chat": chat})

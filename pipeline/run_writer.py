@@ -102,6 +102,7 @@ class RunWriter(Callback):
         text = "".join(case.fingerprint for case in cases)
         self._depends_on |= {
             "the model's weights": pl_module.lm.weights_hash,
+            "the form of prompts": pl_module.lm.tokens.form,
             "the set of cases": hashlib.sha256(text.encode()).hexdigest()[:16],
         }
         if self._cases.size:
@@ -236,10 +237,7 @@ class RunWriter(Callback):
             "model_hash": module.base_model["hash"],
             "dataset": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
             "schedule": edit.schedule,
-            "protocols": {
-                name: f"{PROTOCOLS[name.rpartition('/')[2]]}@{'tasks' if tasks_of(trainer) else edit.schedule}"
-                for name in module.means
-            },
+            "protocols": _protocols(module, "tasks" if tasks_of(trainer) else edit.schedule),
             "means": module.means,
             "budget": {
                 **cost.row(),
@@ -250,6 +248,16 @@ class RunWriter(Callback):
             "numbers": edit.editor.numbers() if edit.editor else {},
             **({} if edit.accepted is None else {"accepted": edit.accepted}),
         }
+
+
+def _protocols(module: EditingModule, schedule: str) -> dict[str, str]:
+    """How each measure was computed, and on which edits; prompts in a chat are other prompts."""
+    by_name = {name: PROTOCOLS[name.rpartition("/")[2]] for name in module.means}
+    chat = "+chat" if "chat" in module.base_model else ""
+    return {
+        name: f"{how}{'' if how == PROTOCOLS['perplexity'] else chat}@{schedule}"
+        for name, how in by_name.items()
+    }
 
 
 def _kept(module: EditingModule, edit: EditCallback) -> dict[str, float | None]:

@@ -78,6 +78,7 @@ class Editor(ABC):
             "model": lm.name,
             "editor": type(self).__name__,
             "edits": [[e.prompt, e.subject, e.target_new] for e in edits],
+            **lm.chat_note,
         }
 
 

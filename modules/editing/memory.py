@@ -57,7 +57,7 @@ def fit(
         return "".join(demonstrations[dropped:]) + question
 
     def fits(dropped: int) -> bool:
-        return limit is None or len(lm.tokens.encode([text(dropped)])[0]) + reserve <= limit
+        return limit is None or len(lm.tokens.encode_prompts([text(dropped)])[0]) + reserve <= limit
 
     dropped = 0 if fits(0) else bisect_left(range(len(demonstrations) + 1), True, key=fits)
     if dropped > len(demonstrations):

@@ -40,11 +40,12 @@ def sample_contexts(
         seed: the same seed gives the same texts.
     """
     contexts = [""]
-    with lm.pristine(), torch.random.fork_rng(devices=[]):
+    with lm.pristine(), lm.tokens.as_written(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for tokens, count in lengths:
             prompts = [STARTS[i % len(STARTS)] for i in range(count)]
-            for start, text in zip(prompts, lm.generate(prompts, tokens - 1, top_k=5), strict=True):
+            texts = lm.generate(prompts, tokens - 1, top_k=5)
+            for start, text in zip(prompts, texts, strict=True):
                 clean = " ".join((start + text).replace("{", " ").replace("}", " ").split())
                 contexts.append(clean.rstrip(". ") + ". ")
     return contexts

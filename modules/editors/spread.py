@@ -213,6 +213,7 @@ class SpreadEditor(ValueEditor):
             "contexts": self._contexts,
             "essence": self.essence,
             **asdict(self.settings),
+            **lm.chat_note,
         }
         return FoundValues(self.values, base)
 

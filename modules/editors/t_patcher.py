@@ -126,7 +126,8 @@ class TPatcher(ModuleEditor):
         notes = []
         for edit in edits:
             notes.append(self._learn(lm, memory, edit))
-            rows = lm.tokens.rows([lm.tokens.join(edit.text, edit.target_new)])
+            ids = lm.tokens.rows([edit.text], [edit.target_new]).unpadded()
+            rows = lm.tokens.pad(ids, [len(row) for row in ids])
             seen_MD = _inputs(lm, rows, memory.sites[0])
             memory.seen_MD = torch.cat([memory.seen_MD, seen_MD])
         return notes

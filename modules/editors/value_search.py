@@ -47,8 +47,7 @@ def searched_together(lm: LanguageModel, edits: Sequence[Edit], parallel: int) -
     the shorter ones are padded.
     """
     tokens = [
-        len(lm.tokens.encode_whole([lm.tokens.join(edit.text, edit.target_new)])[0])
-        - lm.tokens.subject_end(edit)
+        int(lm.tokens.rows([edit.text], [edit.target_new]).length_B) - lm.tokens.subject_end(edit)
         for edit in edits
     ]
     parts: list[list[int]] = []
@@ -67,7 +66,9 @@ def warn_of_unread(lm: LanguageModel, edits: Sequence[Edit], layer: int) -> None
     if layer + 1 < lm.structure.num_layers:
         return
     unread = [
-        e.text for e in edits if lm.tokens.subject_end(e) + 1 < len(lm.tokens.encode([e.text])[0])
+        e.text
+        for e in edits
+        if lm.tokens.subject_end(e) + 1 < len(lm.tokens.encode_prompts([e.text])[0])
     ]
     if unread:
         log.warning("%r: nothing above layer %d, the last one, reads the subject, so the update is zero (%d such "

@@ -203,6 +203,11 @@ class EditingModule(LightningModule):
                 f"this checkpoint was trained for {base['name']!r} with weights {base['hash']}, not for "
                 f"{self.lm.name!r} with weights {self.lm.weights_hash}: use the same --model.lm.name and dtype"
             )
+        if base.get("chat") != self.lm.chat_note.get("chat"):
+            raise ValueError(
+                "this checkpoint was trained with another form of prompts: set --model.lm.chat as then, and use "
+                "the same chat template"
+            )
         saved, own = _shapes(checkpoint["state_dict"]), _shapes(self.state_dict())
         if saved != own:  # strict loading is off, so Lightning would ignore what does not fit
             name = min(saved.items() ^ own.items())[0]
@@ -217,7 +222,7 @@ class EditingModule(LightningModule):
     @property
     def base_model(self) -> dict[str, str]:
         """Name and weight hash of the base model, for summaries and checkpoints."""
-        return {"name": self.lm.name, "hash": self.lm.weights_hash}
+        return {"name": self.lm.name, "hash": self.lm.weights_hash, **self.lm.chat_note}
 
     @property
     def method_name(self) -> str | None:

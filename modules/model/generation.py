@@ -48,7 +48,7 @@ class Generator:
             chunk = order[begin : begin + request.batch_size]
             batch = _Batch(self, request, [ids[i] for i in chunk], owner_B[chunk], prefix)
             for i, row in zip(chunk, batch.run(), strict=True):
-                texts[i] = _before(request.stop, self.tokens.decode(row))
+                texts[i] = _before(request.stop, self.tokens.answer(row))
         return texts
 
 
@@ -68,7 +68,7 @@ class _Batch:
         self.ids_BT, self.mask_BT = padded_left(ids, start, on.edits.device)
         self.width = self.ids_BT.shape[1]
         self.most = self.width + request.max_new_tokens  # most tokens of a row
-        self.end = on.tokens.tokenizer.eos_token_id
+        self.ends = on.tokens.ends
         self.cache = self._cache(len(ids), prefix)
         self._told = ""  # what on_text has been given
         # Adapters that decide by prompt do so for the whole batch.
@@ -118,8 +118,8 @@ class _Batch:
             do_sample=bool(top_k),
             num_beams=self.request.num_beams,
             max_new_tokens=self.most - self.ids_BT.shape[1],
-            eos_token_id=self.end,
-            pad_token_id=self.end,
+            eos_token_id=self.ends or None,
+            pad_token_id=next(iter(self.ends), None),
             **sampling,
         )
 
@@ -132,7 +132,7 @@ class _Batch:
         """Gives the new text of a single prompt to ``on_text``, up to the last whole character."""
         if self.request.on_text is None or len(ids_BT) != 1:
             return
-        text = self.on.tokens.decode(ids_BT[0, self.width :])
+        text = self.on.tokens.answer(ids_BT[0, self.width :])
         if text.startswith(self._told) and not text.endswith("\ufffd"):
             self.request.on_text(text[len(self._told) :])
             self._told = text
@@ -140,7 +140,7 @@ class _Batch:
     def _ended(self, ids_BT: Tensor) -> Tensor:
         """Whether each row has reached an end token or one of the texts to stop at."""
         new_BM = ids_BT[:, self.width :]
-        done_B = (new_BM == (-1 if self.end is None else self.end)).any(1)
+        done_B = torch.isin(new_BM, new_BM.new_tensor(self.ends)).any(1)
         if self.request.stop:
             texts = [self.on.tokens.decode(row) for row in new_BM]
             stopped = [any(words in text for words in self.request.stop) for text in texts]

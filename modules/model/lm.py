@@ -50,6 +50,8 @@ class LanguageModel(nn.Module):
         separator: text between a prompt and its target. ``auto``: a space, or nothing in scripts that put no
             spaces between words, such as Chinese, Japanese or Thai.
         revision: commit or branch of a hub model.
+        chat: put every prompt into the tokenizer's chat template, as a user's words, in editing, evaluation and
+            generation. Answers end with the turn and leave out thinking parts; a date in the template is fixed.
         reuse_prefix: run the blocks below the lowest edited one once and reuse their output. False
             recomputes everything: the reference path.
         cache_memory_gib: most memory for outputs of the lower blocks, which learned editors store by text.
@@ -75,6 +77,7 @@ class LanguageModel(nn.Module):
         cache_disk_gib: float = 8.0,
         separator: Separator = "auto",
         device_map: DeviceMap | None = None,
+        chat: bool = False,
     ) -> None:
         checks.at_least(0, cache_memory_gib=cache_memory_gib, cache_disk_gib=cache_disk_gib)
         if device_map is not None:
@@ -84,7 +87,7 @@ class LanguageModel(nn.Module):
         self.net = net.requires_grad_(False)
         self.eval()
         self.name, self.requantize = name, requantize
-        self.tokens = Tokens(tokenizer, net, name, separator)
+        self.tokens = Tokens(tokenizer, net, name, separator, chat)
         self.edits = ActiveEdits(net)
         limits = Limits(cache_memory_gib, cache_disk_gib, depends_on_batch=quantization == "int8")
         self.reuse = Reuse(self.edits, reuse_prefix, limits)
@@ -136,6 +139,12 @@ class LanguageModel(nn.Module):
     def weights_hash(self) -> str:
         """Hash of every unedited weight: the identity of the base model."""
         return self.edits.weights_hash
+
+    @property
+    def chat_note(self) -> dict[str, str]:
+        """What files say of a model that is used in a chat: a hash of its template. Nothing for any other."""
+        template = self.tokens.template
+        return {} if template is None else {"chat": template.form}
 
     @property
     def handles(self) -> list[EditHandle]:

@@ -1,8 +1,11 @@
-"""Text to token ids and back: the only place that tokenises.
+"""Text to token ids and back: the only place that tokenises, and that puts prompts into a chat template.
 
 Prompt and target are always encoded together, as one text (:func:`corrigenda.datamodules.records.joined`). The
 target's tokens are those after the longest common prefix with the encoded prompt, so that no rule about leading
 spaces or begin-of-text tokens depends on the model's family.
+
+A *prompt* is what a user asks: in a chat the model reads it inside the tokenizer's chat template. A *text* is read
+as it is: corpora, sampled contexts, perplexity.
 
 Shapes: B rows, T tokens.
 """
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from corrigenda.datamodules.records import Edit, Separator, joined, prompt_end
 from corrigenda.modules.interrupts import Reversible, replaced
+from corrigenda.modules.model.chat import ChatTemplate, answer_of
 from corrigenda.modules.model.loading import ModelError
 from corrigenda.modules.model.placement import device_of
 from corrigenda.modules.model.rows import Rows, common_prefix
@@ -33,11 +37,20 @@ class Tokens:
         net: the network that reads the tokens.
         name: the model's name, for messages.
         separator: text between a prompt and its target, see :class:`LanguageModel`.
+        chat: read prompts inside the tokenizer's chat template.
     """
 
-    def __init__(self, tokenizer: Any, net: Any, name: str, separator: Separator) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        net: Any,  # noqa: ANN401
+        name: str,
+        separator: Separator,
+        chat: bool = False,
+    ) -> None:
         self.tokenizer, self.net, self.name = tokenizer, net, name
         self.separator: Separator = separator
+        self.template = ChatTemplate.of(tokenizer, name) if chat else None
         self.num_boundary_merges = 0  # rows in which a token spans the end of the prompt
         self._as_written = False  # see :meth:`as_written`
 
@@ -49,14 +62,37 @@ class Tokens:
         found = [getattr(config, name, None) for name in names]
         return min((n for n in found if isinstance(n, int) and n > 0), default=None)
 
+    @property
+    def form(self) -> str:
+        """How prompts are read: ``plain``, or a hash of the chat template."""
+        return "plain" if self.template is None else f"chat {self.template.form}"
+
+    @property
+    def _around(self) -> ChatTemplate | None:
+        """The template that prompts are read in now."""
+        return None if self._as_written else self.template
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with the tokenizer's special tokens at the start, and none at the end."""
+        """Token ids of texts, with the tokenizer's special tokens at the start, and none at the end."""
         rows = self.tokenizer(list(texts), padding=False, truncation=False).input_ids
         special = set(self.tokenizer.all_special_ids)
-        rows = [
+        return self._known([
             row[:-1] if len(row) > 1 and row[-1] in special and self.appends else row
             for row in rows
-        ]
+        ])  # fmt: skip
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, however long."""
+        return self._encode([self.question(prompt) for prompt in prompts])
+
+    def _encode(self, questions: Sequence[str]) -> list[list[int]]:
+        """Token ids of what :meth:`question` gives; a template contains its own special tokens."""
+        if self._around is None:
+            return self.encode(questions)
+        return self._known(self.tokenizer(list(questions), add_special_tokens=False).input_ids)
+
+    def _known(self, rows: list[list[int]]) -> list[list[int]]:
+        """The rows; raises ModelError if the tokenizer has more tokens than the model embeds."""
         known = self.net.get_input_embeddings().weight.shape[0]
         if (most := max(map(max, filter(None, rows)), default=0)) >= known:
             token = self.tokenizer.convert_ids_to_tokens(most)
@@ -66,15 +102,15 @@ class Tokens:
             )
         return rows
 
-    def encode_whole(self, texts: Sequence[str], reserve: int = 0) -> list[list[int]]:
-        """Token ids as from :meth:`encode`, of texts that must fit into the model's context.
+    def encode_whole(self, questions: Sequence[str], reserve: int = 0) -> list[list[int]]:
+        """Token ids of what :meth:`question` gives, also with targets after it, that must fit into the context.
 
         Raises ValueError for a text that does not fit together with the ``reserve`` tokens that are to follow it.
         """
-        self.require_readable(texts)
-        rows = self.encode(texts)
+        self.require_readable(questions)
+        rows = self._encode(questions)
         limit = self.max_length
-        for text, row in zip(texts, rows, strict=True):
+        for text, row in zip(questions, rows, strict=True):
             if limit is not None and len(row) + reserve > limit:
                 more = f", and {reserve} are to follow" if reserve else ""
                 raise ValueError(
@@ -118,8 +154,22 @@ class Tokens:
         return prompt + target if self._as_written else joined(prompt, target, self.separator)
 
     def question(self, prompt: str) -> str:
-        """A prompt as it is encoded where text is to follow it."""
-        return prompt if self._as_written else prompt_end(prompt)
+        """What the model reads for a prompt where text is to follow it."""
+        return self._placed(prompt)[0]
+
+    def _placed(self, prompt: str) -> tuple[str, int]:
+        """(text, offset): what the model reads for a prompt, and where in it the prompt begins."""
+        prompt = prompt if self._as_written else prompt_end(prompt)
+        return (prompt, 0) if self._around is None else self._around.around(prompt)
+
+    def _answered(self, question: str, target: str) -> str:
+        """A question with its target."""
+        return self.join(question, target) if self._around is None else question + target.strip()
+
+    def answer(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of generated tokens; in a chat without its thinking part."""
+        text = self.decode(ids)
+        return text if self._around is None else answer_of(text)
 
     def rows(
         self, prompts: Sequence[str], targets: Sequence[str] | None = None, end: bool = False
@@ -130,12 +180,12 @@ class Tokens:
         tokenizer without an end-of-text token where it is wanted.
         """
         ending = [self.end_token] if end else []
-        prompts = [self.question(prompt) for prompt in prompts]
+        questions = [self.question(prompt) for prompt in prompts]
         if targets is None:
-            ids = self.encode_whole(prompts)
+            ids = self.encode_whole(questions)
             return self.pad(ids, [len(row) for row in ids])
-        joint = [self.join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-        before = [prompt.rstrip() for prompt in prompts] if self._as_written else prompts
+        joint = [self._answered(*pair) for pair in zip(questions, targets, strict=True)]
+        before = [text.rstrip() for text in questions] if self._as_written else questions
         encoded = self.encode_whole(before + joint, len(ending))
         rows, starts = [], []
         for left, row in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
@@ -150,10 +200,20 @@ class Tokens:
                 raise ValueError(f"the target {target!r} adds no token to the prompt {prompt!r}")
         return self.pad(rows, starts)
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer: end of turn in a chat, and end of text."""
+        ends = [self.tokenizer.eos_token_id]
+        if self.template is not None:
+            after = self.tokenizer(self.template.end, add_special_tokens=False).input_ids
+            special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+            ends = [*(token for token in after[:1] if token in special), *ends]
+        return list(dict.fromkeys(int(token) for token in ends if token is not None))
+
     @property
     def end_token(self) -> int:
-        """The token that ends a text; raises ValueError if the tokenizer has none."""
-        token = self.tokenizer.eos_token_id
+        """The token that ends an answer; raises ValueError if the tokenizer has none."""
+        token = next(iter(self.ends), None)
         if token is None:
             raise ValueError(f"the tokenizer of {self.name!r} has no token that ends a text")
         return int(token)
@@ -173,16 +233,20 @@ class Tokens:
         """Rows of token ids, padded on the right; ``starts`` are the places of their first target tokens."""
         return Rows.of(ids, starts, device_of(self.net.get_input_embeddings()))
 
-    def subject_span(self, text: str, start: int, subject: str) -> tuple[int, int]:
-        """(first, last) token index of the subject that begins at character ``start`` of ``text``."""
-        self.require_readable([text])
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
+    def subject_span(self, prompt: str, start: int, subject: str) -> tuple[int, int]:
+        """(first, last) token index of the subject that begins at character ``start`` of ``prompt``."""
+        self.require_readable([prompt])
+        text, offset = self._placed(prompt)
+        encoded = self.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=self._around is None
+        )
+        start += offset
         end = start + len(subject)
         inside = [
             i for i, (a, b) in enumerate(encoded.offset_mapping) if b > a and a < end and b > start
         ]
         if not inside:
-            raise ValueError(f"no token of {text!r} belongs to the subject {subject!r}")
+            raise ValueError(f"no token of {prompt!r} belongs to the subject {subject!r}")
         return inside[0], inside[-1]
 
     def subject_end(self, edit: Edit, prefix: str = "") -> int:

@@ -87,6 +87,8 @@ class LanguageModelStates(Encoder):
         layer = lm.structure.num_layers // 2 if layer is None else layer
         self._lm, self._block = lm, lm.structure.block_name(layer)
         self.name, self.hash = f"{lm.name}, block {layer}", f"{lm.weights_hash}-{layer}"
+        if lm.tokens.template is not None:
+            self.hash += f"-{lm.tokens.template.form}"
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:

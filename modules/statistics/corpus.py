@@ -82,7 +82,7 @@ def sampled_texts(
     round_ = 0
     while True:
         prompts = [starts[i % len(starts)] for i in range(batch)]
-        with lm.pristine(), torch.random.fork_rng(devices=[]):
+        with lm.pristine(), lm.tokens.as_written(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 100_003 + round_)
             new = lm.generate(prompts, length, top_k=50, batch_size=batch)
         yield from (start + text for start, text in zip(prompts, new, strict=True))

@@ -88,7 +88,7 @@ def unrelated_prompts(corpus: Corpus, count: int, lm: LanguageModel) -> list[str
     for text in islice(corpus.texts(lm), 10 * count):
         words = text.split()[:MAX_WORDS]
         prompt = " ".join(words[:-1] or words)
-        if lm.max_length is None or len(lm.tokens.encode([prompt])[0]) <= lm.max_length:
+        if lm.max_length is None or len(lm.tokens.encode_prompts([prompt])[0]) <= lm.max_length:
             prompts[prompt] = None
         if len(prompts) == count:
             break

@@ -96,7 +96,12 @@ class Counterfactual:
         base = checkpoint["base_model"]
         own = lm
         if base["hash"] != lm.weights_hash:
-            own = LanguageModel(base["name"], device=str(lm.device), separator=lm.tokens.separator)
+            own = LanguageModel(
+                base["name"],
+                device=str(lm.device),
+                separator=lm.tokens.separator,
+                chat=lm.tokens.template is not None,
+            )
             if own.weights_hash != base["hash"]:
                 raise EditError(
                     f"{path} was trained for {base['name']!r} with weights {base['hash']}, and that name now "

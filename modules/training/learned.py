@@ -164,7 +164,7 @@ class LearnedEditor(TrainedModule, WeightEditor):
                 f"{checkpoint_path} is of a {found['editor']}, which is not a {cls.__name__} that is imported"
             )
         saved = {k: v for k, v in found["hyper_parameters"].items() if k != "lm" and k[0] != "_"}
-        lm = lm or LanguageModel(found["base_model"]["name"])
+        lm = lm or LanguageModel(found["base_model"]["name"], chat="chat" in found["base_model"])
         editor: Any = named[found["editor"]](lm, **(saved | settings))
         editor.on_load_checkpoint(found)
         editor.load_state_dict(found["state_dict"], strict=False)
