@@ -218,6 +218,15 @@ def test_free_answers_are_compared_with_all_that_is_acceptable(lm, monkeypatch):
         "locality/wild_same": 0.5,
     }  # fmt: skip
     assert result.metrics["generality/wild_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    row = result.row()
+    noted = {p["prompt"]: (p["answer"], p.get("answer_before")) for p in row["probes"]}
+    assert noted["a"] == ("Paris. It is", "Paris. It is")
+    assert noted["b"] == ("The city of Paris\nNext", None)  # not compared with the unedited model
+    assert noted["e"] == ("blue", "green")
+    by_prompt = {p["prompt"]: p for p in row["probes"]}
+    assert by_prompt["e"]["wild_same"] == 0 and by_prompt["e"]["wild_prefix"] == 1
+    assert by_prompt["a"]["target_tokens"] == len(lm.tokens.encode([" Paris"])[0])
+    assert row["edits"][0]["relation"] == EDIT.relation
 
 
 def test_free_answers_see_their_own_case(lm, cases):
@@ -240,7 +249,7 @@ def test_free_answers_see_their_own_case(lm, cases):
         prompts = [p.prompt for name in ("efficacy", "locality") for p in case.probes[name]]
         alone += generate(prompts, 4)
         handle.remove()
-    assert beside == alone and len(before) + len(cases) == len(beside)
+    assert beside == alone and len(before) == len(beside)
     assert len(rest) == sum(len(case.probes["generality"]) for case in cases)
 
 
@@ -290,8 +299,9 @@ def test_a_row_can_be_read_back(lm, cases):
     (result,) = EditingModule(lm).evaluate(cases[:1])
     row = json.loads(json.dumps(result.row()))
     assert row["case_id"] == cases[0].case_id and row["fingerprint"] == cases[0].fingerprint
+    edit = cases[0].edits[0]
     assert row["edits"] == [
-        {"text": cases[0].edits[0].text, "target_new": cases[0].edits[0].target_new}
+        {"text": edit.text, "target_new": edit.target_new, "relation": edit.relation}
     ]
     first = row["probes"][0]
     assert first["criterion"] == "efficacy" and first["rival"] == cases[0].edits[0].target_true

@@ -317,8 +317,10 @@ def test_reports_show_texts_from_files_as_text(tmp_path, capsys):
     report([tmp_path / "in"], tmp_path / "out", name)
     html = (tmp_path / "out" / "report.html").read_text()
     markdown = (tmp_path / "out" / "report.md").read_text()
+    assert html.count("<script") == 2 and "alert(1)</script" not in html
+    assert "script-src 'sha256-" in html and "default-src 'none'" in html
     for text in (html, markdown):
-        assert "<script" not in text and "<img" not in text and "&lt;script" in text
+        assert "<script>alert" not in text and "<img" not in text and "&lt;script" in text
     assert "`" not in markdown and "](" not in markdown
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
     widths = {line.count("|") for line in tables}

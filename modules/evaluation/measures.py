@@ -73,7 +73,10 @@ class CaseResult:
 
     def row(self) -> dict[str, Any]:
         """The content of its line in ``cases.jsonl``."""
-        edits = [{"text": e.text, "target_new": e.target_new} for e in self.case.edits]
+        edits = [
+            {"text": e.text, "target_new": e.target_new, "relation": e.relation}
+            for e in self.case.edits
+        ]
         return {
             "case_id": self.case.case_id,
             "fingerprint": self.case.fingerprint,

@@ -281,9 +281,9 @@ class EditingModule(LightningModule):
             if probes.probe_B:
                 owners = [0] * len(probes.case_B) if shared else probes.case_B
                 with self.lm.reuse.shared(layer):
-                    self._score(probes, results, deltas, owners, compared)
+                    entries = self._score(probes, results, deltas, owners, compared)
                 if self.generate_tokens:
-                    self._generate(probes, results, deltas, owners)
+                    self._generate(probes, results, deltas, owners, compared, entries)
         return results
 
     def _score(
@@ -293,7 +293,7 @@ class EditingModule(LightningModule):
         deltas: Sequence[Delta] | None,
         owners: list[int],
         compared: bool,
-    ) -> None:
+    ) -> list[dict]:
         prompts = [probe.prompt for probe in probes.probe_B]
         targets = [str(probe.target) for probe in probes.probe_B]
         with_rival = [b for b, probe in enumerate(probes.probe_B) if probe.rival]
@@ -311,6 +311,7 @@ class EditingModule(LightningModule):
         table = measure_probes(after, before, rival, with_rival, probes)
         entries = self._add_entries(probes, results, after)
         self._add_values(probes, results, table, entries)
+        return entries
 
     def _add_entries(
         self, probes: ProbeBatch, results: list[CaseResult], after: TargetScores
@@ -322,7 +323,8 @@ class EditingModule(LightningModule):
         ):
             answer = self.lm.tokens.decode(after.greedy_BM[b][after.mask_BM[b]]).strip()
             entry = {"criterion": criterion, "prompt": probe.prompt, "target": probe.target,
-                     "rival": probe.rival, "prediction": answer}  # fmt: skip
+                     "rival": probe.rival, "prediction": answer,
+                     "target_tokens": int(after.mask_BM[b].sum())}  # fmt: skip
             results[case].probes.append(entry)
             entries.append(entry)
         return entries
@@ -357,17 +359,25 @@ class EditingModule(LightningModule):
         results: list[CaseResult],
         deltas: Sequence[Delta] | None,
         owners: list[int],
+        compared: bool,
+        entries: list[dict],
     ) -> None:
-        """Generates an answer to every probe and compares it with the acceptable ones."""
+        """Generates an answer to every probe and compares it with the acceptable ones.
+
+        Probes that are also scored on the unedited model are also answered by it.
+        """
         prompts = [probe.prompt for probe in probes.probe_B]
         after = self.lm.generate(prompts, self.generate_tokens, deltas, owners)
-        local = probes.of_criteria(*LOCALITY_CRITERIA)
         before: list[str] = []
-        if local:
+        if compared:
             with self.lm.pristine():
-                before = self.lm.generate([prompts[b] for b in local], self.generate_tokens)
-        table = measure_generated(after, dict(zip(local, before, strict=True)), probes)
-        self._add_values(probes, results, table)
+                before = self.lm.generate(prompts, self.generate_tokens)
+        for entry, text in zip(entries, after, strict=True):
+            entry["answer"] = text.strip()
+        for entry, text in zip(entries, before, strict=False):
+            entry["answer_before"] = text.strip()
+        local = {b: before[b] for b in probes.of_criteria(*LOCALITY_CRITERIA)}
+        self._add_values(probes, results, measure_generated(after, local, probes), entries)
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.logs import read_training
-from corrigenda.pipeline.report.runs import is_finished, read_runs
+from corrigenda.pipeline.report.runs import Run, is_finished, read_runs
 
 __all__ = ["is_finished", "report"]
 
@@ -49,7 +49,7 @@ def report(
     texts = {
         "report.csv": as_csv(comparison),
         "report.md": as_markdown(comparison),
-        "report.html": as_html(comparison),
+        "report.html": as_html(comparison, _study(runs)),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,3 +61,11 @@ def report(
         write_pictures(comparison, out / "figures")
     print_headline(comparison, sys.stdout)
     sys.stdout.write(f"\nreport: {out / 'report.html'} (also report.md and report.csv)\n")
+
+
+def _study(runs: Sequence[Run]) -> str | None:
+    """The name of the folder of the study that all runs belong to, if there is one."""
+    folders = {one.path.resolve().parent for run in runs for one in run.seeds or [run]}
+    names = {f.parent if f.name.startswith("seed-") else f for f in folders}
+    studies = [f for f in names if any(f.glob("study.json")) or any(f.glob("seed-*/study.json"))]
+    return studies[0].name if len(names) == len(studies) == 1 else None

@@ -35,6 +35,14 @@ class Row:
     num_edits: int
     metrics: Mapping[str, float]
     probes: Sequence[Mapping[str, Any]]
+    relation: str | None = None  # of its first edit
+
+    @property
+    def target_tokens(self) -> int | None:
+        """Length of the new answer; None if the run did not note it."""
+        found = (p.get("target_tokens") for p in self.probes if p.get("criterion") == "efficacy")
+        length = next(found, None)
+        return length if isinstance(length, int) else None
 
 
 @dataclass(frozen=True)
@@ -239,8 +247,17 @@ def _parse_row(line: str, where: str) -> Row:
             num_edits=int(row["num_edits"]),
             metrics=metrics,
             probes=probes(row.get("probes") or []),
+            relation=_relation(row),
         )
     except KeyError as error:
         raise UserError(f"{where}: the row has no {error}; repair or remove that line") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: not a case row: {error}; repair or remove that line") from None
+
+
+def _relation(row: Mapping[str, Any]) -> str | None:
+    """The relation of the first edit, if the row has one."""
+    match row.get("edits"):
+        case [{"relation": str(name)}, *_]:
+            return name
+    return None
