@@ -385,15 +385,21 @@ def test_generation_ends_at_the_end_token(gpt2):
         assert gpt2.generate(PROMPTS, 5) == [""] * 4
 
 
-def test_sampling_draws_from_the_likeliest_tokens(gpt2):
+def test_sampling_draws_from_the_likeliest_tokens(gpt2, monkeypatch):
     with torch.no_grad():
         logits = gpt2.net(gpt2.tokens.rows(["The town"]).ids_BT).logits[0, -1]
     likeliest = {gpt2.tokens.decode([i]) for i in logits.topk(3).indices}
     torch.manual_seed(3)
     drawn = gpt2.generate(["The town"] * 40, 1, top_k=3)
     assert set(drawn) == likeliest
+    probs, multinomial = [], torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, **how: probs.append(p) or multinomial(p, **how)
+    )
     torch.manual_seed(3)
     assert gpt2.generate(["The town"] * 40, 1, top_k=3) == drawn
+    expected = logits.topk(3).values.softmax(0)  # at temperature 1
+    torch.testing.assert_close(probs[0][0].topk(3).values, expected, rtol=0, atol=1e-4)
 
 
 def test_a_models_own_sampling_habits_do_not_leak(tiny_folder, gpt2):
