@@ -173,7 +173,8 @@ def test_the_end_of_training_is_saved_unless_it_has_been(start, tmp_path):
     trainer.global_step = 0
     callback.on_train_end(trainer, None)
     assert len(trainer.saved) == 2
-    for path, count in (("x.ckpt", 1), ("checkpoints/../checkpoints/last.ckpt", 0)):
+    last = "checkpoints/../checkpoints/last.ckpt"
+    for path, count in (("a.ckpt", 1), ("x.ckpt", 1), (last, 0)):
         trainer, callback = start(ckpt_path=str(tmp_path / path))
         callback.on_train_end(trainer, None)
         assert len(trainer.saved) == count
