@@ -25,6 +25,8 @@ from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.modules.training.tuning import FineTune
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.checkpointing import LastCheckpoint
+from corrigenda.pipeline.forgetting import Forgetting
+from corrigenda.pipeline.guard import Guard
 from corrigenda.pipeline.report.comparison import join
 from corrigenda.pipeline.report.runs import read_run
 from corrigenda.pipeline.run_writer import RunWriter
@@ -540,6 +542,23 @@ def test_wandb_draws_a_stream_over_its_edits(run, board):
     assert axes["edit/seconds"] == "trainer/global_step"
     logged = {name for metrics in board.experiment.logged for name in metrics}
     assert logged - {"epoch", "trainer/global_step"} == set(axes)
+
+
+def test_wandb_gets_what_a_stream_forgets(board, lm, data, tmp_path):
+    text = Corpus(tokens=40)
+    trainer = Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, logger=board, inference_mode=False,
+        callbacks=[EditCallback(ft(), "stream"), Guard("go_on", text), Forgetting([2], text)],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.callbacks.append(RunWriter(tmp_path, "fit"))
+    trainer.fit(EditingModule(lm), datamodule=data)
+    logged, axes = board.experiment.logged, board.experiment.axes
+    assert axes["guard/perplexity"] == axes["forgetting/retention"] == "edit/num_edits"
+    assert [row["edit/num_edits"] for row in logged if "guard/collapsed" in row] == [2, 4, 5]
+    assert [row["edit/num_edits"] for row in logged if "forgetting/forgotten" in row] == [2, 5]
+    pictures = {name for row in logged for name in row} & {"retention", "norms of changes"}
+    assert len(pictures) == 2
 
 
 def test_wandb_gets_the_learning_curves(run, lm, board, tmp_path):

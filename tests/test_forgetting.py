@@ -14,6 +14,7 @@ from corrigenda.modules.editing.weight_patch import edited_weights
 from corrigenda.modules.editors.finetune import FT
 from corrigenda.modules.editors.grace import GRACE
 from corrigenda.modules.editors.memprompt import MemPrompt
+from corrigenda.modules.editors.wise import WISE
 from corrigenda.modules.evaluation.module import EditingModule
 from corrigenda.modules.evaluation.retention import retained
 from corrigenda.modules.metrics import word_entropy
@@ -84,10 +85,14 @@ def run(tiny_lm, data, data_files, tmp_path, monkeypatch):
         folder, hashes, lm = tmp_path / name, Hashes(fail_at), tiny_lm("gpt2")
         callbacks = [EditCallback(editor, "stream"), hashes, Guard(action, text),
                      Forgetting(at, text), LastCheckpoint(folder)]  # fmt: skip
+        settings = {
+            "max_steps": -1,
+            "val_check_interval": 5,
+            "logger": CSVLogger(folder, "logs"),
+        } | rest
         trainer = Trainer(
             accelerator="cpu", default_root_dir=folder, callbacks=callbacks, inference_mode=False,
-            logger=CSVLogger(folder, "logs"), enable_progress_bar=False, enable_model_summary=False,
-            num_sanity_val_steps=0, **({"max_steps": -1, "val_check_interval": 5} | rest),
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **settings,
         )  # fmt: skip
         trainer.callbacks.append(RunWriter(folder, "fit"))
         checkpoint = folder / "checkpoints" / "last.ckpt" if resume else None
@@ -276,11 +281,21 @@ def test_collapse_is_recorded_where_the_stream_goes_on(run, tmp_path):
     assert {row["collapse"] for row in decisions[2:]} <= {"gradual", "catastrophic"}
 
 
-@pytest.mark.parametrize("editor", [GRACE(1, epsilon=0.5, steps=2), MemPrompt("lm")])
-def test_memories_are_rolled_back_whole(run, data, tmp_path, monkeypatch, editor):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: GRACE(1, epsilon=0.5, steps=2),
+        lambda _: MemPrompt("lm"),
+        lambda files: WISE(1, corpus=Corpus(files.text, 200), steps=2),
+    ],
+    ids=["GRACE", "MemPrompt", "WISE"],
+)
+def test_memories_are_rolled_back_whole(run, data, data_files, tmp_path, monkeypatch, make):
     """Where an edit replaces or extends an active memory, the one before is active again."""
     monkeypatch.setattr(Guard, "_look", refuse_second)
-    lm, _, _ = run(editor, action="roll_back", at=[2])
+    lm, _, trainer = run(make(data_files), action="roll_back", at=[2])
+    (guard,) = [one for one in trainer.callbacks if isinstance(one, Guard)]
+    assert guard.seen[0] == guard.seen[2]
     assert summary(tmp_path / "run")["accepted"] == pytest.approx(4 / 5)
     (handle,) = lm.handles
     edits = getattr(handle, "edits", None) or [Edit(*edit) for edit in handle.metadata["edits"]]
@@ -291,9 +306,12 @@ def test_memories_are_rolled_back_whole(run, data, tmp_path, monkeypatch, editor
 
 
 def refuse_second(guard, lm):
-    guard.calls = getattr(guard, "calls", 0) + 1
+    """In place of a look at the model: refuses the second edit, and notes what the edits before it are."""
+    guard.seen = getattr(guard, "seen", [])
+    older = lm.handles[0] if guard.seen else lm.handles[-1]
+    guard.seen.append(older.digest())
     seen = {"perplexity": 1.0, "increase": 0.0, "finite": True, "norms": {}, "jumped": []}
-    return {**seen, "collapse": "gradual" if guard.calls == 2 else None, "where": None}
+    return {**seen, "collapse": "gradual" if len(guard.seen) == 2 else None, "where": None}
 
 
 def test_nothing_is_watched_by_default(run, tmp_path):
