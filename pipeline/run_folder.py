@@ -39,7 +39,8 @@ RESULTS = (
     "summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl", "abilities",
     "abilities.jsonl",
 )  # fmt: skip
-OF_A_FIT = ("model", "data", "edit", "seed_everything", "guard", "forgetting")  # settings that a resumed fit cannot change
+# Settings that a resumed fit cannot change.
+OF_A_FIT = ("model", "data", "edit", "seed_everything", "guard", "forgetting")
 LARGE = 2**30  # bytes; larger files are identified by size and modification time
 PROJECT = Path(__file__).parents[1]
 CODE = "the version of Corrigenda's code"
