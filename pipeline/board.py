@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 8.0
 OF_A_STREAM = ("val/", "current/", "guard/", "forgetting/")  # metrics over the number of edits
+MAX_TAG = 64  # characters
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +53,23 @@ class Board(WandbLogger):
     log_hyperparams = _guarded(WandbLogger.log_hyperparams)
     log_image = _guarded(WandbLogger.log_image)
     after_save_checkpoint = _guarded(WandbLogger.after_save_checkpoint)
+    log_table = _guarded(WandbLogger.log_table)
     finalize = _guarded(WandbLogger.finalize)
+
+    @_guarded
+    def describe(self, config: dict[str, Any], tags: list[str]) -> None:
+        """Adds the configuration, and tags by which runs are found."""
+        run = self.experiment
+        if isinstance(run, _NoRun):
+            return
+        run.config.update(config, allow_val_change=True)
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *map(_shortened, tags)]))
+
+    @_guarded
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Does some work for the board, whose failure does not end the run either."""
+        if not isinstance(self.experiment, _NoRun):
+            work()
 
     @property
     @rank_zero_experiment
@@ -75,6 +92,11 @@ class Board(WandbLogger):
         reason = " ".join(str(error).split())[:200]
         log.warning("Weights & Biases is disabled after an error, the run continues: %s", reason)
         self._experiment = cast(Any, _NoRun())
+
+
+def _shortened(tag: str) -> str:
+    """A tag within W&B's limit of 64 characters; of a path, its end."""
+    return tag[-MAX_TAG:]
 
 
 def _require_connection(url: str) -> None:

@@ -268,7 +268,8 @@ def _execute(study: Study, run: StudyRun, title: str, plugins: Sequence[str]) ->
     args += [f"--plugin={name}" for name in plugins]
     _write_record(study, run, run.args)
     sys.stdout.flush()
-    _finish(run, folder, run_child(run_command(args, folder), _environment(), SECONDS_TO_CLOSE))
+    environment = _environment(study)
+    _finish(run, folder, run_child(run_command(args, folder), environment, SECONDS_TO_CLOSE))
 
 
 def _can_resume(folder: Path, run: StudyRun, before: Sequence[str] | None) -> bool:
@@ -290,13 +291,17 @@ def _set_aside(folder: Path) -> Path:
     return folder.rename(renamed)
 
 
-def _environment() -> dict[str, str]:
-    """The environment of a run, which can import this project but nothing from the current folder."""
+def _environment(study: Study) -> dict[str, str]:
+    """The environment of a run, which can import this project but nothing from the current folder.
+
+    Weights & Biases groups the runs of a study by its name, unless the user has named a group.
+    """
     root = str(Path(__file__).parents[1])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if root not in (*paths, sysconfig.get_path("purelib")):
         paths.append(root)
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    safe = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {"WANDB_RUN_GROUP": study.file.stem, **os.environ, **safe}
 
 
 def _finish(run: StudyRun, folder: Path, status: int) -> None:

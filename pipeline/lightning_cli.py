@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from corrigenda.modules.processes import number_started
 from corrigenda.modules.training.checkpoints import read_checkpoint
 from corrigenda.pipeline.abilities.callback import Abilities
+from corrigenda.pipeline.board_content import BoardContent
 from corrigenda.pipeline.budget import Budget
 from corrigenda.pipeline.callbacks import EditCallback
 from corrigenda.pipeline.checkpointing import LastCheckpoint
@@ -148,7 +149,8 @@ class PipelineCLI(LightningCLI):
         _require_all_processes(trainer)
         seed = self.config[self.subcommand].seed_everything
         writer = RunWriter(self.run.path, self.subcommand, seed, self.run.depends_on)
-        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        shown = BoardContent(self.run.path, self.run.text)  # after the files that it reads
+        trainer.callbacks += [writer, shown]  # type: ignore[attr-defined]
         return trainer
 
     def before_fit(self) -> None:

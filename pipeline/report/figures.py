@@ -42,24 +42,22 @@ MISSING = Estimate(math.nan)  # draws nothing
 
 def pictures(comparison: Comparison) -> list[tuple[str, str]]:
     """(caption, SVG) of every figure that these runs have data for."""
-    with matplotlib.rc_context(STYLE):
-        return [
-            (caption, _as_svg(figure, prefix=f"f{index}"))
-            for index, (_, caption, figure) in enumerate(_drawn(comparison))
-        ]
+    return [
+        (caption, _as_svg(figure, prefix=f"f{index}"))
+        for index, (_, caption, figure) in enumerate(drawings(comparison))
+    ]
 
 
 def write_pictures(comparison: Comparison, folder: Path) -> None:
     """Writes every figure into the folder, as SVG and as PNG (white background, 200 dots per inch)."""
-    with matplotlib.rc_context(STYLE):
-        for name, _, figure in _drawn(comparison):
-            for kind, more in FILES.items():
-                with replacing(folder / f"{name}.{kind}") as part:
-                    figure.savefig(part, format=kind, **more)
+    for name, _, figure in drawings(comparison):
+        for kind, more in FILES.items():
+            with replacing(folder / f"{name}.{kind}") as part:
+                figure.savefig(part, format=kind, **more)
 
 
-def _drawn(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
-    """(name, caption, figure) of every figure that these runs have data for."""
+def drawings(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
+    """(name, caption, figure) of every figure that these runs have data for; save one before the next is drawn."""
     makers = {
         _headline_figure: "Mean and 95 % interval over the cases.",
         _trade_off_figure: "Up and right is better: paraphrases follow the edit, other facts stay unchanged.",
@@ -81,9 +79,10 @@ def _drawn(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
     }
     names = [run.name for run in comparison.runs] + [one.name for one in comparison.trainings]
     colours = palette(names, grey=comparison.baseline)
-    for make, caption in makers.items():
-        if figure := make(comparison, colours):
-            yield make.__name__.strip("_").removesuffix("_figure"), caption, figure
+    with matplotlib.rc_context(STYLE):
+        for make, caption in makers.items():
+            if figure := make(comparison, colours):
+                yield make.__name__.strip("_").removesuffix("_figure"), caption, figure
 
 
 def _headline_figure(comparison: Comparison, colours: Colours) -> Figure | None:
