@@ -5,6 +5,7 @@ import struct
 import time
 
 import pytest
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from corrigenda.pipeline.compare import _environment, read_study
@@ -79,6 +80,7 @@ class Offline:
 @pytest.fixture
 def offline(corrigenda, tiny_folder, data_files, tmp_path, monkeypatch):
     """A run of two cases with generated answers, as a study starts it."""
+    wandb.finish()  # a run that another test has left open would be continued
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_RUN_GROUP", "my-study")
     args = [
@@ -97,8 +99,6 @@ def offline(corrigenda, tiny_folder, data_files, tmp_path, monkeypatch):
         "--edit.editor.steps", "2", *CPU,
     ]  # fmt: skip
     assert corrigenda("validate", *tiny, *args) == 0
-    import wandb
-
     wandb.finish()
     return Offline(tmp_path / "a")
 
