@@ -80,7 +80,7 @@ class Offline:
 @pytest.fixture
 def offline(corrigenda, tiny_folder, data_files, tmp_path, monkeypatch):
     """A run of two cases with generated answers, as a study starts it."""
-    wandb.finish()  # a run that another test has left open would be continued
+    wandb.teardown()  # it reads the environment once, and would continue a run that is open
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_RUN_GROUP", "my-study")
     args = [
@@ -99,7 +99,7 @@ def offline(corrigenda, tiny_folder, data_files, tmp_path, monkeypatch):
         "--edit.editor.steps", "2", *CPU,
     ]  # fmt: skip
     assert corrigenda("validate", *tiny, *args) == 0
-    wandb.finish()
+    wandb.teardown()
     return Offline(tmp_path / "a")
 
 
