@@ -1,14 +1,18 @@
 """What Weights & Biases gets: the offline file of a run, read record by record."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
-import wandb
+import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
 from corrigenda.pipeline.compare import _environment, read_study
+from tests.samples import ROOT
 
 CPU = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 BLOCK, HEADER = 32_768, 7  # bytes, of the file and of every chunk in it
@@ -78,29 +82,26 @@ class Offline:
 
 
 @pytest.fixture
-def offline(corrigenda, tiny_folder, data_files, tmp_path, monkeypatch):
-    """A run of two cases with generated answers, as a study starts it."""
-    wandb.teardown()  # it reads the environment once, and would continue a run that is open
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_RUN_GROUP", "my-study")
-    args = [
-        "--run_dir",
-        "a",
-        "--wandb",
-        "offline",
-        "--model.generate_tokens",
-        "3",
-        "--data.limit",
-        "2",
-    ]
-    tiny = [
-        "--model", "EditingModule", "--model.lm.name", tiny_folder("gpt2"), "--data", "ZsRE",
-        "--data.path", data_files.zsre, "--edit.editor", "FT", "--edit.editor.layers", "[1]",
+def offline(tiny_folder, data_files, tmp_path):
+    """A study's run of two cases with generated answers."""
+    words = [
+        "validate", "--model", "EditingModule", "--model.lm.name", tiny_folder("gpt2"),
+        "--model.generate_tokens", "3", "--data", "ZsRE", "--data.path", data_files.zsre,
+        "--data.limit", "2", "--edit.editor", "FT", "--edit.editor.layers", "[1]",
         "--edit.editor.steps", "2", *CPU,
     ]  # fmt: skip
-    assert corrigenda("validate", *tiny, *args) == 0
-    wandb.teardown()
-    return Offline(tmp_path / "a")
+    study = {"out": "out", "runs": [{"name": "a", "args": list(map(str, words))}]}
+    (tmp_path / "my-study.yaml").write_text(yaml.safe_dump(study))
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "corrigenda", "compare", "my-study.yaml"],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Offline(tmp_path / "out" / "a")
 
 
 def test_an_offline_run_has_everything(offline):
