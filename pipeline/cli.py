@@ -34,6 +34,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   compare    execute the runs of a study file, skipping finished ones, and report on them
   report     compare finished runs case by case: tables, confidence intervals, plots
   edit       change facts in a model, see its answers before and after, and talk to it
+  judge      ask a language model whether freely generated answers of finished runs are right
   moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
   edits      show, verify, apply, merge and export saved edits; model cards for exports
   abilities  evaluate a model with saved edits on tasks of lm-evaluation-harness
@@ -77,6 +78,7 @@ def _main(command: str, words: list[str]) -> None:
         "compare": _compare,
         "report": _report,
         "edit": _edit,
+        "judge": _judge,
         "moments": _moments,
         "edits": _edits,
         "abilities": _abilities,
@@ -179,6 +181,15 @@ def _report(args: list[str]) -> None:
     parser.add_function_arguments(report, skip={"dirs", "training"}, as_group=False)
     given = parser.parse_args(args)
     report(given.dirs, given.out, given.baseline, figures=given.figures)
+
+
+def _judge(args: list[str]) -> None:
+    from corrigenda.pipeline.judge import judge
+
+    parser = _parser("judge", judge.__doc__)
+    parser.add_argument("dirs", nargs="+", type=Path, help="run folders")
+    parser.add_function_arguments(judge, skip={"dirs"}, as_group=False)
+    judge(**parser.parse_args(args).as_dict())
 
 
 def _moments(args: list[str]) -> None:

@@ -202,8 +202,8 @@ def test_free_answers_are_compared_with_all_that_is_acceptable(lm, monkeypatch):
     weight = f"{lm.structure.out_name(1)}.weight"
     unedited = lm.net.get_parameter(weight).clone()
 
-    def generate(prompts, tokens, *_):
-        assert tokens == 7
+    def generate(prompts, tokens, *_, stop):
+        assert tokens == 7 and "\n" in stop
         said = base if torch.equal(lm.net.get_parameter(weight), unedited) else edited
         return [said[prompt] for prompt in prompts]
 

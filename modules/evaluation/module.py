@@ -36,6 +36,7 @@ from corrigenda.modules.statistics.corpus import Corpus
 
 log = logging.getLogger(__name__)
 
+STOP = ("\n",)  # besides the end token, where a freely generated answer ends
 SHOWN = ("efficacy/exact", "generality/exact", "locality/agreement")  # on the progress bar
 
 
@@ -283,7 +284,7 @@ class EditingModule(LightningModule):
                 with self.lm.reuse.shared(layer):
                     entries = self._score(probes, results, deltas, owners, compared)
                 if self.generate_tokens:
-                    self._generate(probes, results, deltas, owners, compared, entries)
+                    self._generate(probes, results, entries, deltas, owners, compared)
         return results
 
     def _score(
@@ -294,6 +295,7 @@ class EditingModule(LightningModule):
         owners: list[int],
         compared: bool,
     ) -> list[dict]:
+        """Scores the probes; returns their entries."""
         prompts = [probe.prompt for probe in probes.probe_B]
         targets = [str(probe.target) for probe in probes.probe_B]
         with_rival = [b for b, probe in enumerate(probes.probe_B) if probe.rival]
@@ -334,7 +336,7 @@ class EditingModule(LightningModule):
         probes: ProbeBatch,
         results: list[CaseResult],
         table: dict[str, dict[int, float]],
-        entries: list[dict] | None = None,
+        entries: list[dict],
     ) -> None:
         """Adds the probes' values to the running means, to their case's means and to their entries."""
         for measure, value_of in table.items():
@@ -350,28 +352,28 @@ class EditingModule(LightningModule):
                     for case in case_B.unique().tolist():
                         results[case].metrics[name] = values_C[case].item()
                 for b, value in zip(rows, values_B.tolist(), strict=True):
-                    if entries is not None:
-                        entries[b][measure] = value if math.isfinite(value) else None
+                    entries[b][measure] = value if math.isfinite(value) else None
 
     def _generate(
         self,
         probes: ProbeBatch,
         results: list[CaseResult],
+        entries: list[dict],
         deltas: Sequence[Delta] | None,
         owners: list[int],
         compared: bool,
-        entries: list[dict],
     ) -> None:
-        """Generates an answer to every probe and compares it with the acceptable ones.
+        """Generates an answer to every probe, up to a line break, and compares it with the acceptable ones.
 
-        Probes that are also scored on the unedited model are also answered by it.
+        Probes that the unedited model is scored on are answered by it, too. In a chat the turn ends an answer.
         """
         prompts = [probe.prompt for probe in probes.probe_B]
-        after = self.lm.generate(prompts, self.generate_tokens, deltas, owners)
+        stop = () if self.lm.tokens.template else STOP
+        after = self.lm.generate(prompts, self.generate_tokens, deltas, owners, stop=stop)
         before: list[str] = []
         if compared:
             with self.lm.pristine():
-                before = self.lm.generate(prompts, self.generate_tokens)
+                before = self.lm.generate(prompts, self.generate_tokens, stop=stop)
         for entry, text in zip(entries, after, strict=True):
             entry["answer"] = text.strip()
         for entry, text in zip(entries, before, strict=False):

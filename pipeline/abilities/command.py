@@ -56,12 +56,13 @@ def abilities(
     name = lm_options.get("name") or next(filter(None, names), "smollm2")
     _ = questions.tasks  # rows that are missing end the command before a model is loaded
     lm = LanguageModel(**{**lm_options, "name": name})
+    count = sum(_apply(lm, file, editor) for file in edits)
     with locked(out / ".lock", f"the folder {out}"):
         remove_unfinished(out)
         files = AnswerFiles(out)
-        _show(questions, lm, files, 0, lm.weights_hash)
+        with lm.pristine():
+            _show(questions, lm, files, 0, lm.weights_hash)
         if edits:
-            count = sum(_apply(lm, file, editor) for file in edits)
             _show(questions, lm, files, count, _identity(lm, edits))
 
 

@@ -19,6 +19,7 @@ from corrigenda.pipeline.report.records import (
     read_study_record,
     read_summary,
 )
+from corrigenda.pipeline.report.verdicts import judged, read_verdicts
 
 K = TypeVar("K")
 FILES = ("config.yaml", "cases.jsonl", "summary.json")  # any of them makes a run folder
@@ -96,6 +97,8 @@ class Run:
 
     def protocol(self, metric: str) -> str:
         """How the metric was measured, and after the ``@`` the schedule."""
+        if metric.endswith("/judged"):
+            return f"judge@{self.summary.get('schedule')}"
         return (self.summary.get("protocols") or {}).get(metric, "unstated")
 
     @property
@@ -223,10 +226,13 @@ def read_run(folder: Path) -> Run:
     if not path.exists():
         raise UserError(f"run {folder} has no evaluated cases (no cases.jsonl); leave it out")
     rows: dict[tuple[str, str, int], Row] = {}
+    verdicts = read_verdicts(folder)
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 row = _parse_row(line, f"{path}:{number}")
+                if verdicts:
+                    row = replace(row, metrics={**row.metrics, **judged(row.probes, verdicts)})
                 key = (row.case_id, row.phase, row.num_edits)
                 rows.pop(key, None)  # a resumed run may repeat an evaluation; the last one counts
                 rows[key] = row

@@ -34,6 +34,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
     """All tables that have content: the headline first, all metrics last."""
     tables = [headline_table(comparison)]
     tables += [_difference_table(comparison)] if comparison.differences else []
+    tables += _free_tables(comparison)
     tables += _task_tables(comparison) + _collapse_tables(comparison)
     tables += [_budget_table(comparison), _run_table(comparison)]
     tables += [_curve_table(comparison)] if comparison.repeated_runs else []
@@ -107,6 +108,27 @@ def _difference_table(comparison: Comparison) -> Table:
     ]
     note = "×100, run minus baseline, paired by case. A difference is significant if its interval excludes 0."
     return Table(f"Difference to {comparison.baseline}", _header("run", metrics), rows, note)
+
+
+FREE = {"exact": "exact, teacher-forced", "wild_exact": "exact, free", "wild_contains": "contained, free",
+        "judged": "judged correct, free"}  # fmt: skip
+
+
+def _free_tables(comparison: Comparison) -> list[Table]:
+    """Teacher-forced answers beside freely generated ones of the same runs, if there are any."""
+    criteria = [
+        name.partition("/")[0] for name in comparison.measured if name.endswith("/wild_exact")
+    ]
+    kinds = [k for k in FREE if comparison.metrics(f"{criterion}/{k}" for criterion in criteria)]
+    rows = [
+        [run.name, criterion, *(_percent(of_run.get(f"{criterion}/{kind}")) for kind in kinds)]
+        for run in comparison.runs
+        for criterion in criteria
+        if f"{criterion}/wild_exact" in (of_run := comparison.estimates[run.name])
+    ]
+    note = "×100. Free answers are generated up to a line break, the end token or --model.generate_tokens."
+    header = ["run", "criterion", *(FREE[kind] for kind in kinds)]
+    return [Table("Teacher-forced and free answers", header, rows, note)] if rows else []
 
 
 def _task_tables(comparison: Comparison) -> list[Table]:
