@@ -122,8 +122,8 @@ def test_an_offline_run_has_everything(offline):
     assert len(efficacy) == 2
     assert all(isinstance(text, str) for line in efficacy for text in line[3:7])
 
-    for number in (1, 2):  # the bars of the headline, generality against locality
-        picture = offline.summary[f"pictures/{number}"]
+    for name in ("headline", "trade_off"):
+        picture = offline.summary[f"pictures/{name}"]
         assert picture["format"] == "png" and picture["captions"]
         assert all((offline.files / name).stat().st_size > 1000 for name in picture["filenames"])
     assert "val/efficacy/exact" in offline.summary

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from corrigenda.modules.files import write_text
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.records import parse
 
@@ -49,6 +48,8 @@ def read_verdicts(folder: Path) -> dict[Answer, dict[str, Any]]:
 
 
 def write_verdicts(folder: Path, verdicts: Mapping[Answer, Mapping[str, Any]]) -> None:
+    from corrigenda.modules.files import write_text  # imports torch
+
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts.values()]
     write_text(folder / FILE, "".join(lines))
 
