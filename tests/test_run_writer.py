@@ -15,7 +15,10 @@ from corrigenda.pipeline.run_writer import RunWriter
 
 NOT_VALIDATING = [TrainerFn.FITTING, TrainerFn.TESTING, TrainerFn.PREDICTING]
 CASES = [SimpleNamespace(fingerprint=name) for name in "abc"]
-MODULE = SimpleNamespace(lm=SimpleNamespace(weights_hash="hash of weights"), measured={})
+MODULE = SimpleNamespace(
+    lm=SimpleNamespace(weights_hash="hash of weights", tokens=SimpleNamespace(form="plain")),
+    measured={},
+)
 
 
 class PlainTrainer(SimpleNamespace):
@@ -158,6 +161,7 @@ def test_a_validation_keeps_what_it_depends_on_and_costs(writer, tmp_path, plain
     assert kept["depends_on"] == {
         "--a": "1",
         "the model's weights": "hash of weights",
+        "the form of prompts": "plain",
         "the set of cases": hashlib.sha256(b"abc").hexdigest()[:16],
     }
     assert kept["budget"] == Cost(made=1).state() | {"run_seconds": 3.0} and kept["cases"] == 0
@@ -196,7 +200,9 @@ def test_a_resumed_validation_goes_on_after_its_rows(
 def test_another_validation_is_not_resumed(tmp_path, writer, file):
     writer.on_validation_start(PlainTrainer(), MODULE)
     file.write_text(line("a"))
-    other = SimpleNamespace(lm=SimpleNamespace(weights_hash="another hash"))
+    other = SimpleNamespace(
+        lm=SimpleNamespace(weights_hash="another hash", tokens=SimpleNamespace(form="plain"))
+    )
     with pytest.raises(UserError, match="the model's weights has changed"):
         RunWriter(tmp_path / "run", "validate", depends_on={"--a": "1"}).on_validation_start(
             PlainTrainer(), other
