@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ Configuration files are merged in order; options override them:
   corrigenda validate -c configs/rome/smollm2.yaml -c configs/data/facts.yaml --data.limit 30
 To use classes of your own, name their module: --plugin MODULE (fit, validate and compare).
 
+Presets for a CPU, a GPU, several devices, loggers: configs/presets. The version: corrigenda --version
+
 exit status: 0 success, 1 edits verify has failed, 2 error, 130 Ctrl-C, 143 SIGTERM
 """
 
@@ -68,6 +71,9 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
+        return
+    if args[0] == "--version":
+        sys.stdout.write(f"corrigenda {metadata.version('corrigenda')}\n")
         return
     with interruptible():
         _main(args[0], args[1:])

@@ -29,6 +29,7 @@ from corrigenda.pipeline.run_writer import RunWriter
 from corrigenda.pipeline.screen import Screen
 from corrigenda.pipeline.signals import listen
 from corrigenda.pipeline.tasks import TaskMatrices
+from corrigenda.pipeline.terminal import print_result, say_loading
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -38,6 +39,10 @@ VERBS = {
     "validate": "Edit the model and measure efficacy, generality and locality.",
 }
 ABOVE_ZERO = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")
+CKPT_PATH = {
+    "fit": "the run to resume: a local checkpoint file, where 'last' is the last checkpoint in --run_dir",
+    "validate": "a local checkpoint file: what fit has trained",
+}
 NOT_NEGATIVE = ("gradient_clip_val", "log_every_n_steps", "min_epochs", "min_steps")
 
 
@@ -77,10 +82,11 @@ class PipelineCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         every = LightningCLI.subcommands()
-        ours = {"ckpt_path", "weights_only"}
+        ours = {"ckpt_path", "weights_only", "verbose"}
         return {name: every[name] | ours for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        verb = next(verb for verb, text in VERBS.items() if text == parser.description)
         parser.add_lightning_class_args(EditCallback, "edit")
         parser.add_lightning_class_args(Budget, "budget")
         parser.add_lightning_class_args(Guard, "guard")
@@ -97,8 +103,7 @@ class PipelineCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="a local checkpoint file: for validate, what fit has trained; for fit, the run to resume, "
-            "where 'last' is the last checkpoint in --run_dir",
+            help=CKPT_PATH[verb],
         )
         parser.add_argument(
             "--wandb",
@@ -106,8 +111,10 @@ class PipelineCLI(LightningCLI):
             default="offline",
             help="Weights & Biases: log into the run folder, to your account, or not at all",
         )
-        # Configuration files of earlier versions contain it.
+        # Configuration files of earlier versions contain them.
         parser.add_argument("--weights_only", type=bool, default=True, help=SUPPRESS)
+        if verb == "validate":
+            parser.add_argument("--verbose", type=bool, default=True, help=SUPPRESS)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: hyperparameters in a checkpoint do not override the configuration."""
@@ -115,7 +122,8 @@ class PipelineCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         path = self.config_init[subcommand].ckpt_path
         given = super()._prepare_subcommand_kwargs(subcommand)
-        return {**given, "ckpt_path": path, "weights_only": True}
+        quiet = {"verbose": False} if subcommand == "validate" else {}  # print_result has the table
+        return {**given, **quiet, "ckpt_path": path, "weights_only": True}
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -124,6 +132,7 @@ class PipelineCLI(LightningCLI):
         # Before _redirect_outputs, so that the saved file can be used for a run in another folder.
         text = self._parser(self.subcommand).dump(config, skip_unset=False)
         self.run = self._exit_stack.enter_context(open_run(config, self.subcommand, text))
+        say_loading(config, self.run.path)
         if config.ckpt_path == "last":
             config.ckpt_path = self.run.checkpoint and str(self.run.checkpoint)
         if config.ckpt_path:
@@ -158,6 +167,9 @@ class PipelineCLI(LightningCLI):
 
     def before_validate(self) -> None:
         self._save_config()
+
+    def after_validate(self) -> None:
+        print_result(self.run.path)
 
     def _save_config(self) -> None:
         if self.trainer.is_global_zero:
@@ -242,10 +254,10 @@ def _redirect_outputs(config: Namespace, run_dir: Path) -> None:
     for logger in loggers:
         if isinstance(logger, Namespace) and logger.class_path.endswith(".WandbLogger"):
             logger.class_path = "corrigenda.pipeline.board.Board"  # whose failures never end a run
-        if isinstance(logger, Namespace) and not logger.get("init_args", Namespace()).get(
-            "save_dir"
-        ):
-            logger.setdefault("init_args", Namespace())["save_dir"] = str(run_dir)
+        if isinstance(logger, Namespace):
+            given = logger.get("init_args") or Namespace()
+            given.save_dir = given.get("save_dir") or str(run_dir)
+            logger.init_args = given
     callbacks = _as_list(trainer.callbacks)
     if trainer.enable_progress_bar is False:
         callbacks = trainer.callbacks = [

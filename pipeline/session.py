@@ -226,6 +226,5 @@ def write(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Says on stderr what takes a while."""
-    sys.stderr.write(f"{text} ...\n")
-    sys.stderr.flush()
+    """Says what takes a while."""
+    write(f"{text} ...")

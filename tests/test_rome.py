@@ -227,7 +227,8 @@ def test_contexts_have_their_length_and_number():
         calls.append((prompts, tokens, top_k))
         return [f" {{a}}\n b{n}.. " for n in range(len(prompts))]
 
-    lm = SimpleNamespace(pristine=nullcontext, generate=generate)
+    tokens = SimpleNamespace(as_written=nullcontext)
+    lm = SimpleNamespace(pristine=nullcontext, generate=generate, tokens=tokens)
     contexts = sample_contexts(lm, [(10, 2), (3, 6)])
     starts = ["The", "Therefore", "Because", "I", "You", "The"]
     assert calls == [(starts[:2], 9, 5), (starts, 2, 5)]
