@@ -1,6 +1,7 @@
 """Scores of the tasks of general abilities, against values worked out by hand."""
 
 import math
+import random
 
 import pytest
 
@@ -239,6 +240,17 @@ def test_the_standard_error_of_another_measure_leaves_out_each_answer():
         return (sum(values) / len(values)) ** 2
 
     assert jackknife(squared, [1, 0, 0]) == pytest.approx(math.sqrt(2 / 3 * (1 / 36 + 2 / 144)))
+
+
+def test_the_standard_error_of_many_answers_leaves_out_groups():
+    """Of a mean, groups of five give about the usual error."""
+
+    def average(values):
+        return sum(values) / len(values)
+
+    source = random.Random(0)
+    values = [source.random() < 0.3 for _ in range(1000)]
+    assert jackknife(average, values) == pytest.approx((0.3 * 0.7 / 1000) ** 0.5, rel=0.15)
 
 
 # ---------------------------------------------------------------------------- rows of a profile

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 ERRORS = "_stderr"  # ends the name of a standard error
+GROUPS = 200
 NOT_FOUND = "[invalid]"  # what the harness's filters make of an answer in which they find nothing
 
 
@@ -60,11 +61,8 @@ def ask(
 
     from corrigenda.pipeline.abilities.bridge import EditedModel
 
-    start, name, model = (
-        time.perf_counter(),
-        task.config.task,
-        EditedModel(lm, batch_size, progress),
-    )
+    start, name = time.perf_counter(), task.config.task
+    model = EditedModel(lm, batch_size, progress)
     task.set_fewshot_seed(seed=1234)  # the task's own generator
     with quiet():
         found = evaluate(model, {"tasks": {name: task}}, bootstrap_iters=0, log_samples=True)
@@ -95,7 +93,7 @@ def _invalid(task: ConfigurableTask, answers: Sequence[Any]) -> float:
 def _plain(
     task: ConfigurableTask, example: dict[str, Any], metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """What is kept of an example: its id and the answers, no text of the data."""
+    """What is kept of an example: its id, what was right, and the answers."""
     return {
         "id": row_id(repr(sorted(example["doc"].items()))),
         "target": example["target"],
@@ -105,16 +103,23 @@ def _plain(
 
 
 def jackknife(combine: Callable[[Sequence[Any]], float], values: Sequence[Any]) -> float:
-    """Standard error of a measure of independent examples, by leaving out each in turn (of a mean: s / root n)."""
+    """Standard error of a measure of independent examples, by leaving out each in turn (of a mean: s / root n).
+
+    Of more than GROUPS examples, one group after the other is left out.
+    """
     count = len(values)
     if count < 2:
         return math.nan
     if combine is _mean or getattr(combine, "__name__", "") == "mean":
         centre = sum(values) / count
         return math.sqrt(sum((value - centre) ** 2 for value in values) / (count - 1) / count)
-    without = [float(combine([*values[:i], *values[i + 1 :]])) for i in range(count)]
-    centre = sum(without) / count
-    return math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in without))
+    groups = min(count, GROUPS)
+    without = [
+        float(combine([value for place, value in enumerate(values) if place % groups != group]))
+        for group in range(groups)
+    ]
+    centre = sum(without) / groups
+    return math.sqrt((groups - 1) / groups * sum((value - centre) ** 2 for value in without))
 
 
 def _mean(values: Sequence[float]) -> float:
