@@ -19,7 +19,7 @@ from corrigenda.pipeline.abilities.harness_tasks import load_task, quiet
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "tasks"
 TASKS = ("rte", "boolq", "sst2", "mutual", "cola", "mrpc")
-QUESTIONS = 20  # of the 200 in the profile
+QUESTIONS = 40  # of the 200 in the profile
 BATCH_SIZE = 8  # of HFLM; larger ones are slower on a CPU
 
 

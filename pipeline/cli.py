@@ -336,7 +336,7 @@ def _abilities(args: list[str]) -> None:
     parser.add_subclass_arguments(MemoryEditor, "editor", required=False)
     skip: set[str | int] = {"lm_options", "tasks", "edits", "editor"}
     parser.add_function_arguments(abilities, skip=skip, as_group=False)
-    given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    given = parser.instantiate(parser.parse_args(args)).as_dict()
     abilities(lm_options=given.pop("lm"), **given)
 
 

@@ -200,6 +200,22 @@ def test_a_task_that_samples_its_answers_is_refused(tiny_lm):
         EditedModel(tiny_lm("gpt2")).generate_until(asked)
 
 
+def test_answers_longer_than_the_context_are_refused(corrigenda, tiny_folder, rows, capsys):
+    command = [
+        "abilities",
+        "--tasks",
+        "gsm8k",
+        "--lm.name",
+        tiny_folder("gpt2"),
+        "--data",
+        rows,
+        "--out",
+        "out",
+    ]
+    assert corrigenda(*command) == 2
+    assert "answers of up to 256 tokens" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- edits of all kinds, and nothing else
 
 

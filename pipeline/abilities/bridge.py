@@ -123,7 +123,12 @@ class EditedModel(TemplateLM):
             raise ValueError(
                 "the task samples its answers (do_sample), and answers here are greedy: leave it out"
             )
-        most = given["max_gen_toks"]
+        most, limit = given["max_gen_toks"], self.lm.max_length
+        if limit is not None and most >= limit:
+            raise ValueError(
+                f"the task wants answers of up to {most} tokens, and the context of {self.lm.name!r} has {limit}, "
+                "prompt included: choose a model with a longer context, or another task"
+            )
         prompts = [self._cut(context, most) for context in contexts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         texts = [""] * len(prompts)
