@@ -25,6 +25,7 @@ from tests.samples import ROOT
 
 SOURCES = ("corrigenda", "modules", "datamodules", "pipeline", "configs")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
+PARTS = (".py", ".yaml", ".json", ".tsv", ".txt", ".css", ".js")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 RAISES = "raise ImportError('a file of the current folder was imported')\n"
 
@@ -118,7 +119,7 @@ def test_the_wheel_installs_one_import_name_with_all_of_its_files(installed):
         ours = {
             path.relative_to(ROOT)
             for path in (ROOT / name).rglob("*")
-            if path.is_file() and path.suffix in (".py", ".yaml", ".json", ".tsv")
+            if path.is_file() and path.suffix in PARTS
         }
         missing = {str(path) for path in ours if not (package / path).is_file()}
         assert ours and not missing
