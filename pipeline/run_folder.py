@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 
 NAMED_RUN = "CORRIGENDA_RUN_DIR"  # passes the name of the run from the first process to the others
 LOCK = ".lock"
-RESULTS = (
-    "summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl", "abilities",
-    "abilities.jsonl",
-)  # fmt: skip
+# Kept whatever becomes of a run: its rows name the edits by their content.
+ANSWERS = "abilities.jsonl"
+RESULTS = ("summary.json", "cases.jsonl", "checkpoints", "edits", "forgetting.json", "guard.jsonl")
 # Settings that a resumed fit cannot change.
 OF_A_FIT = ("model", "data", "edit", "seed_everything", "guard", "forgetting")
 LARGE = 2**30  # bytes; larger files are identified by size and modification time
@@ -187,7 +186,7 @@ def _require_unfinished(folder: Path, depends_on: Mapping[str, str]) -> None:
 def _remove_unused(folder: Path, present: set[Path], missing: list[Path]) -> None:
     """Restores the folder, unless results, logs or checkpoints have been written since."""
     new = set(folder.rglob("*")) - present
-    if any(path.name in RESULTS or path.name == "metrics.csv" for path in new):
+    if any(path.name in (*RESULTS, ANSWERS, "metrics.csv") for path in new):
         return
     for path in new:
         if path.is_dir() and not path.is_symlink():

@@ -387,8 +387,8 @@ def test_a_stream_is_asked_at_the_chosen_numbers_of_edits(corrigenda, stream, as
     assert {"abilities/rte/score", "abilities/sst2/invalid", "abilities/perplexity"} <= set(
         log[0].split(",")
     )
-    (model,) = (tmp_path / "run" / "abilities").iterdir()
-    lines = (model / "4-sst2-strict-smoke.jsonl").read_text().splitlines()
+    (file,) = (tmp_path / "run" / "abilities").glob("4-sst2-strict-smoke-*.jsonl")
+    lines = file.read_text().splitlines()
     assert len(lines) == 8 and len(json.loads(lines[0])["answers"]) == 2
 
 
@@ -401,6 +401,24 @@ def test_a_resumed_stream_does_not_ask_again(corrigenda, stream, asked, monkeypa
     assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
     assert len(asked) == 9 and asked[4:5] == ["sst2_strict"]  # only the one that was cut off again
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
+
+
+def test_a_stream_that_was_killed_before_its_first_edit_does_not_ask_again(
+    corrigenda, stream, asked, monkeypatch, tmp_path
+):
+    stop_at(monkeypatch, AnswerFiles, "add", 1)
+    assert corrigenda(*stream, "--run_dir", "cut") == 130
+    assert list(table(tmp_path / "cut")) == STEPS[:1]
+    assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
+    assert list(table(tmp_path / "cut")) == STEPS and len(asked) == 9
+    words = [
+        "4" if word == "2" and stream[n - 1] == "--edit.editor.steps" else word
+        for n, word in enumerate(stream)
+    ]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "cut" / "abilities.jsonl").rename(tmp_path / "other" / "abilities.jsonl")
+    assert corrigenda(*words, "--run_dir", "other") == 0
+    assert len(asked) == 9 + 6  # other edits, but the same unedited model
 
 
 def test_a_validation_is_asked_while_its_edits_are_active(corrigenda, stream, asked, tmp_path):

@@ -39,9 +39,8 @@ class AnswerFiles:
 
     def add(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Writes a row and its answers; returns the row."""
-        name = file_name("-".join(str(row[part]) for part in ASKED[1:]))
-        folder = self.folder / ANSWERS / str(row["model"])
-        write_text(folder / f"{name}.jsonl", "".join(map(_line, examples)))
+        name = file_name("-".join(str(row[part]) for part in (*ASKED[1:], ASKED[0])))
+        write_text(self.folder / ANSWERS / f"{name}.jsonl", "".join(map(_line, examples)))
         self.rows.append(dict(row))
         write_text(self.folder / ROWS, "".join(map(_line, self.rows)))
         return self.rows[-1]

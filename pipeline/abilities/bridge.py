@@ -8,6 +8,7 @@ them (:meth:`Tokens.as_written`), so that the answers are those of its own ``HFL
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class EditedModel(TemplateLM):
         self.lm, self.batch_size, self.progress = lm, batch_size, progress
         self.tokenizer = lm.tokenizer
         self.num_truncated = 0
+        self._screen = Console(file=sys.stderr)  # also while the harness's own bars are not shown
 
     # ------------------------------------------------------------------ what the harness asks
 
@@ -110,10 +112,8 @@ class EditedModel(TemplateLM):
 
     def _bar(self) -> Progress:
         """How far it is, on a terminal."""
-        screen = Console(stderr=True)
-        return Progress(
-            console=screen, disable=not (self.progress and screen.is_terminal), transient=True
-        )
+        shown = self.progress and self._screen.is_terminal
+        return Progress(console=self._screen, disable=not shown, transient=True)
 
     def _generate(
         self, contexts: Sequence[str], options: dict[str, Any], bar: Progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.modules import checks
 from corrigenda.modules.evaluation.module import EditingModule
+from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.abilities.answers import AnswerFiles
 from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
 from corrigenda.pipeline.abilities.questions import Questions
@@ -107,9 +109,15 @@ class Abilities(Callback):
             return
         if trainer.is_global_zero:
             lm: Any = module.lm
-            for row in self.questions.put(lm, self._files, count, lm.weights_hash):
+            for row in self.questions.put(lm, self._files, count, _identity(lm, count)):
                 _log(trainer, row)
         trainer.strategy.barrier("abilities")
+
+
+def _identity(lm: LanguageModel, count: int) -> str:
+    """Names the model by its weights and the content of its edits."""
+    edits = [handle.digest() for handle in lm.handles] if count else []
+    return hashlib.sha256(" ".join([lm.weights_hash, *edits]).encode()).hexdigest()[:16]
 
 
 def _log(trainer: Trainer, row: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def abilities(
         remove_unfinished(out)
         files = AnswerFiles(out)
         with lm.pristine():
-            _show(questions, lm, files, 0, lm.weights_hash)
+            _show(questions, lm, files, 0, _identity(lm, []))
         if edits:
             _show(questions, lm, files, count, _identity(lm, edits))
 
