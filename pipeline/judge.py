@@ -12,7 +12,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from corrigenda.modules import checks
-from corrigenda.modules.files import locked, remove_unfinished
+from corrigenda.modules.files import locked, remove_unfinished, write_text
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.runs import read_run
-from corrigenda.pipeline.report.verdicts import Answer, answers, read_verdicts, write_verdicts
+from corrigenda.pipeline.report.verdicts import FILE, Answer, answers, read_verdicts
 from corrigenda.pipeline.run_folder import LOCK
 
 SAVE_EVERY = 20  # verdicts
@@ -143,12 +143,17 @@ def _judge_run(folder: Path, asked: Judge) -> None:
             for number, answer in enumerate(bar.track(left, description="judged"), start=1):
                 verdicts[answer] = asked.judge(answer)
                 if number % SAVE_EVERY == 0:
-                    write_verdicts(folder, verdicts)
+                    _write(folder, verdicts)
     finally:
         if left and verdicts:
-            write_verdicts(folder, verdicts)
+            _write(folder, verdicts)
     rows = [verdicts[answer] for answer in dict.fromkeys(found)]
     right, unclear = sum(row["correct"] for row in rows), sum(not row["clear"] for row in rows)
     sys.stdout.write(
         f"{folder}: {right} of {len(rows)} answers correct, {unclear} replies unclear\n"
     )
+
+
+def _write(folder: Path, verdicts: Mapping[Answer, Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts.values()]
+    write_text(folder / FILE, "".join(lines))

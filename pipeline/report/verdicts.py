@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -45,13 +44,6 @@ def read_verdicts(folder: Path) -> dict[Answer, dict[str, Any]]:
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{file}: damaged ({error}): remove it to judge again") from None
     return found
-
-
-def write_verdicts(folder: Path, verdicts: Mapping[Answer, Mapping[str, Any]]) -> None:
-    from corrigenda.modules.files import write_text  # imports torch
-
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts.values()]
-    write_text(folder / FILE, "".join(lines))
 
 
 def judged(
