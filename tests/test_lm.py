@@ -630,3 +630,23 @@ def test_the_common_start_leaves_what_predicts_the_first_target(tiny_lm):
     same = lm.tokens.rows(["The capital is"] * 2, ["Paris", "Paris"])
     assert same.common_start() == int(same.start_B[0]) - 1
     assert lm.tokens.rows(["Ada", "Quill"], ["Paris", "Paris"]).common_start() == 0
+
+
+def test_a_single_prompts_answer_is_told_while_it_grows(tiny_lm):
+    """In pieces, of whole characters, that together are the answer; answers to several prompts are not told."""
+    lm, told = tiny_lm("gpt2"), []
+    (answer,) = lm.generate(["The capital of France"], 12, on_text=told.append)
+    assert "".join(told) == answer and len(told) > 3
+    told.clear()
+    lm.generate(["The capital of France", "One"], 12, on_text=told.append)
+    assert told == []
+
+
+def test_half_a_character_is_not_told(tiny_lm, monkeypatch):
+    lm, told = tiny_lm("gpt2"), []
+    monkeypatch.setattr(
+        type(lm.tokens), "answer", lambda self, ids: "aé"[: len(ids)] + "\ufffd" * (len(ids) == 1)
+    )
+    lm.generate(["The capital of France"], 3, on_text=told.append)
+    assert "".join(told) == "aé" and all("\ufffd" not in text for text in told)
+    assert told[0] == "aé"
