@@ -35,7 +35,7 @@ usage: corrigenda COMMAND [options]        (corrigenda COMMAND --help explains o
   compare    execute the runs of a study file, skipping finished ones, and report on them
   report     compare finished runs case by case: tables, confidence intervals, plots
   edit       change facts in a model, see its answers before and after, and talk to it
-  judge      ask a language model whether freely generated answers of finished runs are right
+  judge      have a language model judge whether freely generated answers of finished runs are right
   moments    compute second moments of MLP keys over a corpus (for ROME, MEMIT, EMMET, AlphaEdit)
   edits      show, verify, apply, merge and export saved edits; model cards for exports
   abilities  evaluate a model with saved edits on tasks of lm-evaluation-harness
@@ -243,7 +243,7 @@ def _edit(args: list[str]) -> None:
     parser.add_argument("--prompt", type=str, help="a text with the subject, or {} in its place")
     parser.add_argument("--subject", type=str, help="what the fact is about")
     parser.add_argument("--target", type=str, help="the new answer")
-    parser.add_argument("--rephrase", type=str, nargs="+", default=[], help="paraphrases to ask")
+    parser.add_argument("--rephrase", type=str, nargs="+", default=[], help="paraphrases to test")
     parser.add_argument(
         "--locality", type=str, nargs="+", default=[], help="prompts whose answers should stay"
     )

@@ -1,4 +1,4 @@
-"""``corrigenda judge``: asks a language model whether freely generated answers are right.
+"""``corrigenda judge``: has a language model judge whether freely generated answers are right.
 
 The judge is any endpoint that speaks the protocol of OpenAI's chat completions. It reads the question, the right
 answer and the given one, at temperature 0 (as in WILD, arXiv 2502.11177).
@@ -59,7 +59,7 @@ class Judge:
     def judge(self, answer: Answer) -> dict[str, Any]:
         """The line of ``judged.jsonl`` for an answer; a reply that is neither word counts as incorrect."""
         prompt = PROMPT.format(**answer._asdict())
-        reply = self._ask(prompt)
+        reply = self._request(prompt)
         words = re.findall(r"[a-z]+", reply.casefold())
         verdict = next((word for word in words if word in ("correct", "incorrect")), None)
         return {
@@ -71,7 +71,7 @@ class Judge:
             "reply": reply,
         }
 
-    def _ask(self, prompt: str) -> str:
+    def _request(self, prompt: str) -> str:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -121,14 +121,14 @@ def judge(
     for folder in dirs:
         if not (folder / "summary.json").is_file():
             raise UserError(f"{folder} is not the folder of a finished run")
-    asked = Judge(url, model, key, timeout)
+    judge_model = Judge(url, model, key, timeout)
     for folder in dirs:
         with locked(folder / LOCK, f"the run folder {folder}"):
             remove_unfinished(folder)
-            _judge_run(folder, asked)
+            _judge_run(folder, judge_model)
 
 
-def _judge_run(folder: Path, asked: Judge) -> None:
+def _judge_run(folder: Path, judge_model: Judge) -> None:
     found = [answer for row in read_run(folder).rows for _, answer in answers(row.probes)]
     if not found:
         raise UserError(
@@ -141,7 +141,7 @@ def _judge_run(folder: Path, asked: Judge) -> None:
     try:
         with bar:
             for number, answer in enumerate(bar.track(left, description="judged"), start=1):
-                verdicts[answer] = asked.judge(answer)
+                verdicts[answer] = judge_model.judge(answer)
                 if number % SAVE_EVERY == 0:
                     _write(folder, verdicts)
     finally:

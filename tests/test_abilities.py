@@ -14,7 +14,7 @@ from corrigenda.modules.editors.ike import IKE
 from corrigenda.modules.editors.rome import ROME
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.pipeline import checkpointing
-from corrigenda.pipeline.abilities import questions as asked_in
+from corrigenda.pipeline.abilities import questions
 from corrigenda.pipeline.abilities.answers import AnswerFiles
 from corrigenda.pipeline.abilities.ids import FOLDER, Listed, chosen, listed, row_id
 from tests.samples import QUIET, ROOT
@@ -23,11 +23,11 @@ from tests.test_resume import stop_at
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.evaluator import evaluate  # noqa: E402
+from lm_eval.evaluator import evaluate as evaluate_by_harness  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from corrigenda.pipeline.abilities.asking import ask  # noqa: E402
 from corrigenda.pipeline.abilities.bridge import EditedModel  # noqa: E402
+from corrigenda.pipeline.abilities.evaluating import evaluate  # noqa: E402
 from corrigenda.pipeline.abilities.harness_tasks import OURS, TASKS, load_task, local_rows, quiet  # noqa: E402
 
 REAL = ROOT.parent / "shared" / "data" / "tasks"
@@ -87,14 +87,16 @@ def short_answers(monkeypatch):
         return task
 
     real = load_task
-    monkeypatch.setattr(asked_in, "load_task", lambda *args: shorten(real(*args)))
+    monkeypatch.setattr(questions, "load_task", lambda *args: shorten(real(*args)))
     return shorten
 
 
 def answers(model, task):
     """Answers and measures of each question, as the harness logs them."""
     with quiet():
-        found = evaluate(model, {"tasks": {"task": task}}, bootstrap_iters=0, log_samples=True)
+        found = evaluate_by_harness(
+            model, {"tasks": {"task": task}}, bootstrap_iters=0, log_samples=True
+        )
     return [(s["resps"], [s[name] for name in s["metrics"]]) for s in found["samples"]["task"]]
 
 
@@ -150,10 +152,10 @@ PAIRS = [
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 def test_contexts_and_continuations_meet_as_in_the_harness(tiny_lm, kind):
     lm = tiny_lm(kind)
-    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS[:-1])]
+    evaluated = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS[:-1])]
     theirs = HFLM(pretrained=lm.net, tokenizer=lm.tokenizer, batch_size=4)
-    expected = theirs.loglikelihood(asked, disable_tqdm=True)
-    found = EditedModel(lm).loglikelihood(asked)
+    expected = theirs.loglikelihood(evaluated, disable_tqdm=True)
+    found = EditedModel(lm).loglikelihood(evaluated)
     assert [score for score, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
@@ -161,10 +163,10 @@ def test_contexts_and_continuations_meet_as_in_the_harness(tiny_lm, kind):
 def test_plain_texts_are_scored_as_in_the_harness(tiny_lm):
     lm = tiny_lm("gpt2")
     texts = ["Ada is in the town. ", "x", "The sea was made in 1984. " * 3]
-    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    evaluated = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     theirs = HFLM(pretrained=lm.net, tokenizer=lm.tokenizer, batch_size=4)
-    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert EditedModel(lm).loglikelihood_rolling(asked) == pytest.approx(expected, abs=1e-2)
+    expected = theirs.loglikelihood_rolling(evaluated, disable_tqdm=True)
+    assert EditedModel(lm).loglikelihood_rolling(evaluated) == pytest.approx(expected, abs=1e-2)
 
 
 def test_a_text_longer_than_the_context_is_scored_in_windows(tiny_lm):
@@ -195,9 +197,11 @@ def test_outside_the_bridge_texts_are_joined_as_before(tiny_lm):
 
 
 def test_a_task_that_samples_its_answers_is_refused(tiny_lm):
-    asked = [Instance("generate_until", {}, ("Ada", {"do_sample": True, "temperature": 1.0}), 0)]
+    evaluated = [
+        Instance("generate_until", {}, ("Ada", {"do_sample": True, "temperature": 1.0}), 0)
+    ]
     with pytest.raises(ValueError, match="do_sample"):
-        EditedModel(tiny_lm("gpt2")).generate_until(asked)
+        EditedModel(tiny_lm("gpt2")).generate_until(evaluated)
 
 
 def test_answers_longer_than_the_context_are_refused(corrigenda, tiny_folder, rows, capsys):
@@ -227,7 +231,7 @@ def question(rows, name="sst2"):
 
 
 def chosen_word(lm, task):
-    scores = [score for score, _ in ask(lm, task).examples[0]["answers"]]
+    scores = [score for score, _ in evaluate(lm, task).examples[0]["answers"]]
     return scores.index(max(scores))
 
 
@@ -248,14 +252,14 @@ def test_an_edit_in_the_context_changes_the_answer_to_a_question(smollm2, tmp_pa
     row = {"question": "what is the capital of Ruritania", "answer": ["Strelsau"]}
     (tmp_path / "nq_open" / "validation.jsonl").write_text(json.dumps(row))
     task = short_answers(load_task("nq_open", "strict", "full", tmp_path))
-    before = ask(smollm2, task)
+    before = evaluate(smollm2, task)
     prompt = task.doc_to_text(task.dataset["validation"][0])
     edit = Edit(prompt.replace("Ruritania", "{}"), "Ruritania", "Strelsau")
     handle = IKE(None, num_demonstrations=0, encoder="lm").edit(smollm2, [edit])
-    after = ask(smollm2, task)
+    after = evaluate(smollm2, task)
     handle.remove()
     assert (before.scores["prefix"], after.scores["prefix"]) == (0.0, 1.0), after.examples
-    assert ask(smollm2, task).examples == before.examples
+    assert evaluate(smollm2, task).examples == before.examples
 
 
 def test_asking_leaves_random_states_as_they_are(tiny_lm, rows):
@@ -265,7 +269,7 @@ def test_asking_leaves_random_states_as_they_are(tiny_lm, rows):
         return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
 
     before = states()
-    ask(lm, load_task("rte", "strict", "smoke", rows))
+    evaluate(lm, load_task("rte", "strict", "smoke", rows))
     assert states() == before
     random.random()
     assert states() != before
@@ -279,7 +283,7 @@ def test_a_model_whose_logits_are_not_finite_answers_nothing(tiny_lm, rows):
     )  # so that NaN is not refused
     lm.net.transformer.ln_f.weight.data.fill_(float("nan"))
     for name in CHOICES:
-        found = ask(lm, load_task(name, "strict", "smoke", rows)).row
+        found = evaluate(lm, load_task(name, "strict", "smoke", rows)).row
         assert found["invalid"] == 1.0 and found["score"] <= 0.0, name
     handle.remove()
 
@@ -292,7 +296,7 @@ def test_every_task_can_be_asked(tiny_lm, rows, short_answers, name, form):
     task = load_task(name, form, "smoke", rows)
     if task.OUTPUT_TYPE == "generate_until":
         short_answers(task)
-    found = ask(lm, task)
+    found = evaluate(lm, task)
     assert found.row["n"] == 8 and found.metric in found.scores and not found.truncated
     assert 0 <= found.row["invalid"] <= 1 and found.row["stderr"] >= 0
     assert len({example["id"] for example in found.examples}) == 8
@@ -349,15 +353,15 @@ def stream(tiny_folder, data_files, rows):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The tasks that were asked, one entry each time."""
-    made, real = [], asked_in.ask
+def evaluated(monkeypatch):
+    """The tasks that were evaluated, one entry each time."""
+    made, real = [], questions.evaluate
 
     def counted(lm, task, *args):
         made.append(task.config.task)
         return real(lm, task, *args)
 
-    monkeypatch.setattr(asked_in, "ask", counted)
+    monkeypatch.setattr(questions, "evaluate", counted)
     return made
 
 
@@ -378,10 +382,12 @@ pytestmark = [
 ]
 
 
-def test_a_stream_is_asked_at_the_chosen_numbers_of_edits(corrigenda, stream, asked, tmp_path):
+def test_a_stream_is_evaluated_at_the_chosen_numbers_of_edits(
+    corrigenda, stream, evaluated, tmp_path
+):
     assert corrigenda(*stream, "--run_dir", "run") == 0
     found = table(tmp_path / "run")
-    assert list(found) == STEPS and len(asked) == 8
+    assert list(found) == STEPS and len(evaluated) == 8
     assert len({score[2] for score in found.values()}) == 4  # the edits change the perplexity
     log = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     assert {"abilities/rte/score", "abilities/sst2/invalid", "abilities/perplexity"} <= set(
@@ -392,25 +398,29 @@ def test_a_stream_is_asked_at_the_chosen_numbers_of_edits(corrigenda, stream, as
     assert len(lines) == 8 and len(json.loads(lines[0])["answers"]) == 2
 
 
-def test_a_resumed_stream_does_not_ask_again(corrigenda, stream, asked, monkeypatch, tmp_path):
+def test_a_resumed_stream_does_not_evaluate_again(
+    corrigenda, stream, evaluated, monkeypatch, tmp_path
+):
     assert corrigenda(*stream, "--run_dir", "whole") == 0
-    asked.clear()
-    stop_at(monkeypatch, AnswerFiles, "add", 3)  # with 2 edits, after rte, while sst2 is asked
+    evaluated.clear()
+    stop_at(monkeypatch, AnswerFiles, "add", 3)  # with 2 edits, after rte, while sst2 is evaluated
     assert corrigenda(*stream, "--run_dir", "cut") == 130
-    assert list(table(tmp_path / "cut")) == STEPS[:3] and len(asked) == 4
+    assert list(table(tmp_path / "cut")) == STEPS[:3] and len(evaluated) == 4
     assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
-    assert len(asked) == 9 and asked[4:5] == ["sst2_strict"]  # only the one that was cut off again
+    assert len(evaluated) == 9 and evaluated[4:5] == [
+        "sst2_strict"
+    ]  # only the one that was cut off again
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
 
 
-def test_a_stream_that_was_killed_before_its_first_edit_does_not_ask_again(
-    corrigenda, stream, asked, monkeypatch, tmp_path
+def test_a_stream_that_was_killed_before_its_first_edit_does_not_evaluate_again(
+    corrigenda, stream, evaluated, monkeypatch, tmp_path
 ):
     stop_at(monkeypatch, AnswerFiles, "add", 1)
     assert corrigenda(*stream, "--run_dir", "cut") == 130
     assert list(table(tmp_path / "cut")) == STEPS[:1]
     assert corrigenda(*stream, "--run_dir", "cut", "--ckpt_path", "last") == 0
-    assert list(table(tmp_path / "cut")) == STEPS and len(asked) == 9
+    assert list(table(tmp_path / "cut")) == STEPS and len(evaluated) == 9
     words = [
         "4" if word == "2" and stream[n - 1] == "--edit.editor.steps" else word
         for n, word in enumerate(stream)
@@ -418,10 +428,12 @@ def test_a_stream_that_was_killed_before_its_first_edit_does_not_ask_again(
     (tmp_path / "other").mkdir()
     (tmp_path / "cut" / "abilities.jsonl").rename(tmp_path / "other" / "abilities.jsonl")
     assert corrigenda(*words, "--run_dir", "other") == 0
-    assert len(asked) == 9 + 6  # other edits, but the same unedited model
+    assert len(evaluated) == 9 + 6  # other edits, but the same unedited model
 
 
-def test_a_validation_is_asked_while_its_edits_are_active(corrigenda, stream, asked, tmp_path):
+def test_a_validation_is_evaluated_while_its_edits_are_active(
+    corrigenda, stream, evaluated, tmp_path
+):
     words = [
         "validate" if word == "fit" else "epoch" if word == "stream" else word for word in stream
     ]
@@ -441,10 +453,10 @@ def test_edits_that_do_not_stay_active_cannot_be_asked(corrigenda, stream, sched
 
 
 def test_saved_edits_are_asked_and_what_is_answered_is_not_asked_again(
-    corrigenda, stream, asked, rows, tmp_path, capsys
+    corrigenda, stream, evaluated, rows, tmp_path, capsys
 ):
     assert corrigenda(*stream, "--run_dir", "run") == 0
-    asked.clear()
+    evaluated.clear()
     edits = sorted((tmp_path / "run" / "edits").glob("*.safetensors"))
     command = [
         "abilities",
@@ -459,17 +471,17 @@ def test_saved_edits_are_asked_and_what_is_answered_is_not_asked_again(
         "out",
     ]
     assert corrigenda(*command, "--edits", *edits) == 0
-    assert len(edits) == 5 and len(asked) == 4
+    assert len(edits) == 5 and len(evaluated) == 4
     of_stream, of_files = table(tmp_path / "run"), table(tmp_path / "out")
     assert {key: of_stream[key][0] for key in of_files} == {k: v[0] for k, v in of_files.items()}
     assert "5 edits, perplexity" in capsys.readouterr().out
     assert corrigenda(*command, "--edits", *edits) == 0
-    assert len(asked) == 4
+    assert len(evaluated) == 4
     assert corrigenda(*command, "--edits", *edits[:2]) == 0
-    assert len(asked) == 6
+    assert len(evaluated) == 6
 
 
-def test_a_saved_memory_is_asked_with_its_editor(
+def test_a_saved_memory_is_evaluated_with_its_editor(
     corrigenda, tiny_folder, tiny_lm, rows, tmp_path, capsys
 ):
     lm = tiny_lm("gpt2")

@@ -13,7 +13,7 @@ from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.records import parse
 
 ROWS, ANSWERS = "abilities.jsonl", "abilities"
-ASKED = ("model", "edits", "task", "form", "profile")  # name a row
+KEYS = ("model", "edits", "task", "form", "profile")  # name a row
 
 
 class AnswerFiles:
@@ -31,15 +31,15 @@ class AnswerFiles:
         self.folder = folder
         self.rows = _read(folder / ROWS)
 
-    def find(self, **asked: object) -> dict[str, Any] | None:
-        """The row that was asked like this; None if there is none yet."""
+    def find(self, **key: object) -> dict[str, Any] | None:
+        """The row of this evaluation; None if there is none yet."""
         return next(
-            (row for row in self.rows if all(row[name] == asked[name] for name in ASKED)), None
+            (row for row in self.rows if all(row[name] == key[name] for name in KEYS)), None
         )
 
     def add(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Writes a row and its answers; returns the row."""
-        name = file_name("-".join(str(row[part]) for part in (*ASKED[1:], ASKED[0])))
+        name = file_name("-".join(str(row[part]) for part in (*KEYS[1:], KEYS[0])))
         write_text(self.folder / ANSWERS / f"{name}.jsonl", "".join(map(_line, examples)))
         self.rows.append(dict(row))
         write_text(self.folder / ROWS, "".join(map(_line, self.rows)))
@@ -51,11 +51,11 @@ def _read(file: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = [parse(line) for line in file.read_text("utf-8").splitlines()]
-        if not all(set(ASKED) <= row.keys() for row in rows):
-            raise ValueError(f"a row lacks one of {', '.join(ASKED)}")
+        if not all(set(KEYS) <= row.keys() for row in rows):
+            raise ValueError(f"a row lacks one of {', '.join(KEYS)}")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file}: damaged ({error}): restore it, or remove it to ask again"
+            f"{file}: damaged ({error}): restore it, or remove it to evaluate again"
         ) from None
     return rows
 

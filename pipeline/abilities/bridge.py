@@ -1,4 +1,4 @@
-"""A language model under its active edits, as lm-evaluation-harness asks one.
+"""A language model under its active edits, as a model of lm-evaluation-harness.
 
 Everything goes through :meth:`LanguageModel.score` and :meth:`LanguageModel.generate`, so edits of all kinds are
 active, also those that rewrite prompts or answer in the model's place. Texts are encoded as the harness encodes
@@ -44,7 +44,7 @@ class EditedModel(TemplateLM):
         self.num_truncated = 0
         self._screen = Console(file=sys.stderr)  # also while the harness's own bars are not shown
 
-    # ------------------------------------------------------------------ what the harness asks
+    # ------------------------------------------------------------------ what the harness calls
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -69,8 +69,8 @@ class EditedModel(TemplateLM):
         with self._bar() as bar:
             bar.add_task("answers", total=len(requests))
             for options, places in groups.items():
-                asked = [requests[place].args[0] for place in places]
-                answers = self._generate(asked, json.loads(options), bar)
+                contexts = [requests[place].args[0] for place in places]
+                answers = self._generate(contexts, json.loads(options), bar)
                 for place, text in zip(places, answers, strict=True):
                     texts[place] = text
         return texts

@@ -23,12 +23,12 @@ LOGGED = ("score", "stderr", "invalid")
 
 
 class Abilities(Callback):
-    """Asks tasks of lm-evaluation-harness while edits are active; see docs/abilities.md.
+    """Evaluates tasks of lm-evaluation-harness while edits are active; see docs/abilities.md.
 
     Args:
         tasks: names of tasks; none by default.
-        at: numbers of edits at which a stream is asked; 0 is the unedited model, the last number is always
-            asked. A batch that passes one of them is asked after the batch.
+        at: numbers of edits after which a stream is evaluated; 0 is the unedited model, and the last number always
+            counts. Where a batch passes one of them, the evaluation follows the batch.
         profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
         form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
         data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
@@ -68,18 +68,18 @@ class Abilities(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if 0 in self.at:
-            self._ask_unedited(trainer, pl_module)
-        self._ask_if_due(trainer, pl_module)
+            self._evaluate_unedited(trainer, pl_module)
+        self._evaluate_if_due(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        self._ask_if_due(trainer, pl_module, is_last=trainer.should_stop)
+        self._evaluate_if_due(trainer, pl_module, is_last=trainer.should_stop)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The EditCallback, which comes before this one, has made the edits."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             if 0 in self.at:
-                self._ask_unedited(trainer, pl_module)
-            self._ask(trainer, pl_module, edit_callback(trainer).num_edits)
+                self._evaluate_unedited(trainer, pl_module)
+            self._evaluate(trainer, pl_module, edit_callback(trainer).num_edits)
 
     def state_dict(self) -> dict[str, Any]:
         return {"passed": self._passed} if self.questions else {}
@@ -87,29 +87,31 @@ class Abilities(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._passed = int(state_dict.get("passed", 0))
 
-    # ------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ evaluation
 
-    def _ask_unedited(self, trainer: Trainer, module: LightningModule) -> None:
+    def _evaluate_unedited(self, trainer: Trainer, module: LightningModule) -> None:
         if self.questions and isinstance(module, EditingModule):
             with module.lm.pristine():
-                self._ask(trainer, module, 0)
+                self._evaluate(trainer, module, 0)
 
-    def _ask_if_due(self, trainer: Trainer, module: LightningModule, is_last: bool = False) -> None:
+    def _evaluate_if_due(
+        self, trainer: Trainer, module: LightningModule, is_last: bool = False
+    ) -> None:
         if self.questions is None:
             return
         count = edit_callback(trainer).num_edits
         if count > self._passed:
             if is_last or any(self._passed < each <= count for each in self.at):
-                self._ask(trainer, module, count)
+                self._evaluate(trainer, module, count)
             self._passed = count
 
-    def _ask(self, trainer: Trainer, module: LightningModule, count: int) -> None:
-        """The first process asks; with several, the others wait."""
+    def _evaluate(self, trainer: Trainer, module: LightningModule, count: int) -> None:
+        """The first process evaluates; with several, the others wait."""
         if self.questions is None or self._files is None:
             return
         if trainer.is_global_zero:
             lm: Any = module.lm
-            for row in self.questions.put(lm, self._files, count, _identity(lm, count)):
+            for row in self.questions.evaluate(lm, self._files, count, _identity(lm, count)):
                 _log(trainer, row)
         trainer.strategy.barrier("abilities")
 

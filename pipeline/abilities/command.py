@@ -1,4 +1,4 @@
-"""``corrigenda abilities``: tasks of lm-evaluation-harness, asked of a model with edits that were saved."""
+"""``corrigenda abilities``: tasks of lm-evaluation-harness on a model with saved edits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def abilities(
 
     Args:
         tasks: names of tasks; ours are gsm8k, rte, nq_open, boolq, mutual, samsum, conll2003, sst2, cola, mrpc.
-        out: folder for abilities.jsonl and the answers; what is answered there is not asked again.
+        out: folder for abilities.jsonl and the answers; what is answered there is not evaluated again.
         lm_options: options of the language model; its default name is that in the files.
         edits: files of edits (.safetensors), all active together, applied in this order.
         editor: for files of a text memory (IKE, MemPrompt, MeLLo, SERAC): the editor that wrote them.
@@ -70,7 +70,7 @@ def _show(
     questions: Questions, lm: LanguageModel, files: AnswerFiles, count: int, model: str
 ) -> None:
     """Asks what is left, and prints a line for each task."""
-    for row in questions.put(lm, files, count, model, progress=True):
+    for row in questions.evaluate(lm, files, count, model, progress=True):
         if row["task"] == questions.names[0]:
             _print(f"{count} edits, perplexity of plain text {row['perplexity']:.4g}")
         _print(f"  {row['task']:10} {row['metric']:12} {row['score']:.3f} ± {row['stderr']:.3f}  "

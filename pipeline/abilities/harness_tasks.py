@@ -104,7 +104,7 @@ def definition(name: str, form: Form) -> Path:
     if form != "harness" and name in OURS:
         file = TASKS / f"{name}_{form}.yaml"
         if not file.is_file():
-            raise UserError(f"the task {name!r} has no form {form!r}: ask it in the form 'strict'")
+            raise UserError(f"the task {name!r} has no form {form!r}: use the form 'strict'")
         return file
     entry = _harness().task_index.get(name)
     if entry is None or entry.yaml_path is None:
@@ -150,9 +150,9 @@ def _with_local_rows(config: Mapping[str, Any], data: Path) -> dict[str, Any]:
     for split, other in OTHER_NAMES.items():
         if split not in rows and other in rows:
             rows[split] = rows[other]
-    asked = config.get("test_split") or config.get("validation_split")
-    if asked not in rows:
-        raise UserError(f"{found[0]} has no file {asked}.jsonl for the task {config['task']!r}")
+    evaluated = config.get("test_split") or config.get("validation_split")
+    if evaluated not in rows:
+        raise UserError(f"{found[0]} has no file {evaluated}.jsonl for the task {config['task']!r}")
     changed = dict(config) | {"custom_dataset": lambda **_: rows}
     for key in ("training_split", "validation_split", "fewshot_split"):
         if changed.get(key) not in (None, *rows):

@@ -50,7 +50,7 @@ class Listed:
 
 
 def listed(name: str, split: str) -> Listed:
-    """The list for a task and the split that it asks; an empty one for tasks that are not ours."""
+    """The list for a task and the split that is evaluated; an empty one for tasks that are not ours."""
     file = FOLDER / f"{name}-{split}.yaml"
     return Listed(**yaml.safe_load(file.read_text("utf-8"))) if file.is_file() else Listed()
 

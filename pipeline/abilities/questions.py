@@ -11,7 +11,7 @@ from corrigenda.datamodules.corpus import texts
 from corrigenda.modules import checks
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.abilities.answers import AnswerFiles
-from corrigenda.pipeline.abilities.asking import ask
+from corrigenda.pipeline.abilities.evaluating import evaluate
 from corrigenda.pipeline.abilities.harness_tasks import (
     Form,
     Profile,
@@ -28,7 +28,7 @@ TEXT_TOKENS = 2048  # of the plain text whose perplexity stands beside the score
 
 
 class Questions:
-    """What is asked of a model, however it is edited.
+    """The questions that a model is evaluated on, however it is edited.
 
     Raises UserError for a task that nobody knows, before anything is read.
 
@@ -71,7 +71,7 @@ class Questions:
     def _manner(self) -> dict[str, str]:
         return {"form": self.form, "profile": self.profile}
 
-    def put(
+    def evaluate(
         self,
         lm: LanguageModel,
         files: AnswerFiles,
@@ -79,7 +79,7 @@ class Questions:
         model: str,
         progress: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """Asks what is not yet answered in these files; yields the rows of all tasks.
+        """Evaluates what is not yet answered in these files; yields the rows of all tasks.
 
         Args:
             lm: the model, under its active edits.
@@ -90,12 +90,12 @@ class Questions:
         """
         perplexity: float | None = None
         for name, task in self.tasks.items():
-            asked = {"model": model, "edits": edits, "task": name, **self._manner}
-            if (row := files.find(**asked)) is None:
+            key = {"model": model, "edits": edits, "task": name, **self._manner}
+            if (row := files.find(**key)) is None:
                 if perplexity is None:
                     perplexity = lm.perplexity(texts(self.text), TEXT_TOKENS)
-                answered = ask(lm, task, self.batch_size, progress)
+                answered = evaluate(lm, task, self.batch_size, progress)
                 row = files.add(
-                    {**asked, **answered.row, "perplexity": perplexity}, answered.examples
+                    {**key, **answered.row, "perplexity": perplexity}, answered.examples
                 )
             yield row

@@ -40,7 +40,7 @@ class Answered:
 
     @property
     def row(self) -> dict[str, Any]:
-        """A line of ``abilities.jsonl``, without what was asked of which model."""
+        """A line of ``abilities.jsonl``, without what was evaluated on which model."""
         return {
             "metric": self.metric,
             "score": self.scores[self.metric],
@@ -53,7 +53,7 @@ class Answered:
         }
 
 
-def ask(
+def evaluate(
     lm: LanguageModel, task: ConfigurableTask, batch_size: int = 32, progress: bool = False
 ) -> Answered:
     """Asks a model, under its active edits, all questions of a task. Global random states stay as they are."""
