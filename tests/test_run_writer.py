@@ -346,3 +346,39 @@ def test_a_summary_is_written_at_the_end_of_a_validation(
     writer.on_validation_end(PlainTrainer(**values), MODULE)
     text = '{\n "means": {\n  "x": null\n }\n}'
     assert [path.read_text().strip() for path in file.parent.iterdir()] == [text] * is_written
+
+
+# ---------------------------------------------------------------------------- what a run says of itself
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "kept"),
+    [
+        ("stream", True, True),
+        ("stream", False, False),
+        ("each", True, False),
+        ("batch", True, False),
+    ],
+)
+def test_the_order_of_a_stream_is_kept(writer, tmp_path, schedule, first, kept):
+    trainer = PlainTrainer(TrainerFn.FITTING, schedule, is_global_zero=first)
+    trainer.datamodule.evaluation_cases = lambda: [SimpleNamespace(case_id=name) for name in "bca"]
+    writer.on_train_start(trainer, MODULE)
+    file = tmp_path / "run" / "order.json"
+    assert file.exists() == kept and (not kept or file.read_text() == '["b", "c", "a"]\n')
+
+
+@pytest.mark.parametrize(("base", "chat"), [({}, ""), ({"chat": "x"}, "+chat")])
+def test_a_protocol_says_how_prompts_were_read(base, chat):
+    """Perplexity is of plain text, which no template changes."""
+    means = {"efficacy/exact": 1.0, "val/locality/agreement": 1.0, "perplexity": 9.0}
+    module = SimpleNamespace(means=means, base_model=base)
+    found = run_writer._protocols(module, "each")
+    exact, agreement, perplexity = (
+        run_writer.PROTOCOLS[name] for name in ("exact", "agreement", "perplexity")
+    )
+    assert found == {
+        "efficacy/exact": f"{exact}{chat}@each",
+        "val/locality/agreement": f"{agreement}{chat}@each",
+        "perplexity": f"{perplexity}@each",
+    }
