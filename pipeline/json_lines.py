@@ -37,13 +37,9 @@ class JsonLines:
 
     def drop_partial_line(self) -> None:
         """Removes a last line that a killed run has written only in part."""
-        if not self.size:
-            return
-        with open(self.path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                whole = self.path.read_bytes()
-                file.truncate(whole.rfind(b"\n") + 1)
+        if self.size:
+            whole = self.path.read_bytes()
+            os.truncate(self.path, whole.rfind(b"\n") + 1)
 
     def truncate(self, size: int) -> None:
         """Drops the rows written after the state that the run resumes from."""
