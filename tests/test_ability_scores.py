@@ -6,7 +6,7 @@ import random
 import pytest
 
 from corrigenda.pipeline.abilities import scores
-from corrigenda.pipeline.abilities.asking import jackknife
+from corrigenda.pipeline.abilities.evaluating import jackknife
 from corrigenda.pipeline.abilities.ids import chosen, row_id
 
 NAN = math.nan
