@@ -88,6 +88,7 @@ LISTS = [
 ZERO_MEANS = {
     "layer": "the first block",
     "seed": "a seed",
+    "order_seed": "the seed of the run",
     "weight_decay": "no decay",
     "kl_weight": "the meaning of the subject may drift",
     "stop_loss": "all steps are made",
