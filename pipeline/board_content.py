@@ -53,7 +53,7 @@ class BoardContent(Callback):
         edit = edit_callback(trainer)
         method = type(edit.editor).__name__ if edit.editor else module.method_name
         data = type(trainer.datamodule).__name__  # type: ignore[attr-defined]
-        tags = [method or "unedited", module.lm.name, data, edit.schedule]
+        tags = [method or "unedited", module.base_model["name"], data, edit.schedule]
         for board in _boards(trainer):
             board.describe(yaml.safe_load(self.config), tags)
 

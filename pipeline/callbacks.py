@@ -373,8 +373,9 @@ class EditCallback(Callback):
         self, trainer: Trainer, pl_module: EditingModule, exception: BaseException
     ) -> None:
         """Restores the model for further use in the same process."""
-        pl_module.conditions = Conditions()
-        pl_module.lm.reuse.drop()
+        if isinstance(pl_module, EditingModule):  # SERAC's scope classifier has no language model
+            pl_module.conditions = Conditions()
+            pl_module.lm.reuse.drop()
         if self.schedule != "stream":
             self._remove()
 
