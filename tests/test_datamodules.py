@@ -141,7 +141,11 @@ def test_missing_file_names_the_path_and_the_public_source(tmp_path):
         ("a.json", b"[3]", "a.json, record 1: expected a record with named fields, got a number"),
         ("a.jsonl", b'{"a": "\xff"}', "a.jsonl: not UTF-8 text"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: not a complete gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: not a complete gzip"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9],
+            "a.jsonl.gz: not a complete gzip",
+        ),
         ("a.yaml", b"a: b", "a.yaml: expected a file ending in .json, .jsonl, .json.gz, .jsonl.gz"),
     ],
 )
