@@ -65,6 +65,15 @@ def start(tmp_path, clock, monkeypatch):
         callback._signals.drop()
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Set up before all other fixtures, so that it restores the handlers last."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def received(monkeypatch):
     """Numbers of the signals that reach the handlers which were there before."""
