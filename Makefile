@@ -23,7 +23,7 @@ demo: setup ## compare editing methods on the embedded model; CPU, no downloads
 	$(BIN)/corrigenda compare configs/compare/demo.yaml
 
 test: setup ## run the tests, and measure which lines they reach
-	$(BIN)/pytest tests --cov --cov-report=term:skip-covered
+	$(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 
 faults: setup ## try every bad input, and a fault at every file operation; half an hour
 	$(BIN)/python -m tests.bad_inputs
