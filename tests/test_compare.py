@@ -221,9 +221,10 @@ def test_a_run_ends_when_only_its_comparison_is_killed(study, tmp_path):
     until((tmp_path / "out" / "closed").exists)
     compare(file)
     assert called(tmp_path) == ["a", "b", "b"]
-    compare(study(("a", "validate ok"), ("b", "validate ok")), out=tmp_path / "whole")
+    whole = tmp_path / "whole" / "out"  # the page's title is the folder's name
+    compare(study(("a", "validate ok"), ("b", "validate ok")), out=whole)
     for name in ("report.csv", "report.md", "report.html"):
-        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+        assert (tmp_path / "out" / name).read_text() == (whole / name).read_text()
 
 
 def until(condition):
