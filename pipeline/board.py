@@ -17,7 +17,13 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 8.0
-OF_A_STREAM = ("val/", "current/", "guard/", "forgetting/")  # metrics over the number of edits
+OF_A_STREAM = (
+    "val/",
+    "current/",
+    "guard/",
+    "forgetting/",
+    "abilities/",
+)  # metrics over the number of edits
 MAX_TAG = 64  # characters
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from corrigenda.datamodules.records import Edit
+from corrigenda.pipeline.edit_files import printable
 from corrigenda.pipeline.errors import UserError
-from corrigenda.pipeline.session import Fact, Session, printable, show, write
+from corrigenda.pipeline.session import SHOWN_AS_THEY_ARE, Fact, Session, show, write
 
 ANSWER_TOKENS = 100
 HELP = """\
@@ -64,14 +65,13 @@ def _lines() -> Iterator[str]:
 
 def _answer(session: Session, question: str) -> None:
     """Prints the answer token by token."""
-
     begun = False
 
     def show_more(text: str) -> None:
         nonlocal begun
         shown = text if begun else text.lstrip()
         begun = begun or bool(shown)
-        sys.stdout.write(printable(shown))
+        sys.stdout.write(printable(shown, SHOWN_AS_THEY_ARE))
         sys.stdout.flush()
 
     session.lm.generate([question], ANSWER_TOKENS, on_text=show_more)

@@ -13,13 +13,13 @@ from corrigenda.datamodules.records import EditCase
 from corrigenda.modules import checks
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.chat import talk
+from corrigenda.pipeline.edit_files import refuse_existing
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.method import build, find_settings
 from corrigenda.pipeline.session import (
     Fact,
     Session,
     count,
-    refuse_existing,
     say,
     show,
     write,
@@ -51,7 +51,7 @@ def edit(
     """
     checks.whole(1, tokens=tokens)
     if save is not None:
-        refuse_existing(save)
+        refuse_existing(save, "file")
     cases = _cases(fact, file)
     settings = find_settings(editor, model)
     transformers.logging.disable_progress_bar()

@@ -158,12 +158,17 @@ def shape_of(update: Update) -> list[int]:
     return list(update.shape)
 
 
-def refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists, and nothing is overwritten: choose another --out")
+def refuse_existing(file: Path, what: str = "--out") -> None:
+    """Raises UserError if there is such a file, and asks for another ``what``."""
+    if file.exists() or file.is_symlink():
+        raise UserError(f"{file} exists, and nothing is overwritten: choose another {what}")
+
+
+def printable(text: str, kept: str = "\n") -> str:
+    """The text with control characters, which a file or a model may contain, escaped, but those in ``kept``."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def write(text: str) -> None:
-    """Prints a line; control characters, which an untrusted file may contain, are escaped."""
-    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    sys.stdout.write(f"{plain}\n")
+    """Prints a line, see :func:`printable`."""
+    sys.stdout.write(f"{printable(text)}\n")

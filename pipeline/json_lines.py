@@ -60,4 +60,6 @@ def _finite(value: Any) -> Any:  # noqa: ANN401
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
+    if hasattr(value, "item"):  # a number of numpy
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,9 +12,9 @@ from typing import Any
 from corrigenda.modules.editing.editor import Editor
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.fit import CONFIGS
 from corrigenda.pipeline.trust import known_classes, read_yaml, restrict_parsing
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SHOWN = "configs"  # how that folder is named in messages
 OWN = "smollm2.yaml"  # every method has settings for the embedded model
 OWN_BLOCKS = 30

@@ -20,10 +20,12 @@ from corrigenda.modules.editing.weight_patch import WeightPatch
 from corrigenda.modules.model.delta import add_deltas
 from corrigenda.modules.model.handle import EditHandle
 from corrigenda.modules.model.lm import LanguageModel
+from corrigenda.pipeline.edit_files import printable, refuse_existing
 from corrigenda.pipeline.errors import UserError
 
 WIDTH = 80
 SHOWN = 20  # questions whose answers are printed
+SHOWN_AS_THEY_ARE = "\n\t"  # control characters
 # Criterion to what its questions are called.
 CRITERIA = {
     "efficacy": "prompt",
@@ -144,7 +146,7 @@ class Session:
         """Writes all edits into one file; raises UserError if there are none or the method has no such file."""
         if not self.made:
             raise UserError("there is no edit to save")
-        refuse_existing(file)
+        refuse_existing(file, "file")
         whole(self.lm.handles).save(file)
         if not file.exists():
             raise UserError(f"edits of {type(self.editor).__name__} cannot be saved")
@@ -210,18 +212,8 @@ def _shortened(text: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
-def refuse_existing(file: Path) -> None:
-    if file.exists() or file.is_symlink():
-        raise UserError(f"{file} exists, and nothing is overwritten: choose another file")
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which a model may generate, escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
 def write(text: str) -> None:
-    sys.stdout.write(f"{printable(text)}\n")
+    sys.stdout.write(f"{printable(text, SHOWN_AS_THEY_ARE)}\n")
     sys.stdout.flush()
 
 

@@ -6,6 +6,7 @@ changes the whole process, so tests do it in one of their own.
 """
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -103,7 +104,7 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-_library = torch.library.Library("aten", "IMPL")
+_operators = library.Library("aten", "IMPL")
 
 
 def _like(make):
@@ -117,7 +118,7 @@ for name, make in {
     "empty_strided": torch.empty_strided, "empty.memory_format": torch.empty, "arange": torch.arange,
     "arange.start": torch.arange, "arange.start_step": torch.arange, "eye": torch.eye, "eye.m": torch.eye,
 }.items():  # fmt: skip
-    _library.impl(name, _like(make), "PrivateUse1")
+    _operators.impl(name, _like(make), "PrivateUse1")
 
 
 def _copy_from(source, target, non_blocking=False):
@@ -125,8 +126,8 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
-_library.impl("_copy_from", _copy_from, "PrivateUse1")
+_operators.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
 # Composed of other operations on devices without a kernel of it, whose last bits would differ.
-_library.impl("silu_backward", lambda *_: NotImplemented, "PrivateUse1")
+_operators.impl("silu_backward", lambda *_: NotImplemented, "PrivateUse1")

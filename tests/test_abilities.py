@@ -204,19 +204,13 @@ def test_a_task_that_samples_its_answers_is_refused(tiny_lm):
         EditedModel(tiny_lm("gpt2")).generate_until(evaluated)
 
 
+def on_a_model(task, name, rows):
+    """The command that evaluates a model without edits on a task."""
+    return ["abilities", "--tasks", task, "--lm.name", name, "--data", rows, "--out", "out"]
+
+
 def test_answers_longer_than_the_context_are_refused(corrigenda, tiny_folder, rows, capsys):
-    command = [
-        "abilities",
-        "--tasks",
-        "gsm8k",
-        "--lm.name",
-        tiny_folder("gpt2"),
-        "--data",
-        rows,
-        "--out",
-        "out",
-    ]
-    assert corrigenda(*command) == 2
+    assert corrigenda(*on_a_model("gsm8k", tiny_folder("gpt2"), rows)) == 2
     assert "answers of up to 256 tokens" in capsys.readouterr().err
 
 
@@ -518,16 +512,5 @@ def test_a_saved_memory_is_evaluated_with_its_editor(
 def test_a_damaged_file_of_rows_is_named(corrigenda, tiny_folder, rows, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "abilities.jsonl").write_text(yaml.safe_dump({"edits": 3}))
-    command = [
-        "abilities",
-        "--tasks",
-        "rte",
-        "--lm.name",
-        tiny_folder("gpt2"),
-        "--data",
-        rows,
-        "--out",
-        "out",
-    ]
-    assert corrigenda(*command) == 2
+    assert corrigenda(*on_a_model("rte", tiny_folder("gpt2"), rows)) == 2
     assert "abilities.jsonl: damaged" in capsys.readouterr().err

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from corrigenda.modules.files import file_name, write_text
 from corrigenda.pipeline.errors import UserError
+from corrigenda.pipeline.json_lines import as_json
 from corrigenda.pipeline.report.records import parse
 
 ROWS, ANSWERS = "abilities.jsonl", "abilities"
@@ -40,9 +39,9 @@ class AnswerFiles:
     def add(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Writes a row and its answers; returns the row."""
         name = file_name("-".join(str(row[part]) for part in (*KEYS[1:], KEYS[0])))
-        write_text(self.folder / ANSWERS / f"{name}.jsonl", "".join(map(_line, examples)))
+        write_text(self.folder / ANSWERS / f"{name}.jsonl", _lines(examples))
         self.rows.append(dict(row))
-        write_text(self.folder / ROWS, "".join(map(_line, self.rows)))
+        write_text(self.folder / ROWS, _lines(self.rows))
         return self.rows[-1]
 
 
@@ -60,16 +59,5 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    if hasattr(value, "item"):
-        value = value.item()  # of numpy
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(as_json(row) + "\n" for row in rows)

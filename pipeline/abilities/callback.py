@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from corrigenda.modules import checks
 from corrigenda.modules.evaluation.module import EditingModule
-from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.abilities.answers import AnswerFiles
-from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
-from corrigenda.pipeline.abilities.questions import Questions
-from corrigenda.pipeline.board import wandb_loggers
+from corrigenda.pipeline.abilities.questions import Questions, model_id
+from corrigenda.pipeline.board import Axes, log_beside
 from corrigenda.pipeline.callbacks import edit_callback
 
 LOGGED = ("score", "stderr", "invalid")
@@ -29,29 +25,22 @@ class Abilities(Callback):
         tasks: names of tasks; none by default.
         at: numbers of edits after which a stream is evaluated; 0 is the unedited model, and the last number always
             counts. Where a batch passes one of them, the evaluation follows the batch.
-        profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
-        form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
-        data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
-        text: plain text whose perplexity stands beside the scores, as for a corpus.
-        batch_size: texts that are continued together.
+        **rest: which questions, see Questions.
     """
 
     def __init__(
         self,
         tasks: list[str] | None = None,
         at: list[int] | None = None,
-        profile: Profile = "fast",
-        form: Form = "strict",
-        data: str | None = None,
-        text: str = "facts",
-        batch_size: int = 32,
+        **rest: Any,  # noqa: ANN401
     ) -> None:
         self.at = [0] if at is None else at
         for count in self.at:
             checks.whole(0, at=count)
-        self.questions = Questions(tasks, profile, form, data, text, batch_size) if tasks else None
+        self.questions = Questions(tasks, **rest) if tasks else None
         self._passed = 0  # edits of the stream that need no further questions
         self._files: AnswerFiles | None = None
+        self._axes = Axes()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.questions is None:
@@ -111,23 +100,9 @@ class Abilities(Callback):
             return
         if trainer.is_global_zero:
             lm: Any = module.lm
-            for row in self.questions.evaluate(lm, self._files, count, _identity(lm, count)):
-                _log(trainer, row)
+            name = model_id(lm, [handle.digest() for handle in lm.handles] if count else ())
+            for row in self.questions.evaluate(lm, self._files, count, name):
+                values = {f"abilities/{row['task']}/{measure}": row[measure] for measure in LOGGED}
+                values["abilities/perplexity"] = row["perplexity"]
+                log_beside(trainer, self._axes, values, count)
         trainer.strategy.barrier("abilities")
-
-
-def _identity(lm: LanguageModel, count: int) -> str:
-    """Names the model by its weights and the content of its edits."""
-    edits = [handle.digest() for handle in lm.handles] if count else []
-    return hashlib.sha256(" ".join([lm.weights_hash, *edits]).encode()).hexdigest()[:16]
-
-
-def _log(trainer: Trainer, row: dict[str, Any]) -> None:
-    values = {f"abilities/{row['task']}/{name}": row[name] for name in LOGGED}
-    values |= {"abilities/perplexity": row["perplexity"], "edit/num_edits": float(row["edits"])}
-    for board in wandb_loggers(trainer):
-        for name in values:
-            with suppress(Exception):  # the logger reports its own failures
-                board.experiment.define_metric(name, step_metric="edit/num_edits")
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)

@@ -17,8 +17,7 @@ from corrigenda.modules.model.delta import FORMAT as DELTA
 from corrigenda.modules.model.delta import Delta, file_format
 from corrigenda.modules.model.lm import LanguageModel
 from corrigenda.pipeline.abilities.answers import AnswerFiles
-from corrigenda.pipeline.abilities.harness_tasks import Form, Profile
-from corrigenda.pipeline.abilities.questions import Questions
+from corrigenda.pipeline.abilities.questions import Questions, model_id
 from corrigenda.pipeline.errors import UserError
 from corrigenda.pipeline.report.records import parse
 
@@ -31,13 +30,9 @@ def abilities(
     lm_options: Mapping[str, Any],
     edits: Sequence[Path] = (),
     editor: MemoryEditor | None = None,
-    profile: Profile = "fast",
-    form: Form = "strict",
-    data: str | None = None,
-    text: str = "facts",
-    batch_size: int = 32,
+    **rest: Any,  # noqa: ANN401
 ) -> None:
-    """Asks a model tasks of lm-evaluation-harness, first without and then with saved edits; resumes if killed.
+    """Evaluates a model on tasks of lm-evaluation-harness, without and then with saved edits; resumes if killed.
 
     Args:
         tasks: names of tasks; ours are gsm8k, rte, nq_open, boolq, mutual, samsum, conll2003, sst2, cola, mrpc.
@@ -45,13 +40,8 @@ def abilities(
         lm_options: options of the language model; its default name is that in the files.
         edits: files of edits (.safetensors), all active together, applied in this order.
         editor: for files of a text memory (IKE, MemPrompt, MeLLo, SERAC): the editor that wrote them.
-        profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
-        form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
-        data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
-        text: plain text whose perplexity stands beside the scores, as for a corpus.
-        batch_size: texts that are continued together.
     """
-    questions = Questions(tasks, profile, form, data, text, batch_size)
+    questions = Questions(tasks, **rest)
     names = [_metadata(file, editor).get("model") for file in edits]
     name = lm_options.get("name") or next(filter(None, names), "smollm2")
     _ = questions.tasks  # rows that are missing end the command before a model is loaded
@@ -61,15 +51,15 @@ def abilities(
         remove_unfinished(out)
         files = AnswerFiles(out)
         with lm.pristine():
-            _show(questions, lm, files, 0, _identity(lm, []))
+            _show(questions, lm, files, 0, model_id(lm))
         if edits:
-            _show(questions, lm, files, count, _identity(lm, edits))
+            _show(questions, lm, files, count, model_id(lm, map(_digest, edits)))
 
 
 def _show(
     questions: Questions, lm: LanguageModel, files: AnswerFiles, count: int, model: str
 ) -> None:
-    """Asks what is left, and prints a line for each task."""
+    """Evaluates what is left, and prints a line for each task."""
     for row in questions.evaluate(lm, files, count, model, progress=True):
         if row["task"] == questions.names[0]:
             _print(f"{count} edits, perplexity of plain text {row['perplexity']:.4g}")
@@ -106,10 +96,8 @@ def _apply(lm: LanguageModel, file: Path, editor: MemoryEditor | None) -> int:
     return len(metadata.get("edits", [])) or 1
 
 
-def _identity(lm: LanguageModel, edits: Sequence[Path]) -> str:
-    """Names the model with these edits by the content of their files."""
-    content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in edits]
-    return hashlib.sha256(" ".join([lm.weights_hash, *content]).encode()).hexdigest()[:16]
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _print(text: str) -> None:

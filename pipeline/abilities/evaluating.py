@@ -1,4 +1,4 @@
-"""Asks a model the questions of one task: scores, their standard errors, and every answer."""
+"""Evaluates a model on one task: scores, their standard errors, and every answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Answered:
 def evaluate(
     lm: LanguageModel, task: ConfigurableTask, batch_size: int = 32, progress: bool = False
 ) -> Answered:
-    """Asks a model, under its active edits, all questions of a task. Global random states stay as they are."""
+    """Evaluates a model, under its active edits, on a whole task. Global random states stay as they are."""
     from lm_eval.evaluator import evaluate
 
     from corrigenda.pipeline.abilities.bridge import EditedModel

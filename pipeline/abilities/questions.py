@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 2048  # of the plain text whose perplexity stands beside the scores
 
 
+def model_id(lm: LanguageModel, edits: Iterable[str] = ()) -> str:
+    """Names a model by its weights and the digests of its edits."""
+    return hashlib.sha256(" ".join([lm.weights_hash, *edits]).encode()).hexdigest()[:16]
+
+
 class Questions:
     """The questions that a model is evaluated on, however it is edited.
 
@@ -37,7 +43,7 @@ class Questions:
         profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
         form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
         data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
-        text: plain text for perplexity, as for a corpus.
+        text: plain text whose perplexity stands beside the scores, as for a corpus.
         batch_size: texts that are continued together.
     """
 
