@@ -176,7 +176,7 @@ def _compare(args: list[str]) -> None:
     )
     plugins, words = take_plugins(args)
     given = parser.parse_args(words)
-    compare(given.file, given.out, given.only, given.seeds, plugins)
+    compare(given.file, given.out, given.only, given.seeds, given.common, plugins)
 
 
 def _report(args: list[str]) -> None:

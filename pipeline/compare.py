@@ -4,7 +4,7 @@ A study file is a list of named ``corrigenda`` command lines:
 
     out: runs/demo               # default: runs/<name of the file>
     baseline: unedited           # differences are reported relative to this run
-    common: --data.limit 30      # for every run; a run's own arguments override it
+    common: --data.limit 30      # for every run; --common and a run's own arguments override it
     runs:
       - {name: unedited, args: validate -c configs/base/smollm2.yaml -c configs/data/facts.yaml}
       - {name: mend-train, args: fit -c configs/mend/smollm2.yaml, report: false}
@@ -69,6 +69,7 @@ def compare(
     out: Path | None = None,
     only: list[str] | None = None,
     seeds: list[int] | None = None,
+    common: str = "",
     plugins: Sequence[str] = (),
 ) -> None:
     """Executes the runs of a study file one after another and reports on them; repeat the command to resume.
@@ -82,12 +83,13 @@ def compare(
         out: folder for the runs and the report; overrides the study file.
         only: names of the runs to execute; the report covers these and the ones finished before.
         seeds: repeat every run with each of these as its --seed_everything, in OUT/seed-N.
+        common: further arguments for every run, such as '--data.limit 10'; override the study's common ones.
         plugins: modules whose classes the runs may use; a study file cannot name any.
     """
     from corrigenda.modules.checks import seeds as check_seeds
     from corrigenda.modules.files import locked  # imports torch
 
-    study = read_study(file, out)
+    study = read_study(file, out, _words(common, "--common"))
     for seed in seeds or ():
         check_seeds(**{"each of --seeds": seed})
     studies = [_with_seed(study, seed) for seed in dict.fromkeys(seeds or ())] or [study]
@@ -117,11 +119,15 @@ def compare(
 # The study file
 
 
-def read_study(file: Path, out: Path | None = None) -> Study:
-    """The study in ``file``; raises UserError with one line that names the file and the run."""
+def read_study(file: Path, out: Path | None = None, common: Sequence[str] = ()) -> Study:
+    """The study in ``file``, every run with the arguments ``common`` as well.
+
+    Raises:
+        UserError: one line that names the file and the run.
+    """
     content = read_yaml(file)
     _require_keys(content, STUDY_KEYS, f"{file}")
-    common = _words(content.get("common", ()), f"{file}: common")
+    common = (*_words(content.get("common", ()), f"{file}: common"), *common)
     entries = content.get("runs")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: runs must be a list of runs, got {entries!r}")

@@ -331,6 +331,14 @@ def test_out_defaults_to_the_file_name(tmp_path):
     assert read_study(file, Path("x")).out == Path("x")
 
 
+def test_common_arguments_of_the_command_override_the_files_but_not_the_runs(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text("common: --a 1\nruns: [{name: a, args: fit --b 2}]")
+    assert read_study(file, None, ["--a", "3"]).runs[0].args == (
+        *("fit", "--a", "1", "--a", "3", "--b", "2"),
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -22,12 +22,14 @@ from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
 from tests.samples import ROOT
 
-APART = ("compare", "tasks", "ids")
+APART = ("compare", "study", "tasks")
 FILES = sorted(
-    p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in APART
+    file
+    for file in (path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
+    if file.parts[0] not in APART
 )
 PUBLISHED = [file for file in FILES if "-" in file.stem and "smollm2" not in file.stem]
-STUDIES = sorted((CONFIGS / "compare").glob("*.yaml"))
+STUDIES = sorted([*CONFIGS.glob("compare/*.yaml"), *CONFIGS.glob("study/*/*.yaml")])
 RUNS = [(study, run.name) for study in STUDIES for run in read_study(study).runs]
 
 

@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parents[2] / "configs" / "tasks"
 OURS = ("gsm8k", "rte", "nq_open", "boolq", "mutual", "samsum", "conll2003", "sst2", "cola", "mrpc")
-QUESTIONS = {"smoke": 8, "fast": FAST, "full": None}  # of each profile
+QUESTIONS = {"smoke": 8, "quick": 40, "fast": FAST, "full": None}  # of each profile
 OTHER_NAMES = {"validation": "dev"}  # of a split's file
 
 Form = Literal["strict", "paper", "harness"]
-Profile = Literal["smoke", "fast", "full"]
+Profile = Literal["smoke", "quick", "fast", "full"]
 
 
 def require_harness() -> None:

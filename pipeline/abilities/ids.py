@@ -20,7 +20,7 @@ FAST = 200  # questions at most
 
 @dataclass(frozen=True)
 class Listed:
-    """The rows of a data set that the profiles ``smoke`` and ``fast`` take.
+    """The rows of a data set that all profiles but ``full`` take.
 
     Attributes:
         ids: :func:`row_id` of each, in the order in which they are taken.

@@ -40,7 +40,7 @@ class Questions:
 
     Args:
         tasks: names; ours, or the harness's.
-        profile: ``smoke`` 8 rows of each task, ``fast`` 200 of a fixed list, ``full`` all.
+        profile: ``fast`` 200 rows of each task from a fixed list, ``quick`` its first 40, ``smoke`` 8, ``full`` all.
         form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
         data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
         text: plain text whose perplexity stands beside the scores, as for a corpus.
