@@ -65,6 +65,14 @@ def replacing(path: Path) -> Iterator[Path]:
         reason = " ".join(str(error).split())
         raise OSError(f"cannot write {path}, the disk may be full: {reason}") from error
     finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, also if a signal, of which only the first one is raised, arrives meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
