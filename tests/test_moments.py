@@ -212,6 +212,16 @@ def test_a_damaged_file_is_made_again_with_a_warning(damage, file, gather, caplo
     assert moments._read(path) is not None
 
 
+def test_sums_that_a_killed_process_left_beside_the_moments_are_removed(gather, small_buffers):
+    moments = gather()
+    moments.gather([0, 1])
+    (moments.folder / "layers0-1.partial.safetensors").touch()  # killed before it removed them
+    unfinished = moments.folder / "layers0-2.partial.safetensors"
+    unfinished.touch()
+    gather().moment(0)
+    assert [*moments.folder.glob("*.partial.safetensors")] == [unfinished]
+
+
 def test_a_damaged_partial_result_is_made_again(gather, small_buffers, counted, caplog):
     whole = gather(folder="whole").moment(0)
     buffers = list(counted)

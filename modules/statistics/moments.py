@@ -45,6 +45,7 @@ BATCH_TOKENS = 4096
 BUFFER_TEXTS = (
     512  # texts that are sorted by length together; a resumed run repeats at most one buffer
 )
+PARTIAL = ".partial.safetensors"  # ends the name of a file of sums
 WAIT_SECONDS = 5.0  # between attempts to get the lock of another program
 WRITE_SECONDS = 30.0  # between writes of the sums, which are gigabytes in wide models
 
@@ -101,13 +102,23 @@ class Moments:
         Where torch.distributed is initialised, all processes must call this with the same layers.
         """
         found = self._cached(layers)
-        left = any(self.folder.glob(f".*{files.UNFINISHED}"))  # by a process that was killed
-        if _missing(layers, found) or _largest(int(left)):
+        left = [*self.folder.glob(f".*{files.UNFINISHED}"), *self._complete_sums()]
+        if _missing(layers, found) or _largest(int(any(left))):  # left by a process that was killed
             with self._exclusive():  # another program may have computed them meanwhile
                 found = self._cached(layers)
+                for sums in self._complete_sums():
+                    sums.unlink(missing_ok=True)
                 if missing := _missing(layers, found):
                     found |= self._gather(missing, progress)
         return {layer: found[layer]["moment"].to(self.lm.device) for layer in layers}
+
+    def _complete_sums(self) -> list[Path]:
+        """Files of partial sums whose layers all have their moments already."""
+        return [
+            path
+            for path in self.folder.glob(f"layers*{PARTIAL}")
+            if all(self._path(int(n)).exists() for n in path.name[6:].split(".")[0].split("-"))
+        ]
 
     def _cached(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         stored = {layer: self._read(self._path(layer)) for layer in layers}
@@ -142,7 +153,7 @@ class Moments:
             )
         rank, world = processes.rank_and_number()
         number = f".rank{rank}of{world}" if world > 1 else ""
-        partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}.partial.safetensors"
+        partial = self.folder / f"layers{'-'.join(map(str, layers))}{number}{PARTIAL}"
         state, written = self._initial_sums(partial, layers), time.monotonic()
         for index, ids in enumerate(self._buffers(progress and rank == 0)):
             if index < state["buffers"]:
