@@ -186,7 +186,7 @@ def _report(args: list[str]) -> None:
     parser.add_argument("dirs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_function_arguments(report, skip={"dirs", "training"}, as_group=False)
     given = parser.parse_args(args)
-    report(given.dirs, given.out, given.baseline, figures=given.figures)
+    report(given.dirs, given.out, given.baseline, figures=given.figures, check=given.check)
 
 
 def _judge(args: list[str]) -> None:

@@ -22,7 +22,7 @@ from corrigenda.pipeline.compare import read_study
 from corrigenda.pipeline.fit import CONFIGS
 from tests.samples import ROOT
 
-APART = ("compare", "study", "tasks")
+APART = ("compare", "published", "study", "tasks")
 FILES = sorted(
     file
     for file in (path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))

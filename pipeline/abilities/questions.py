@@ -40,7 +40,7 @@ class Questions:
 
     Args:
         tasks: names; ours, or the harness's.
-        profile: ``fast`` 200 rows of each task from a fixed list, ``quick`` its first 40, ``smoke`` 8, ``full`` all.
+        profile: ``fast`` 200 rows of each task, by a fixed list; ``quick`` 40, ``smoke`` 8 of them; ``full`` all.
         form: ``strict``, ``paper`` (arXiv 2401.04700), or ``harness`` for the harness's own definitions.
         data: a folder with a folder of JSON Lines files for each data set; by default the Hugging Face Hub.
         text: plain text whose perplexity stands beside the scores, as for a corpus.

@@ -25,6 +25,7 @@ def report(
     baseline: str | None = None,
     training: Sequence[Path] = (),
     figures: bool = False,
+    check: bool = False,
 ) -> None:
     """Compares finished runs case by case; writes report.html, report.md and report.csv, and prints a table.
 
@@ -34,6 +35,7 @@ def report(
         baseline: name of the run that differences are relative to.
         training: folders of further runs, of which only learning curves are drawn.
         figures: also write every figure into the folder ``figures`` of the report, as SVG and as PNG.
+        check: set published numbers of the same methods beside the runs' own.
     """
     runs, unreported, notes = read_runs(dirs)
     # Torch and matplotlib take seconds to import, so mistakes in the folders are reported first.
@@ -41,15 +43,17 @@ def report(
     from corrigenda.pipeline.report.comparison import join
     from corrigenda.pipeline.report.figures import write_pictures
     from corrigenda.pipeline.report.page import as_html
+    from corrigenda.pipeline.report.published import published_rows, published_table
     from corrigenda.pipeline.report.tables import as_csv, as_markdown, print_headline
 
     folders = [*training, *unreported, *(one.path for run in runs for one in run.seeds or [run])]
     trainings = [found for folder in folders if (found := read_training(folder))]
     comparison = join(runs, baseline, notes, trainings)
+    extra = [published_table(comparison, published_rows())] if check else []
     texts = {
         "report.csv": as_csv(comparison),
-        "report.md": as_markdown(comparison),
-        "report.html": as_html(comparison, _study(runs)),
+        "report.md": as_markdown(comparison, extra),
+        "report.html": as_html(comparison, _study(runs), extra),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,9 @@ TEACHER_FORCED = (
 )
 
 
-def as_html(comparison: Comparison, study: str | None = None) -> str:
+def as_html(comparison: Comparison, study: str | None = None, extra: Sequence[Table] = ()) -> str:
     """The page; ``study`` is the name of the study that the runs belong to."""
-    *others, everything = map(_table, all_tables(comparison)[1:])
+    *others, everything = map(_table, all_tables(comparison, extra)[1:])
     figures = (
         f"<figure class=wide>{svg}<figcaption>{caption}</figcaption></figure>"
         for caption, svg in pictures(comparison)

@@ -30,15 +30,15 @@ class Table:
     note: str = ""
 
 
-def all_tables(comparison: Comparison) -> list[Table]:
-    """All tables that have content: the headline first, all metrics last."""
+def all_tables(comparison: Comparison, extra: Sequence[Table] = ()) -> list[Table]:
+    """All tables that have content: the headline first, all metrics last, and ``extra`` before it."""
     tables = [headline_table(comparison)]
     tables += [_difference_table(comparison)] if comparison.differences else []
     tables += _free_tables(comparison)
     tables += _task_tables(comparison) + _collapse_tables(comparison)
     tables += [_budget_table(comparison), _run_table(comparison)]
     tables += [_curve_table(comparison)] if comparison.repeated_runs else []
-    return [*tables, _metric_table(comparison)]
+    return [*tables, *extra, _metric_table(comparison)]
 
 
 def _collapse_tables(comparison: Comparison) -> list[Table]:
@@ -333,8 +333,8 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def as_markdown(comparison: Comparison) -> str:
-    headline, *others = all_tables(comparison)
+def as_markdown(comparison: Comparison, extra: Sequence[Table] = ()) -> str:
+    headline, *others = all_tables(comparison, extra)
     notes = map(_as_plain_text, comparison.notes)
     parts = ["# Report", counts(comparison), *notes, _markdown_table(headline)]
     parts.append("\n".join(f"- {_as_plain_text(line)}" for line in legend(comparison)))
