@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+FULL_DISK = ("inline_container", "iostream")  # in the messages of torch's zip writer
 UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
 DIGEST = "digest"  # the metadata field that holds the hash of a file's tensors
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
@@ -59,8 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _to_disk(part)
         part.replace(path)
     except (SafetensorError, RuntimeError) as error:
-        # If the disk is full, torch's zip writer says "unexpected pos" or "file write failed".
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in FULL_DISK):
             raise
         reason = " ".join(str(error).split())
         raise OSError(f"cannot write {path}, the disk may be full: {reason}") from error

@@ -120,8 +120,9 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
         OSError(errno.ENOSPC, "No space left on device"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
-    ids=["OSError", "safetensors", "torch"],
+    ids=["OSError", "safetensors", "torch", "torch, at the end of a file"],
 )  # fmt: skip
 def test_a_full_disk_is_an_error_of_the_disk_and_keeps_the_old_file(tmp_path, error) -> None:
     file = tmp_path / "a"
