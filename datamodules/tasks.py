@@ -62,9 +62,9 @@ class Tasks:
     @property
     def enough(self) -> int | None:
         """Number of cases that suffice to deal from; None if only the cases themselves can tell."""
-        return (
-            self.number * (self.size + self.unrelated) if self.size and self.by == "chunk" else None
-        )
+        if self.size is None or self.by != "chunk" or self.unrelated:
+            return None
+        return self.number * self.size
 
     def learned(self, started: int) -> int:
         """Number of cases in the tasks that ``started`` epochs have learned."""

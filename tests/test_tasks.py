@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_unrelated_probes_are_of_subjects_that_no_task_edits():
     # Under another seed the same cases are evaluated in the same way, in another order.
     again = other.deal([case(n) for n in range(14)])
     assert {c.fingerprint for c in again} == {c.fingerprint for c in dealt} and again != dealt
+
+
+def test_later_cases_take_the_place_of_those_about_the_tasks_own_subjects():
+    """As in CounterFact, where subjects occur in several records."""
+    cases = [case(n) for n in range(6)] + [case(0), case(1), *(case(n) for n in range(6, 12))]
+    cases = [replace(c, case_id=str(n)) for n, c in enumerate(cases)]
+    dealt = Tasks(2, 3, unrelated=2).deal(cases)
+    probes = {p.prompt for c in dealt for p in c.probes["unrelated"]}
+    assert probes == {f"subject {n} is" for n in range(6, 10)}
 
 
 @pytest.mark.parametrize(
