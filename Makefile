@@ -51,7 +51,7 @@ clean: ## remove caches and build products (.venv and runs stay)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# The stamp is written last and its name carries what was asked for. An environment left behind by
+# The stamp is written last and its name carries what should be installed. An environment left behind by
 # an interrupted run may hold half a package, which pip takes for a whole one: that one starts anew.
 # torch goes first: once the pinned build is there, nothing later has a reason to replace it.
 $(STAMP):

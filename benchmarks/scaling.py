@@ -289,7 +289,7 @@ def _prepared(lm: LanguageModel, editor: Editor, cases: Sequence[EditCase]) -> E
 
 
 def _made(lm: LanguageModel, editor: Editor, edits: Sequence[Edit]) -> Any:  # noqa: ANN401
-    """The handle of an edit; an edit in context costs only with its first question, which is asked here."""
+    """The handle of an edit; an edit in context costs only with its first query, which is made here."""
     handle = editor.edit(lm, edits)
     if isinstance(editor, IKE):
         lm.score([edit.text for edit in edits], [edit.target_new for edit in edits])

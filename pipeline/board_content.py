@@ -96,6 +96,6 @@ def _rows(cases: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
     for case in cases:
         for probe in case["probes"]:
             (answer,) = probe["answers"]
-            asked = [probe[key] for key in ("criterion", "prompt", "expected", "before")]
-            given = [answer[key] for key in ("text", *VERDICTS)]
-            yield [case["id"], case["relation"], *asked, *given]
+            before = [probe[key] for key in ("criterion", "prompt", "expected", "before")]
+            after = [answer[key] for key in ("text", *VERDICTS)]
+            yield [case["id"], case["relation"], *before, *after]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from corrigenda.datamodules.records import Edit
 from corrigenda.modules.editors.grace import GRACE
 from corrigenda.modules.editors.ike import IKE
 from corrigenda.modules.editors.rome import ROME
+from corrigenda.modules.editors.wise import WISE
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.pipeline import checkpointing
 from corrigenda.pipeline.abilities import questions
@@ -229,13 +231,21 @@ def chosen_word(lm, task):
     return scores.index(max(scores))
 
 
-def test_an_edit_in_a_memory_changes_the_answer_to_a_question(tiny_lm, rows, data_files):
+@pytest.mark.parametrize(
+    "memory",
+    [
+        partial(GRACE, 1, num_prompts=32, steps=40),
+        partial(WISE, 1, num_prompts=8, steps=40, lr=0.3, contexts=[(3, 2)], act_ratio=1.0),
+    ],
+    ids=["GRACE", "WISE"],
+)
+def test_an_edit_in_a_memory_changes_the_answer_to_a_question(tiny_lm, rows, data_files, memory):
     lm = tiny_lm("gpt2")
     task, prompt = question(rows)
     before = chosen_word(lm, task)
     other = ["negative", "positive"][1 - before]
     edit = Edit(prompt.replace("Ada", "{}"), "Ada", other)
-    handle = GRACE(1, corpus=Corpus(data_files.text), num_prompts=32, steps=40).edit(lm, [edit])
+    handle = memory(corpus=Corpus(data_files.text)).edit(lm, [edit])
     assert chosen_word(lm, task) == 1 - before
     handle.remove()
     assert chosen_word(lm, task) == before
@@ -256,7 +266,7 @@ def test_an_edit_in_the_context_changes_the_answer_to_a_question(smollm2, tmp_pa
     assert evaluate(smollm2, task).examples == before.examples
 
 
-def test_asking_leaves_random_states_as_they_are(tiny_lm, rows):
+def test_evaluation_leaves_random_states_as_they_are(tiny_lm, rows):
     lm = tiny_lm("gpt2")
 
     def states():
@@ -285,7 +295,7 @@ def test_a_model_whose_logits_are_not_finite_answers_nothing(tiny_lm, rows):
 # ---------------------------------------------------------------------------- tasks and their rows
 
 
-def test_every_task_can_be_asked(tiny_lm, rows, short_answers, name, form):
+def test_every_task_can_be_evaluated(tiny_lm, rows, short_answers, name, form):
     lm = tiny_lm("gpt2", max_position_embeddings=512)
     task = load_task(name, form, "smoke", rows)
     if task.OUTPUT_TYPE == "generate_until":
@@ -438,7 +448,7 @@ def test_a_validation_is_evaluated_while_its_edits_are_active(
 
 
 @pytest.mark.parametrize("schedule", ["each", "batch"])
-def test_edits_that_do_not_stay_active_cannot_be_asked(corrigenda, stream, schedule, capsys):
+def test_edits_that_do_not_stay_active_are_refused(corrigenda, stream, schedule, capsys):
     words = [
         "validate" if word == "fit" else schedule if word == "stream" else word for word in stream
     ]
@@ -446,9 +456,7 @@ def test_edits_that_do_not_stay_active_cannot_be_asked(corrigenda, stream, sched
     assert "--edit.schedule epoch" in capsys.readouterr().err
 
 
-def test_saved_edits_are_asked_and_what_is_answered_is_not_asked_again(
-    corrigenda, stream, evaluated, rows, tmp_path, capsys
-):
+def test_saved_edits_are_evaluated_once(corrigenda, stream, evaluated, rows, tmp_path, capsys):
     assert corrigenda(*stream, "--run_dir", "run") == 0
     evaluated.clear()
     edits = sorted((tmp_path / "run" / "edits").glob("*.safetensors"))

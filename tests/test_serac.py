@@ -1,6 +1,7 @@
 """SERAC: who answers, what the memory keeps, what its two parts learn, and its runs from the command line."""
 
 import importlib.util
+import json
 import random
 import string
 
@@ -23,6 +24,8 @@ from corrigenda.modules.retrieval.retriever import SentenceEncoder
 from corrigenda.modules.training.counterfactual import CounterfactualModel, in_front
 from corrigenda.modules.training.pairs import Pairs, related_cases
 from corrigenda.modules.training.scope import ScopeClassifier, best_threshold
+from corrigenda.pipeline.abilities.evaluating import evaluate
+from corrigenda.pipeline.abilities.harness_tasks import load_task
 from tests.samples import EDITS, summary
 
 pytestmark = [
@@ -109,6 +112,26 @@ def equal(a, b):
 
 
 # ---------------------------------------------------------------------------- who answers
+
+
+def test_tasks_of_the_harness_are_answered_by_the_counterfactual_model_within_scope(
+    tiny_lm, make, tmp_path
+):
+    lm = tiny_lm("gpt2")
+    (tmp_path / "sst2").mkdir()
+    texts = [f"the {word} play was {word}" for word in ("sea", "ice", "sun", "old")]
+    lines = [json.dumps({"sentence": text, "label": 0, "idx": n}) for n, text in enumerate(texts)]
+    (tmp_path / "sst2" / "validation.jsonl").write_text("\n".join(lines))
+    task = load_task("sst2", "strict", "full", tmp_path)
+    base = evaluate(lm, task).examples
+    found = {}
+    for threshold in (0.0, 1.0):  # every prompt is within scope, or none
+        handle = make(lm, threshold=threshold).edit(lm, EDITS)
+        found[threshold] = evaluate(lm, task).examples
+        handle.remove()
+    assert found[1.0] == base == evaluate(lm, task).examples
+    for ours, unedited in zip(found[0.0], base, strict=True):
+        assert ours["answers"] != unedited["answers"]
 
 
 @FORMS

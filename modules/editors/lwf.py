@@ -2,8 +2,8 @@
 
     L(theta) = L_task(theta) + lambda * KL(p_old || p_theta),   p = softmax(logits / T)
 
-The old model is the one that the task began with. It is asked the task's own texts, so that nothing of earlier
-tasks is needed. KL is a mean over tokens of the next token's distribution: where the prompt's tokens are
+The old model is the one that the task began with. It is evaluated on the task's own texts, so that nothing of
+earlier tasks is needed. KL is a mean over tokens of the next token's distribution: where the prompt's tokens are
 predicted, and with ``answers`` also where the target's are.
 
 Departures from the paper: KL instead of the cross-entropy, which differs by a constant; as there, it is not

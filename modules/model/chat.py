@@ -68,11 +68,11 @@ class ChatTemplate:
             ))  # fmt: skip
 
         try:
-            asked, answered = render(f" {QUESTION} "), render(QUESTION, ANSWER)
+            unanswered, answered = render(f" {QUESTION} "), render(QUESTION, ANSWER)
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"the chat template of {name!r} cannot be used: {reason}") from None
-        head, found, tail = asked.partition(QUESTION)
+        head, found, tail = unanswered.partition(QUESTION)
         if not found or answered.count(ANSWER) != 1:
             raise ModelError(f"the chat template of {name!r} does not contain the user's words")
         trims = not (head.endswith(" ") and tail.startswith(" "))

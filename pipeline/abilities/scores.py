@@ -93,7 +93,7 @@ def _word(words: Sequence[str], gold: int, text: str) -> Measures:
 
 
 def last_number(row: Row, results: Sequence[str]) -> Measures:
-    """Whether the last number of the answer is the right one, and whether it is written as asked (``####``)."""
+    """Whether the answer's last number is the right one, and whether it has the requested form (``####``)."""
     gold, found = gold_number(row["answer"]), NUMBER.findall(results[0])
     marked = ANSWER.search(results[0])
     return {
