@@ -3,6 +3,7 @@
 import json
 import random
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from corrigenda.modules.editors.rome import ROME
 from corrigenda.modules.editors.wise import WISE
 from corrigenda.modules.statistics.corpus import Corpus
 from corrigenda.pipeline import checkpointing
-from corrigenda.pipeline.abilities import questions
+from corrigenda.pipeline.abilities import callback, questions
 from corrigenda.pipeline.abilities.answers import AnswerFiles
 from corrigenda.pipeline.abilities.ids import FOLDER, Listed, chosen, listed, row_id
 from tests.samples import QUIET, ROOT
@@ -400,6 +401,17 @@ def test_a_stream_is_evaluated_at_the_chosen_numbers_of_edits(
     (file,) = (tmp_path / "run" / "abilities").glob("4-sst2-strict-smoke-*.jsonl")
     lines = file.read_text().splitlines()
     assert len(lines) == 8 and len(json.loads(lines[0])["answers"]) == 2
+
+
+def test_the_end_is_evaluated_although_the_last_edit_was_rolled_back(monkeypatch):
+    abilities, evaluated = callback.Abilities(), []
+    abilities.questions, abilities._passed = mock.Mock(), 3
+    monkeypatch.setattr(abilities, "_evaluate", lambda *args: evaluated.append(args[2]))
+    monkeypatch.setattr(callback, "edit_callback", lambda trainer: mock.Mock(num_edits=3))
+    abilities.on_train_batch_end(mock.Mock(should_stop=False), mock.Mock())
+    assert evaluated == []
+    abilities.on_train_batch_end(mock.Mock(should_stop=True), mock.Mock())
+    assert evaluated == [3]
 
 
 def test_a_resumed_stream_does_not_evaluate_again(

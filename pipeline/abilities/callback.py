@@ -89,10 +89,9 @@ class Abilities(Callback):
         if self.questions is None:
             return
         count = edit_callback(trainer).num_edits
-        if count > self._passed:
-            if is_last or any(self._passed < each <= count for each in self.at):
-                self._evaluate(trainer, module, count)
-            self._passed = count
+        if is_last or any(self._passed < each <= count for each in self.at):
+            self._evaluate(trainer, module, count)
+        self._passed = count
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, count: int) -> None:
         """The first process evaluates; with several, the others wait."""
