@@ -37,7 +37,8 @@ ROWS = {
     "IKE, a first question": ("IKE, 2 edits, first questions", "IKE, a first question"),
 }
 UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-LEFT_OUT = ("base", "compare", "data", "presets", "published", "study", "tasks")  # folders that hold no method
+# Folders that hold no method.
+LEFT_OUT = ("base", "compare", "data", "presets", "published", "study", "tasks")
 OWN = "smollm2"
 PARAMETERS = 134_515_008  # of SmolLM2-135M
 LAYERS = ("layer", "layers")

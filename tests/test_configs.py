@@ -1,5 +1,7 @@
 """Every configuration file that comes with the project fits its signatures, and the shapes of its model."""
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +92,20 @@ def test_a_run_of_a_study_is_a_valid_command(parse, study, name):
     assert files and all((CONFIGS.parent / file).is_file() for file in files)
     found = parse(*args)
     assert found["model"]["class_path"] and found["data"]["class_path"]
+
+
+@pytest.mark.parametrize(
+    ("study", "common"),
+    [
+        (study, common)
+        for study in STUDIES
+        for common in re.findall('--common "([^"]+)"', study.read_text(encoding="utf-8"))
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else "",
+)
+def test_the_common_arguments_that_a_study_names_suit_all_its_runs(parse, study, common):
+    for run in read_study(study, common=shlex.split(common)).runs:
+        assert parse(*[word.replace("{out}", "runs/somewhere") for word in run.args])
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ Shapes: n tokens, F key width, L layers.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -102,8 +103,9 @@ class Moments:
         Where torch.distributed is initialised, all processes must call this with the same layers.
         """
         found = self._cached(layers)
-        left = [*self.folder.glob(f".*{files.UNFINISHED}"), *self._complete_sums()]
-        if _missing(layers, found) or _largest(int(any(left))):  # left by a process that was killed
+        # By a process that was killed.
+        left = any(self.folder.glob(f".*{files.UNFINISHED}")) or bool(self._complete_sums())
+        if _missing(layers, found) or _largest(int(left)):
             with self._exclusive():  # another program may have computed them meanwhile
                 found = self._cached(layers)
                 for sums in self._complete_sums():
@@ -117,7 +119,7 @@ class Moments:
         return [
             path
             for path in self.folder.glob(f"layers*{PARTIAL}")
-            if all(self._path(int(n)).exists() for n in path.name[6:].split(".")[0].split("-"))
+            if all(self._path(int(n)).exists() for n in re.findall(r"\d+", path.name.split(".")[0]))
         ]
 
     def _cached(self, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:

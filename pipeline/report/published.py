@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from corrigenda.pipeline.fit import CONFIGS
 from corrigenda.pipeline.report.abilities import read_abilities
 from corrigenda.pipeline.report.comparison import Comparison, Estimate
 from corrigenda.pipeline.report.runs import Run
 from corrigenda.pipeline.report.tables import ABSENT, Table
+from corrigenda.pipeline.trust import read_yaml
 
-FOLDER = Path(__file__).parents[2] / "configs" / "published"
+FOLDER = CONFIGS / "published"
 TOLERANCE = 3.0  # percentage points; published numbers differ by as much between implementations
 NOTE = (
     "×100. A published number is a match if it is at most 3 points outside our 95 % interval. Numbers of another "
@@ -46,21 +45,23 @@ def published_rows() -> list[Published]:
     """All rows of ``configs/published``."""
     rows = []
     for file in sorted(FOLDER.glob("*.yaml")):
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = read_yaml(file)
         rows += [Published(content["paper"], **row) for row in content["rows"]]
     return rows
 
 
 def published_table(comparison: Comparison, rows: Sequence[Published]) -> Table:
     """A line for every published number of an editor that a run has used."""
-    lines = [
-        [run.name, paper.paper, experiment, name, f"{value:.1f}", *_ours(found), verdict]
-        for run in comparison.runs
-        for paper in rows
-        if paper.editor == run.summary.get("editor")
-        for experiment, name, value, found in _pairs(comparison, run, paper)
-        for verdict in [_verdict(value, found, _differences(run, paper))]
-    ]
+    lines = []
+    for run in comparison.runs:
+        papers = [paper for paper in rows if paper.editor == run.summary.get("editor")]
+        config = _config(run) if papers else {}
+        for paper in papers:
+            differences = _differences(run, config, paper)
+            for experiment, name, value, found in _pairs(comparison, run, paper):
+                verdict = _verdict(value, found, differences)
+                start = [run.name, paper.paper, experiment, name, f"{value:.1f}"]
+                lines.append([*start, *_ours(found), verdict])
     header = ["run", "paper", "experiment", "number", "published", "ours", "interval", "verdict"]
     note = NOTE if lines else "No number of these editors is on record in configs/published."
     return Table("Published numbers", header, lines, note)
@@ -98,14 +99,13 @@ def _verdict(value: float, found: Estimate | None, differences: Sequence[str]) -
     return "match" if is_near else "miss"
 
 
-def _differences(run: Run, paper: Published) -> list[str]:
+def _differences(run: Run, config: Mapping[str, Any], paper: Published) -> list[str]:
     """What the run does differently from the paper's experiment."""
     found = []
     for name in ("model", "dataset", "schedule"):
         ours = str(run.summary.get(name)).rpartition("/")[2].lower()
         if ours != getattr(paper, name).lower():
             found.append(f"{name} {run.summary.get(name)}")
-    config = _config(run) if paper.settings else {}
     for place, value in paper.settings.items():
         if (ours_too := _at(config, place)) != value:
             found.append(f"{place.rpartition('.')[2]} {ours_too}")
@@ -114,7 +114,7 @@ def _differences(run: Run, paper: Published) -> list[str]:
 
 def _config(run: Run) -> Mapping[str, Any]:
     file = run.path / "config.yaml"
-    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return read_yaml(file) if file.is_file() else {}
 
 
 def _at(config: Any, place: str) -> Any:  # noqa: ANN401
@@ -122,5 +122,5 @@ def _at(config: Any, place: str) -> Any:  # noqa: ANN401
     for name in place.split("."):
         if not isinstance(config, dict):
             return None
-        config = {**config, **config.get("init_args", {})}.get(name)
+        config = {**config, **(config.get("init_args") or {})}.get(name)
     return config
